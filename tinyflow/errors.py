@@ -1,0 +1,31 @@
+"""Errors for people: what was wrong, where, and what to do, on one line, with exit code 2.
+
+Anything a user can cause raises InputError; a command runs its work inside `report_errors`. A bug keeps its traceback.
+"""
+
+import contextlib
+import errno
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message says what, where, and what to do."""
+
+
+@contextlib.contextmanager
+def report_errors():
+    """Turns an InputError, a full or read-only disk, and Ctrl-C into one line on stderr and an exit code (2, or 130 for Ctrl-C)."""
+    try:
+        yield
+    except InputError as error:
+        message, code = f"error: {error}", 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        message, code = f"error: cannot write {error.filename or 'the output'}: {error.strerror.lower()}; what was saved before is intact", 2
+    except KeyboardInterrupt:
+        message, code = "stopped; the same command goes on from the last checkpoint", 130
+    else:
+        return
+    print("\n" + message if code == 130 else message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,74 @@
+"""Rectified flow on one screen: path, target, times, loss, guidance and the Euler sampler.
+
+The convention of the whole project: t = 0 is data, t = 1 is noise.
+
+    x_t = (1 - t) x_0 + t x_1                         (Eq. 1)     the straight path from data to noise
+    v   = x_1 - x_0                                   (Eq. 2)     its velocity, which the model learns
+    L   = E || v_theta(x_t, t | y) - v ||^2           (Eq. 3)     the flow-matching loss
+
+Sampling starts from noise at t = 1 and integrates dx/dt = v_theta down to t = 0. Read next: attention.py, mmdit.py.
+"""
+
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, ...], to multiply with x [B, ...]."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def path(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+    """x_t of Eq. 1. x_0 data and x_1 noise [B, ...], t [B] in [0, 1]."""
+    t = expand(t, x_0)
+    return (1 - t) * x_0 + t * x_1
+
+
+def velocity_target(x_0: Tensor, x_1: Tensor) -> Tensor:
+    """v of Eq. 2."""
+    return x_1 - x_0
+
+
+def predict_x_0(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """The data that a velocity points at: x_0 = x_t - t v, by Eq. 1 and 2."""
+    return x_t - expand(t, x_t) * v
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Moves times toward noise: t -> s t / (1 + (s - 1) t). Larger pictures need more of it: 1 in the tiny world, 3 in SD3.5."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_times(count: int, shift: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Logit-normal training times [count] in (0, 1): the sigmoid of a standard normal, then shifted as in sampling."""
+    return shift_times(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, in fp32: the expectation in Eq. 3 and Eq. 14, a mean over batch and pixels."""
+    return (prediction.float() - target.float()).square().mean()
+
+
+def guide(v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: extrapolates from the prediction for the empty text. 1 is no guidance."""
+    return v_null + guidance * (v_text - v_null)
+
+
+def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """x_1 [len(seeds), *shape]. Each sample has a generator of its own: the same seed gives the same noise whatever the batch size."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: float = 1.0) -> Iterator[tuple[float, Tensor]]:
+    """Integrates dx/dt = velocity(x, t) from t = 1 to 0 in `steps` Euler steps; yields (t, x) after each.
+
+    Args:
+        velocity: takes x [B, ...] and t [B], returns dx/dt [B, ...].
+        x: noise x_1 [B, ...].
+    """
+    times = shift_times(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for t, t_next in zip(times, times[1:]):
+        x = x + (t_next - t) * velocity(x, torch.full((len(x),), t, device=x.device))
+        yield t_next, x

@@ -1,0 +1,199 @@
+"""MMDiT: the transformer that predicts the velocity v(x_t, t | text).
+
+One class, two sizes: the tiny model of the picture-book world and Stable Diffusion 3.5 Medium are two `MMDiTConfig`s of it. An
+image stream and a text stream run side by side through `depth` blocks; each has its own weights, and they meet in
+one joint attention per block. Time and the pooled text modulate every block (adaLN). The `text_hook` argument of
+`MMDiT.forward` is the seam at which concept embeddings enter (Eq. 7, in purecc_min/embeddings.py). Read next: text.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tinyflow.attention import JointAttention, SelfAttention
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The defaults are the tiny model of the picture-book world."""
+    channels: int = 3                            # of the picture (or latent)
+    patch: int = 4
+    width: int = 128
+    depth: int = 6
+    heads: int = 4
+    context_width: int = 128                     # of the text encoder's hidden states
+    pooled_width: int = 128                      # of the text encoder's pooled vector
+    max_grid: int = 8                            # positions are known for max_grid x max_grid patches
+    base_grid: int = 8                           # the grid on which positions advance by one a patch
+    qk_norm: bool = True
+    dual_attention_layers: tuple[int, ...] = ()  # blocks whose image stream attends to itself a second time
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4, as 2-D sin-cos positions need")
+
+
+class Modulation(NamedTuple):
+    """adaLN-Zero: what time and text say to one sublayer, each [B, 1, D]."""
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return layer_norm(x) * (1 + scale) + shift
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def time_features(t: Tensor, width: int = 256) -> Tensor:
+    """Sinusoidal features of t in [0, 1], read as 0..1000: [B] -> [B, width], cosines first."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = 1000 * t.float()[:, None] * frequencies                                             # [B, width/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)                                       # [B, width]
+
+
+def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
+    """2-D sin-cos positions, [max_grid, max_grid, width]: the first half of the channels tells x, the second y."""
+    place = torch.arange(max_grid, dtype=torch.float64) * base_grid / max_grid
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = place[:, None] * frequencies                                                        # [G, width/4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1).float()                               # [G, width/2]
+    x, y = axis[None].expand(max_grid, -1, -1), axis[:, None].expand(-1, max_grid, -1)
+    return torch.cat([x, y], dim=-1)
+
+
+class AdaLN(nn.Module):
+    """Time-and-text vector [B, D] -> `count` tensors [B, 1, D]."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.count, self.linear = count, nn.Linear(width, count * width)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(vec))[:, None].chunk(self.count, dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, width_in: int, hidden: int, width_out: int, activation: Callable):
+        super().__init__()
+        self.fc1, self.fc2, self.activation = nn.Linear(width_in, hidden), nn.Linear(hidden, width_out), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class Block(nn.Module):
+    """One MMDiT block. `last` drops the text stream after the attention; `dual` adds the second image attention."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool, last: bool):
+        super().__init__()
+        self.image_adaln = AdaLN(width, 9 if dual else 6)
+        self.text_adaln = AdaLN(width, 2 if last else 6)
+        self.attention = JointAttention(width, heads, qk_norm, text_output=not last)
+        self.attention2 = SelfAttention(width, heads, qk_norm) if dual else None
+        self.image_mlp = MLP(width, 4 * width, width, gelu)
+        self.text_mlp = None if last else MLP(width, 4 * width, width, gelu)
+
+    def forward(self, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, D] image tokens, c [B, T, D] text tokens, vec [B, D] time and pooled text."""
+        image, text = self.image_adaln(vec), self.text_adaln(vec)
+        x_attn, x_mlp = Modulation(*image[:3]), Modulation(*image[3:6])
+
+        x_out, c_out = self.attention(modulate(x, x_attn.shift, x_attn.scale), modulate(c, text[0], text[1]))
+        if self.attention2 is not None:
+            dual = Modulation(*image[6:])
+            x_dual = dual.gate * self.attention2(modulate(x, dual.shift, dual.scale))
+            x = x + x_attn.gate * x_out + x_dual
+        else:
+            x = x + x_attn.gate * x_out
+        x = x + x_mlp.gate * self.image_mlp(modulate(x, x_mlp.shift, x_mlp.scale))               # [B, N, D]
+        if self.text_mlp is None:
+            return x, None
+
+        c_attn, c_mlp = Modulation(*text[:3]), Modulation(*text[3:])
+        c = c + c_attn.gate * c_out
+        return x, c + c_mlp.gate * self.text_mlp(modulate(c, c_mlp.shift, c_mlp.scale))          # [B, T, D]
+
+
+class MMDiT(nn.Module):
+    """v(x_t, t | context, pooled). Raises ValueError when a picture does not divide into patches or exceeds the position grid."""
+
+    def __init__(self, config: MMDiTConfig = MMDiTConfig()):
+        super().__init__()
+        self.config, width = config, config.width
+        self.patch_embedder = nn.Conv2d(config.channels, width, config.patch, stride=config.patch)
+        self.time_embedder = MLP(256, width, width, F.silu)
+        self.pooled_embedder = MLP(config.pooled_width, width, width, F.silu)
+        self.context_embedder = nn.Linear(config.context_width, width)
+        self.register_buffer("positions", position_features(width, config.max_grid, config.base_grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.qk_norm, dual=n in config.dual_attention_layers, last=n == config.depth - 1)
+            for n in range(config.depth))
+        self.final_adaln = AdaLN(width, 2)
+        self.final_linear = nn.Linear(width, config.patch**2 * config.channels)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Linear and patch weights Xavier-uniform, embedder MLPs normal(0.02), biases zero.
+
+        Every adaLN and the final layer start at zero: each block begins as the identity, and the model as v = 0.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                if "adaln" in name or name == "final_linear":
+                    nn.init.zeros_(module.weight)
+                elif "time_embedder" in name or "pooled_embedder" in name:
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+
+    def cropped_positions(self, rows: int, columns: int) -> Tensor:
+        grid = self.config.max_grid
+        if rows > grid or columns > grid:
+            raise ValueError(f"a picture of {rows} x {columns} patches exceeds the model's {grid} x {grid} positions")
+        top, left = (grid - rows) // 2, (grid - columns) // 2
+        return rearrange(self.positions[top:top + rows, left:left + columns], "h w d -> 1 (h w) d")
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,
+                text_hook: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """Args:
+            x: [B, C, H, W] noisy pictures x_t.
+            t: [B] times in [0, 1]; 0 is data, 1 is noise.
+            context: [B, T, context_width] text tokens. pooled: [B, pooled_width].
+            text_hook: called as c = text_hook(l, c) on the text tokens at the input of every block l = 0..depth-1.
+        Returns: velocity [B, C, H, W].
+        """
+        patch = self.config.patch
+        if x.shape[-2] % patch or x.shape[-1] % patch:
+            raise ValueError(f"a picture of {x.shape[-2]} x {x.shape[-1]} does not divide into patches of {patch}")
+        rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
+
+        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d")                            # [B, N, D]
+        x = x + self.cropped_positions(rows, columns).to(x.dtype)
+        c = self.context_embedder(context)                                                       # [B, T, D]
+        vec = self.time_embedder(time_features(t).to(pooled.dtype)) + self.pooled_embedder(pooled)     # [B, D]
+
+        for l, block in enumerate(self.blocks):
+            if text_hook is not None:
+                c = text_hook(l, c)
+            x, c = block(x, c, vec)
+
+        shift, scale = self.final_adaln(vec)
+        x = self.final_linear(modulate(x, shift, scale))                                         # [B, N, p*p*C]
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)      # [B, C, H, W]

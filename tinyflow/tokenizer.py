@@ -1,0 +1,54 @@
+"""The tiny world's tokenizer: one word, one id.
+
+A placeholder such as "[V]" is a slot of its own: it is never split, it is encoded as an ordinary stand-in word, and the positions it
+takes are reported, so that a concept can be put there later. Words that the world does not know are an error that names them.
+Read next: text.py.
+"""
+
+import difflib
+
+import torch
+from torch import Tensor
+
+from tinyflow.errors import InputError
+from tinyflow.world import VOCABULARY
+
+
+class WordTokenizer:
+    """Ids: 0 starts a text, 1 ends it and pads it, words follow in the vocabulary's order."""
+
+    start, end = 0, 1
+
+    def __init__(self, length: int = 16):
+        self.length = length
+        self.ids = {word: n for n, word in enumerate(VOCABULARY, start=2)}
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.ids) + 2
+
+    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
+        """Args:
+            stand_ins: placeholder -> the known word that is encoded in its place, e.g. {"[V]": "robot"}.
+        Returns: ids [B, length], and slots [B, length], True where a placeholder stands.
+        Raises: InputError for an unknown word (with the nearest known ones) and for a text that is too long.
+        """
+        stand_ins = stand_ins or {}
+        ids = torch.full((len(texts), self.length), self.end)
+        slots = torch.zeros(ids.shape, dtype=torch.bool)
+        ids[:, 0] = self.start
+        for row, text in enumerate(texts):
+            words = text.split()
+            if len(words) > self.length - 2:
+                raise InputError(f"the text {text!r} has {len(words)} words; this model reads at most {self.length - 2}")
+            for position, word in enumerate(words, start=1):
+                slots[row, position] = word in stand_ins
+                ids[row, position] = self.word_id(stand_ins.get(word, word))
+        return ids, slots
+
+    def word_id(self, word: str) -> int:
+        known = self.ids.get(word.lower().strip(".,"))
+        if known is None:
+            near = difflib.get_close_matches(word.lower(), self.ids, n=3, cutoff=0.0)
+            raise InputError(f"the tiny model does not know the word {word!r}; the nearest words it knows are {', '.join(near)}")
+        return known

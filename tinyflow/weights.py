@@ -1,0 +1,99 @@
+"""Saving and loading tensors: safetensors only, written whole or not at all, checked when read back.
+
+Every file of ours says in its metadata what it is (`kind`), how it was made, and the SHA-256 of its tensors, so that a foreign, a cut or
+a damaged file is one clear error. The shipped weights lie in tinyflow/weights/.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tinyflow.errors import InputError
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes beside the file and renames: a reader finds the old file or the new one, never a half. Raises OSError (disk full)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Writes tensors with `facts` (JSON-able) as metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"kind": kind, "facts": json.dumps(facts, sort_keys=True), "sha256": tensor_hash(tensors)}
+    write_whole(path, save(tensors, metadata))
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """Returns the tensors and facts of a file that `save_tensors` wrote. Raises InputError if it is missing, foreign or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({str(error).splitlines()[0]}); copy or make it again") from None
+    if metadata.get("kind") != kind:
+        raise InputError(f"{path}: this is not a {kind} file of purecc-min (it says {metadata.get('kind', 'nothing')!r})")
+    if metadata.get("sha256") != tensor_hash(tensors):
+        raise InputError(f"{path}: the tensors do not match the file's SHA-256; it is damaged, copy or make it again")
+    return tensors, json.loads(metadata["facts"])
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Copies tensors into a module, strictly. Raises InputError that lists what is missing, unexpected or mis-shaped."""
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    wrong += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+              for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        raise InputError(f"{where}: the tensors do not fit this model: {shown}")
+    module.load_state_dict(tensors)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat tensors, "optimizer.<parameter>.<entry>", for a checkpoint."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{n}.{key}": value for n, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` took; other names are ignored."""
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, n, key = name.split(".")
+            state.setdefault(int(n), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
