@@ -38,7 +38,7 @@ class WordTokenizer:
         slots = torch.zeros(ids.shape, dtype=torch.bool)
         ids[:, 0] = self.start
         for row, text in enumerate(texts):
-            words = text.split()
+            words = [word.strip(".,;!?") for word in text.split()]
             if len(words) > self.length - 2:
                 raise InputError(f"the text {text!r} has {len(words)} words; this model reads at most {self.length - 2}")
             for position, word in enumerate(words, start=1):
@@ -47,7 +47,7 @@ class WordTokenizer:
         return ids, slots
 
     def word_id(self, word: str) -> int:
-        known = self.ids.get(word.lower().strip(".,"))
+        known = self.ids.get(word.lower())
         if known is None:
             near = difflib.get_close_matches(word.lower(), self.ids, n=3, cutoff=0.0)
             raise InputError(f"the tiny model does not know the word {word!r}; the nearest words it knows are {', '.join(near)}")

@@ -1,0 +1,1 @@
+"""PureCC, readable: learn a concept and change nothing else. Read in this order: objective, lora, embeddings, branch, concept, train, evaluate."""
