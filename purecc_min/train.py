@@ -26,6 +26,8 @@ from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.pipeline import Pipeline, Text
 from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors, tensor_hash, write_whole
 
+SAVE_EVERY = 25                                  # steps between checkpoints
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -133,7 +135,7 @@ def stage_2_losses(pipe: Pipeline, theta_1: Branch, theta_2: Branch, data: Train
 
 
 def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[str, Tensor]], data: TrainingData, config: TrainConfig,
-                 stage: int, checkpoint: Path, origin: str, save_every: int = 50) -> Iterator[dict[str, float]]:
+                 stage: int, checkpoint: Path, origin: str) -> Iterator[dict[str, float]]:
     """Trains theta for config.steps steps and yields a row of the log for each. Goes on from `checkpoint` if that file exists.
 
     Args:
@@ -165,7 +167,7 @@ def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[s
         optimizer.step()
         row = {"step": step + 1, **{name: value.item() for name, value in values.items()}}
         log.append(row)
-        if (step + 1) % save_every == 0 or step + 1 == config.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
             write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())
             save_tensors(checkpoint, "training checkpoint", theta.state_dict() | optimizer_tensors(optimizer), {**facts, "step": step + 1})
         yield row

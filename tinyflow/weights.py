@@ -48,8 +48,8 @@ def write_whole(path: str | Path, data: bytes) -> None:
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
     """Writes tensors with `facts` (JSON-able) as metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"kind": kind, "facts": json.dumps(facts, sort_keys=True), "sha256": tensor_hash(tensors)}
-    write_whole(path, save(tensors, metadata))
+    about = json.dumps({"kind": kind, "sha256": tensor_hash(tensors), "facts": facts}, sort_keys=True)
+    write_whole(path, save(tensors, {"tinyflow": about}))        # one entry: several would be written in random order
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
@@ -59,15 +59,15 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
         raise InputError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get("tinyflow", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({str(error).splitlines()[0]}); copy or make it again") from None
-    if metadata.get("kind") != kind:
-        raise InputError(f"{path}: this is not a {kind} file of purecc-min (it says {metadata.get('kind', 'nothing')!r})")
-    if metadata.get("sha256") != tensor_hash(tensors):
+    if about.get("kind") != kind:
+        raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {about.get('kind', 'nothing of ours')}")
+    if about["sha256"] != tensor_hash(tensors):
         raise InputError(f"{path}: the tensors do not match the file's SHA-256; it is damaged, copy or make it again")
-    return tensors, json.loads(metadata["facts"])
+    return tensors, about["facts"]
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:

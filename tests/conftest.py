@@ -1,0 +1,28 @@
+"""A tiny random pipeline that every quick test shares: the real classes, small, with no gate left at zero."""
+
+import pytest
+import torch
+
+from purecc_min.concept import load_concept
+from purecc_min.toy import FOLDER
+from tinyflow.mmdit import MMDiTConfig
+from tinyflow.pipeline import Pipeline
+
+
+def make_pipe(**config) -> Pipeline:
+    torch.manual_seed(0)
+    pipe = Pipeline(MMDiTConfig(**{**dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16), **config}))
+    with torch.no_grad():
+        for parameter in pipe.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return pipe.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def pipe() -> Pipeline:
+    return make_pipe()
+
+
+@pytest.fixture(scope="session")
+def robot():
+    return load_concept(FOLDER / "striped_robot", "robot", 32)

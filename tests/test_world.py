@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from tinyflow import world
+
+
+def test_rendering_is_deterministic_and_seeds_matter():
+    scene = world.Scene("cat", "pink", "big", "left", "beach", seed=3)
+    assert (world.render(scene)[0] == world.render(scene)[0]).all()
+    assert (world.render(scene)[0] != world.render(world.Scene("cat", "pink", "big", "left", "beach", seed=4))[0]).any()
+
+
+@pytest.mark.parametrize("name", world.OBJECTS)
+def test_the_mask_is_where_the_object_is(name):
+    """Another colour changes pixels inside the mask (and its soft edge) only."""
+    scenes = [world.Scene(name, colour, "big", "middle", "meadow", seed=2) for colour in ("red", "blue")]
+    (a, mask), (b, _) = map(world.render, scenes)
+    changed = (a != b).any(-1)
+    grown = np.pad(mask, 1)
+    grown = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:] | mask
+    assert changed.sum() > 30 and not (changed & ~grown).any()
+
+
+def test_held_out_combinations_are_never_seen_and_every_word_is():
+    rng = np.random.default_rng(0)
+    seen = [world.seen_scene(rng) for _ in range(2000)]
+    assert not any(map(world.held_out, seen))
+    assert {s.object for s in seen} == set(world.OBJECTS) and {s.colour for s in seen} == set(world.COLOURS)
+    assert {s.background for s in seen} == set(world.BACKGROUND_WORDS)
+    assert all(map(world.held_out, [world.seen_scene(rng, seen=False) for _ in range(50)]))
+
+
+def test_plain_scenes_wear_no_decoration():
+    rng = np.random.default_rng(0)
+    assert all((s.marking, s.topper, s.eyes) == ("plain", "none", 2) for s in (world.random_scene(rng) for _ in range(100)))
+
+
+def test_captions_say_what_is_there():
+    scene = world.Scene("robot", "green", "small", "left", "night")
+    assert world.caption(scene) == "a small green robot on the left at night"
+    assert world.caption(scene, noun="[V] robot", colour=False) == "a small [V] robot on the left at night"
+    assert world.caption(scene, size=False, colour=False, place=False, background=False) == "a robot"
