@@ -83,6 +83,8 @@ def learn_command(options: argparse.Namespace) -> None:
 def sample_command(options: argparse.Namespace) -> None:
     pipe = load_pipeline(options)
     branch, facts = Branch.load(pipe, options.concept)
+    if TOKEN not in options.prompt:
+        raise InputError(f"the prompt {options.prompt!r} has no {TOKEN}; write it before the class word, as in 'a {TOKEN} {facts['class_word']}'")
     text = pipe.encode_text([options.prompt] * options.number, {TOKEN: facts["class_word"]})
     seeds = list(range(options.seed, options.seed + options.number))
     pictures = list(pipe.decode_images(branch.sample(pipe, text, seeds, steps=options.steps, guidance=options.guidance)))

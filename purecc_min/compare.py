@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from purecc_min.branch import Branch
-from purecc_min.concept import load_concept
+from purecc_min.concept import ConceptSet, load_concept
 from purecc_min.evaluate import MEASURES, Recogniser, calibrate, concept_prompts, draw, draw_all, measure
 from purecc_min.run import claim, follow
 from purecc_min.toy import FOLDER, TOYS
-from purecc_min.train import TrainConfig, prepare, stage_1, stage_2, concept_facts
+from purecc_min.train import TrainConfig, concept_facts, prepare, stage_1, stage_2
 from tinyflow.pipeline import Pipeline
 from tinyflow.reader import Reader, to_tensor
 from tinyflow.weights import write_whole
@@ -33,12 +33,10 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(STUDENT_T.get(len(values) - 1, 1.96) * spread)
 
 
-def compare_seed(pipe: Pipeline, reader: Reader, recogniser: Recogniser, toy: str, config: TrainConfig, folder: Path) -> dict[str, dict[str, float]]:
+def compare_seed(pipe: Pipeline, reader: Reader, recogniser: Recogniser, concept: ConceptSet, config: TrainConfig,
+                 folder: Path) -> dict[str, dict[str, float]]:
     """One training seed: the three columns of measures."""
-    word = TOYS[toy].class_word
-    concept = load_concept(FOLDER / toy, word, pipe.picture_size)
-    claim(folder, concept, config)
-    references, data = np.stack([r.picture for r in concept.references]), prepare(pipe, concept)
+    word, references, data = concept.class_word, np.stack([r.picture for r in concept.references]), prepare(pipe, concept)
     theta_1, rows = stage_1(pipe, data, config, folder)
     follow(f"seed {config.seed}: stage 1", rows, config.steps)
     theta_1.requires_grad_(False)
@@ -77,13 +75,14 @@ def compare_seed(pipe: Pipeline, reader: Reader, recogniser: Recogniser, toy: st
 
 def compare(pipe: Pipeline, config: TrainConfig, seeds: int, folder: Path, toy: str = "striped_robot") -> str:
     """All seeds; goes on where it was interrupted. Leaves results.json (every seed) and table.md; returns the table."""
-    reader = Reader.shipped()
+    reader, concept = Reader.shipped(), load_concept(FOLDER / toy, TOYS[toy].class_word, pipe.picture_size)
     recogniser = calibrate(reader, TOYS[toy])
     per_seed = []
-    for seed in range(seeds):
-        file = folder / f"seed{seed}" / "results.json"
+    for seed in range(config.seed, config.seed + seeds):
+        file, its_config = folder / f"seed{seed}" / "results.json", replace(config, seed=seed)
+        claim(file.parent, concept, its_config)
         if not file.exists():
-            results = compare_seed(pipe, reader, recogniser, toy, replace(config, seed=seed), file.parent)
+            results = compare_seed(pipe, reader, recogniser, concept, its_config, file.parent)
             write_whole(file, json.dumps(results, indent=1).encode())
         per_seed.append(json.loads(file.read_text()))
     write_whole(folder / "results.json", json.dumps(per_seed, indent=1).encode())

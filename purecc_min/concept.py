@@ -19,7 +19,7 @@ from purecc_min.branch import TOKEN
 from tinyflow.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SMALLEST, LARGEST = 16, 12000                    # pixels on a side that a reference picture may have
+SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Saving and loading tensors: safetensors only, written whole or not at all, checked when read back.
 
-Every file of ours says in its metadata what it is (`kind`), how it was made, and the SHA-256 of its tensors, so that a foreign, a cut or
+Every file of ours says in its metadata what it is (`kind`), how it was made, and its SHA-256, so that a foreign, a cut or
 a damaged file is one clear error. The shipped weights lie in tinyflow/weights/.
 """
 
@@ -29,6 +29,11 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def seal(kind: str, tensors: dict[str, Tensor], facts: dict) -> str:
+    """SHA-256 of a whole file's content."""
+    return hashlib.sha256(json.dumps([kind, tensor_hash(tensors), facts], sort_keys=True).encode()).hexdigest()
+
+
 def write_whole(path: str | Path, data: bytes) -> None:
     """Writes beside the file and renames: a reader finds the old file or the new one, never a half. Raises OSError (disk full)."""
     path = Path(path)
@@ -48,7 +53,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
     """Writes tensors with `facts` (JSON-able) as metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = json.dumps({"kind": kind, "sha256": tensor_hash(tensors), "facts": facts}, sort_keys=True)
+    about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
     write_whole(path, save(tensors, {"tinyflow": about}))        # one entry: several would be written in random order
 
 
@@ -59,14 +64,14 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
         raise InputError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("tinyflow", "{}"))
+            about = dict(json.loads((file.metadata() or {}).get("tinyflow", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({str(error).splitlines()[0]}); copy or make it again") from None
     if about.get("kind") != kind:
         raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {about.get('kind', 'nothing of ours')}")
-    if about["sha256"] != tensor_hash(tensors):
-        raise InputError(f"{path}: the tensors do not match the file's SHA-256; it is damaged, copy or make it again")
+    if about.get("sha256") != seal(kind, tensors, about.get("facts")):
+        raise InputError(f"{path}: the content does not match the file's SHA-256; it is damaged, copy or make it again")
     return tensors, about["facts"]
 
 

@@ -1,0 +1,120 @@
+"""The commands end to end, on a toy budget, as a user runs them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from purecc_min.__main__ import build_parser, main
+from purecc_min.toy import FOLDER
+from tinyflow.weights import SHIPPED, load_tensors, save_tensors
+
+ROBOT = FOLDER / "striped_robot"
+BUDGET = ["--steps", "2", "--batch", "1", "--device", "cpu"]
+
+
+def fails(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and error[-1].startswith("error: "), error
+    return error[-1]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "learned"
+    main(["learn", str(ROBOT), "--class-word", "robot", "--out", str(out), *BUDGET])
+    return out
+
+
+def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
+    out = tmp_path / "demo"
+    main(["demo", "--out", str(out), *BUDGET])
+    assert "| sees concept |" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results.keys() == {"plain LoRA", "PureCC"} and len(results["PureCC"]) == 15
+    rows = [json.loads(line) for line in (out / "purecc.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
+    assert Image.open(out / "comparison.png").width > 1000
+    assert all((out / f"{name}-concept.safetensors").exists() for name in ("lora", "purecc"))
+
+
+def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
+    moved = tmp_path / "mine.safetensors"
+    moved.write_bytes((learned / "concept.safetensors").read_bytes())
+    _, facts = load_tensors(moved, "concept")
+    assert facts["class_word"] == "robot" and facts["token"] == "[V]" and facts["config"]["steps"] == 2 and facts["versions"]["torch"]
+    assert moved.stat().st_size < 1_000_000
+    for name in "ab":
+        main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2", "--out", str(tmp_path / f"{name}.png"), "--device", "cpu"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_learning_again_in_the_same_folder_is_done_at_once_and_another_run_is_refused(learned, capsys):
+    before = (learned / "concept.safetensors").read_bytes()
+    assert "another run" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", learned, *BUDGET, "--seed", "1")
+    assert (learned / "concept.safetensors").read_bytes() == before
+
+
+def test_an_output_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "holds other files" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path, *BUDGET)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_compare_reports_three_columns(tmp_path, capsys):
+    main(["compare", "--seeds", "1", "--out", str(tmp_path / "c"), "--steps", "25", "--batch", "1", "--device", "cpu"])
+    assert "| measure | LoRA | PureCC | LoRA stopped early |" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "c" / "results.json").read_text())) == 1
+
+
+def test_bad_input_is_one_line_and_exit_code_2(learned, tmp_path, capsys):
+    concept = learned / "concept.safetensors"
+    assert "no such folder" in fails(capsys, "learn", tmp_path / "none", "--class-word", "robot")
+    assert "does not know the word 'robott'" in fails(capsys, "learn", ROBOT, "--class-word", "robott", "--out", tmp_path / "x")
+    assert "does not know the word 'dragon'" in fails(capsys, "sample", concept, "a [V] dragon")
+    assert "no such file" in fails(capsys, "sample", tmp_path / "none.safetensors", "a [V] robot")
+    assert "not a concept file" in fails(capsys, "sample", SHIPPED / "base.safetensors", "a [V] robot")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(concept.read_bytes()[:1000])
+    assert "not a readable safetensors file" in fails(capsys, "sample", cut, "a [V] robot")
+    tensors, facts = load_tensors(concept, "concept")
+    save_tensors(cut, "concept", {**tensors, "embeddings.Y": tensors["embeddings.Y"][:2]}, facts)
+    assert "do not fit this model" in fails(capsys, "sample", cut, "a [V] robot")
+    assert "[V]" in fails(capsys, "sample", concept, "a robot on the beach")
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    import errno
+    import os
+    from tinyflow import weights
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    assert "no space left" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path / "x", *BUDGET)
+
+
+def test_no_command_has_more_than_fifteen_options_and_each_is_explained():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    for name, parser in commands.items():
+        options = [action for action in parser._actions if action.dest != "help"]
+        assert len(options) <= 15, name
+        assert all(action.help for action in options), name
+
+
+def test_an_unknown_option_is_refused():
+    run = subprocess.run([sys.executable, "-m", "purecc_min", "demo", "--stepz", "3"], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 2 and "unrecognized arguments" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_nothing_is_pickled():
+    root = Path(__file__).parent.parent
+    for file in [*root.glob("tinyflow/*.py"), *root.glob("purecc_min/*.py")]:
+        assert not re.search(r"pickle|torch\.(save|load)\(", file.read_text()), file

@@ -1,0 +1,76 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import make_pipe
+from tinyflow import pretrain as module
+from tinyflow.errors import InputError
+from tinyflow.pretrain import PretrainConfig, learning_rate, pretrain
+from tinyflow.weights import load_tensors
+
+CONFIG = PretrainConfig(steps=6, batch=4, pictures=12, warmup=2)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A small model; sample grids are tested where they matter."""
+    monkeypatch.setattr(module, "Pipeline", lambda: make_pipe().requires_grad_(True))
+    monkeypatch.setattr(module, "sample_grid", lambda pipe: module.Image.new("RGB", (8, 8)))
+
+
+def test_an_interrupted_pretraining_ends_bitwise_like_a_whole_one(tmp_path):
+    whole = [loss for _, loss in pretrain(CONFIG, tmp_path / "whole", "cpu", save_every=2)]
+    rows = pretrain(CONFIG, tmp_path / "cut", "cpu", save_every=2)
+    cut = [next(rows)[1] for _ in range(5)]                      # the fifth step is lost: the last checkpoint is of step 4
+    cut = cut[:4] + [loss for _, loss in pretrain(CONFIG, tmp_path / "cut", "cpu", save_every=2)]
+    assert cut == whole and len(whole) == 6
+    one, other = (load_tensors(tmp_path / name / "base.safetensors", "tinyflow base")[0] for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    list(pretrain(CONFIG, tmp_path, "cpu"))
+    with pytest.raises(InputError, match="another configuration"):
+        list(pretrain(PretrainConfig(steps=6, batch=2, pictures=12, warmup=2), tmp_path, "cpu"))
+
+
+def test_the_average_is_what_is_kept(tmp_path):
+    list(pretrain(CONFIG, tmp_path, "cpu"))
+    checkpoint, _ = load_tensors(tmp_path / "checkpoint.safetensors", "tinyflow pretraining checkpoint")
+    base, facts = load_tensors(tmp_path / "base.safetensors", "tinyflow base")
+    name = "mmdit.final_linear.weight"
+    assert torch.equal(base[name], checkpoint[f"average.{name}"].half()) and not torch.equal(base[name], checkpoint[f"model.{name}"].half())
+    assert facts["config"]["steps"] == 6 and "seconds" in facts
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = PretrainConfig(steps=100, warmup=10)
+    rates = [learning_rate(k, config) for k in range(100)]
+    assert rates[0] < rates[9] == max(rates) == config.learning_rate and rates[99] < 0.03 * config.learning_rate
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    """torchrun splits each batch; the averaged gradient, and so the weights, are those of one process (up to rounding)."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import sys\nfrom tests.conftest import make_pipe\nfrom tinyflow import pretrain as module\n"
+        "module.Pipeline = lambda: make_pipe().requires_grad_(True)\n"
+        "module.sample_grid = lambda pipe: module.Image.new('RGB', (8, 8))\nmodule.main(sys.argv[1:])\n")
+    arguments = ["--steps", "5", "--batch", "4", "--pictures", "12", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, str(script), *arguments, "--out", str(tmp_path / "one")]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *arguments,
+           "--out", str(tmp_path / "two")]
+    for command in (one, two):
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors", "tinyflow pretraining checkpoint")[0] for name in ("one", "two"))
+    for name in a:
+        if name.startswith("model."):
+            torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-2)

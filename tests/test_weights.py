@@ -1,0 +1,110 @@
+import errno
+import os
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import make_pipe
+from tinyflow import weights
+from tinyflow.errors import InputError
+from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors, tensor_hash
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", "concept", TENSORS, {"seed": 3})
+    return tmp_path / "x.safetensors"
+
+
+def refused(path, message, kind="concept"):
+    with pytest.raises(InputError, match=message) as caught:
+        load_tensors(path, kind)
+    assert "\n" not in str(caught.value)
+
+
+def test_round_trip(file):
+    tensors, facts = load_tensors(file, "concept")
+    assert facts == {"seed": 3} and tensor_hash(tensors) == tensor_hash(TENSORS)
+
+
+def test_missing_foreign_and_misused_files(file, tmp_path):
+    refused(tmp_path / "none.safetensors", "no such file")
+    refused(file, "not a tinyflow base file", kind="tinyflow base")
+    save_file(TENSORS, tmp_path / "foreign.safetensors", metadata={"format": "pt"})
+    refused(tmp_path / "foreign.safetensors", "nothing of ours")
+    (tmp_path / "page.safetensors").write_text("<!doctype html><html>")
+    refused(tmp_path / "page.safetensors", "not a readable safetensors file")
+
+
+def test_random_damage_is_always_one_clear_line(file):
+    good, chance = file.read_bytes(), random.Random(0)
+    for _ in range(300):
+        data = bytearray(good)
+        if chance.random() < 0.4:
+            data = data[:chance.randrange(len(data))]
+        else:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+        try:
+            tensors, facts = load_tensors(file, "concept")
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:                                                    # a bit that carries nothing, such as the header's padding
+            assert facts == {"seed": 3} and tensor_hash(tensors) == tensor_hash(TENSORS)
+
+
+def test_a_flipped_weight_is_caught(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused(file, "SHA-256")
+
+
+def test_tensors_that_do_not_fit_are_listed():
+    model = make_pipe().mmdit
+    tensors = dict(model.state_dict())
+    tensors["surplus"] = tensors.pop("final_linear.bias")
+    tensors["final_linear.weight"] = torch.zeros(1, 2)
+    with pytest.raises(InputError, match=r"here: .*final_linear.weight is \(1, 2\), not \(48, 32\); missing final_linear.bias; unexpected surplus"):
+        load_into(model, tensors, "here")
+
+
+def test_a_full_disk_leaves_the_old_file(file, monkeypatch):
+    before = file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors(file, "concept", {"a": torch.zeros(9)}, {})
+    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+def test_an_optimizer_goes_on_where_it_was():
+    def fresh():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 3)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
+
+    def step(layer, optimizer, n):
+        optimizer.zero_grad()
+        (layer(torch.full((1, 3), float(n))) ** 2).sum().backward()
+        optimizer.step()
+
+    whole, optimizer = fresh()
+    for n in range(6):
+        step(whole, optimizer, n)
+    first, optimizer = fresh()
+    for n in range(3):
+        step(first, optimizer, n)
+    second, other = fresh()
+    second.load_state_dict(first.state_dict())
+    load_optimizer(other, {name: t.clone() for name, t in optimizer_tensors(optimizer).items()})
+    for n in range(3, 6):
+        step(second, other, n)
+    assert torch.equal(whole.weight, second.weight)

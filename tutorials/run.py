@@ -1,0 +1,39 @@
+"""Executes every notebook from the top, as a reader would, and fails where a cell fails.
+
+    python -m tutorials.run            check them all
+    python -m tutorials.run --save     and keep their outputs in the files
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+
+
+def execute(path: Path, save: bool) -> float:
+    """Runs one notebook in its own folder; returns the seconds it took. Raises CellExecutionError where a cell fails."""
+    notebook, begun = nbformat.read(path, as_version=4), time.time()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}, record_timing=False).execute()
+    if save:
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+        nbformat.write(notebook, path)
+    return time.time() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tutorials.run", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--save", action="store_true", help="write the outputs back into the notebooks")
+    save = parser.parse_args().save
+    paths = sorted(FOLDER.glob("*.ipynb"))
+    for path in paths:
+        print(f"{path.name}: {execute(path, save):.0f} s", flush=True)
+    print(f"{len(paths)} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()
