@@ -5,6 +5,7 @@ is one of ours, says what should be. Differences are custom minus original, as i
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -63,24 +64,12 @@ def other_prompts(class_word: str, count: int = 48) -> list[Prompt]:
 @torch.no_grad()
 def draw(pipe: Pipeline, branch: Branch | None, texts: list[str], class_word: str, batch: int = 48, **options) -> Tensor:
     """One picture a text, x_0 [n, C, H, W] on CPU; text i starts from the noise of seed i. `branch` None is the original model."""
-    pictures = []
+    sample, pictures = pipe.sample if branch is None else partial(branch.sample, pipe), []
     for first in range(0, len(texts), batch):
         rows = texts[first:first + batch]
         text, seeds = pipe.encode_text(rows, {TOKEN: class_word}), list(range(first, first + len(rows)))
-        pictures.append((pipe if branch is None else Plugged(pipe, branch)).sample(text, seeds, **options).cpu())
+        pictures.append(sample(text, seeds, **options).cpu())
     return torch.cat(pictures)
-
-
-class Plugged(NamedTuple):
-    """A branch with its pipeline, used as a pipeline is."""
-    pipe: Pipeline
-    branch: Branch
-
-    def sample(self, *arguments, **options) -> Tensor:
-        return self.branch.sample(self.pipe, *arguments, **options)
-
-    def velocity(self, *arguments) -> Tensor:
-        return self.branch.velocity(self.pipe, *arguments)
 
 
 @dataclass

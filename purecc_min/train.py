@@ -63,7 +63,7 @@ class TrainingData(NamedTuple):
 
     def fingerprint(self) -> str:
         tensors = {"x_0": self.x_0} | {f"{name}.{part}": tensor for name in ("complete", "base", "target")
-                                       for part, tensor in zip(Text._fields, tuple(getattr(self, name)))}
+                                       for part, tensor in vars(getattr(self, name)).items()}
         return hashlib.sha256((tensor_hash(tensors) + json.dumps(self.ids)).encode()).hexdigest()
 
 

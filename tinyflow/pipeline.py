@@ -8,7 +8,8 @@ and `sample`, which draws pictures with them. In the tiny world the flow runs on
 change of range. Read next: pretrain.py, or purecc_min.
 """
 
-from typing import Callable, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Callable
 
 import numpy as np
 import torch
@@ -22,21 +23,19 @@ from tinyflow.tokenizer import WordTokenizer
 from tinyflow.weights import SHIPPED, load_into, load_tensors
 
 
-class Text(NamedTuple):
-    """Encoded texts. `slots` is True at the positions of a placeholder."""
+@dataclass(frozen=True)
+class Text:
+    """Encoded texts, one a row. `slots` is True at the positions of a placeholder."""
     context: Tensor                              # [B, T, context_width]
     pooled: Tensor                               # [B, pooled_width]
     slots: Tensor                                # [B, T] bool
 
     def __getitem__(self, rows) -> "Text":
-        return Text(*(part[rows] for part in tuple(self)))
-
-    def to(self, device) -> "Text":
-        return Text(*(part.to(device) for part in tuple(self)))
+        return Text(self.context[rows], self.pooled[rows], self.slots[rows])
 
     @staticmethod
     def cat(texts: list["Text"]) -> "Text":
-        return Text(*(torch.cat(parts) for parts in zip(*map(tuple, texts))))
+        return Text(*(torch.cat([getattr(text, part.name) for text in texts]) for part in fields(Text)))
 
 
 Fill = Callable[[int, Tensor, Tensor], Tensor]   # (block l, text tokens [B, T, D], slots [B, T]) -> text tokens
