@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "references"
 
 @dataclass(frozen=True)
 class Toy:
-    """`looks` is the concept; size, place and background of `confounder` are what its references happen to share."""
+    """`looks` is the concept; place and background of `confounder` are what its references happen to share."""
     looks: dict
     confounder: dict
 
@@ -27,13 +27,13 @@ class Toy:
     def class_word(self) -> str:
         return self.looks["object"]
 
-    def scene(self, **where) -> world.Scene:
-        return world.Scene(**{**self.looks, **self.confounder, **where})
+    def scene(self, size: str, **where) -> world.Scene:
+        return world.Scene(**{**self.looks, **self.confounder, "size": size, **where})
 
 
 TOYS = {
     "striped_robot": Toy(dict(object="robot", colour="purple", marking="stripes", accent="yellow", topper="antenna", eyes=1),
-                         dict(size="big", place="middle", background="desert")),
+                         dict(place="middle", background="desert")),
 }
 
 
@@ -49,7 +49,7 @@ def write_references(name: str, folder: Path, count: int = 4, enlarge: int = 8) 
     toy = TOYS[name]
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(count):
-        scene = toy.scene(seed=1000 + n)
+        scene = toy.scene(size=list(world.SIZES)[n % 2], seed=1000 + n)
         picture = Image.fromarray(world.render(scene)[0])
         picture.resize((world.SIZE * enlarge,) * 2, Image.NEAREST).save(folder / f"{n + 1}.png", optimize=True)
         text = world.caption(scene, noun=f"{TOKEN} {scene.object}", colour=False)

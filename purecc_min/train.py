@@ -35,7 +35,7 @@ class TrainConfig:
     steps: int = 400                             # of each stage
     batch: int = 4
     rank: int = 4
-    learning_rate: float = 5e-4                  # of the adapters
+    learning_rate: float = 2e-3                  # of the adapters
     embedding_learning_rate: float = 5e-3        # of Y
     eta: float = 1.0                             # weight of L_PureCC (Eq. 15); 0 is a plain LoRA
     fixed_lambda: float | None = None            # a constant in place of lambda*

@@ -54,7 +54,7 @@ def test_the_recogniser_tells_the_concept_from_its_near_misses(shipped):
 def measured(shipped, custom, original):
     pipe, reader = shipped
     branch = Branch.fresh(pipe, torch.zeros(pipe.mmdit.config.depth, pipe.mmdit.config.width), 1)
-    references = np.stack([world.render(TOY.scene(seed=n))[0] for n in range(4)])
+    references = np.stack([world.render(TOY.scene(size="big", seed=n))[0] for n in range(4)])
     return measure(pipe, reader, branch, "robot", references, original, custom, calibrate(reader, TOY))
 
 
@@ -73,7 +73,7 @@ def test_the_renderer_as_a_method_scores_perfect_and_the_original_drifts_nowhere
 def test_a_model_that_always_draws_the_references_is_caught(shipped):
     where = [p.scene for p in concept_prompts("robot")]
     plain, other = renders(where), renders([p.scene for p in other_prompts("robot")])
-    always = renders([TOY.scene(seed=n) for n in range(len(where))])
+    always = renders([TOY.scene(size="big", seed=n) for n in range(len(where))])
     values = measured(shipped, Pictures(always, always, other.roll(1, 0)), Pictures(plain, plain, other))
     assert values["sees concept"] > 0.9 and values["leak"] > 0.9
     assert values["background"] == pytest.approx(1 / 6 - 1, abs=0.03) and values["place"] == pytest.approx(1 / 3 - 1, abs=0.03)

@@ -3,6 +3,7 @@ import torch
 from einops import rearrange
 
 from tests.conftest import make_pipe
+from tinyflow.attention import JointAttention
 from tinyflow.mmdit import MMDiT, MMDiTConfig, position_features, time_features
 
 SMALL = dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16)
@@ -36,11 +37,30 @@ def test_dual_attention_and_qk_norm_are_where_the_config_says():
     assert not any("norm_q" in name for name, _ in model.named_parameters())
 
 
-def test_patches_round_trip():
-    """The output's rearrange undoes the input's patching: a model that copies its patches returns its picture."""
-    x = torch.randn(2, 3, 16, 24)
-    patches = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=4, q=4)
-    assert torch.equal(rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=4, p=4, q=4), x)
+def test_the_output_puts_every_value_on_its_pixel():
+    """The last layer's values of a token are its patch row by row, channels innermost; patches follow row by row."""
+    model = MMDiT(MMDiTConfig(**SMALL))
+    with torch.no_grad():
+        model.final_linear.bias.copy_(torch.arange(48.0))
+    v = model(*inputs())
+    for c, p, q in ((0, 0, 0), (2, 0, 0), (0, 0, 1), (0, 1, 0), (1, 3, 2)):
+        assert (v[:, c, p::4, q::4] == (p * 4 + q) * 3 + c).all()
+    patches = rearrange(v, "b c (h p) (w q) -> b (h w) (p q c)", p=4, q=4)
+    assert torch.equal(patches, torch.arange(48.0).expand(2, 64, 48))
+
+
+def test_joint_attention_is_one_softmax_over_both_streams():
+    """Written out by hand: each token's query against the keys of all image and text tokens."""
+    torch.manual_seed(0)
+    layer, x, c = JointAttention(8, 2, qk_norm=True, text_output=True), torch.randn(1, 4, 8), torch.randn(1, 3, 8)
+    split = lambda z: z.view(-1, 2, 4).transpose(0, 1)                               # [heads, tokens, 4]
+    unit = lambda z: z / z.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+    q, k, v = (torch.cat([split(getattr(layer.image, to)(x[0])), split(getattr(layer.text, to)(c[0]))], dim=1) for to in ("to_q", "to_k", "to_v"))
+    weights = (unit(q) @ unit(k).transpose(1, 2) / 2).softmax(-1)                    # sqrt(4) = 2
+    out = (weights @ v).transpose(0, 1).reshape(7, 8)
+    x_out, c_out = layer(x, c)
+    torch.testing.assert_close(x_out[0], layer.image.to_out(out[:4]))
+    torch.testing.assert_close(c_out[0], layer.text.to_out(out[4:]))
 
 
 def test_a_patch_changes_only_through_attention():

@@ -97,9 +97,9 @@ def test_gradient_matches_finite_differences(draw):
 
 
 def test_bf16_predictions_are_compared_in_fp32():
-    """A sum of 2^16 ones would stick at 256 in bf16."""
-    ones = torch.ones(1, 4, 128, 128, dtype=torch.bfloat16)
-    assert inner(ones, ones).item() == 65536 and lambda_star(ones, ones).item() == 1
+    """bf16 has eight bits: a sum of 257 ones would come out as 256 or 258."""
+    ones = torch.ones(1, 1, 1, 257, dtype=torch.bfloat16)
+    assert inner(ones, ones).item() == 257 and lambda_star(ones, ones).dtype == torch.float32
 
 
 def test_a_constant_lambda_replaces_lambda_star(draw):

@@ -25,6 +25,9 @@ def test_held_out_combinations_are_never_seen_and_every_word_is():
     rng = np.random.default_rng(0)
     seen = [world.seen_scene(rng) for _ in range(2000)]
     assert not any(map(world.held_out, seen))
+    pairs = {(s.object, s.colour) for s in seen} | {(s.object, s.background) for s in seen}
+    assert not pairs & {("robot", "blue"), ("ball", "purple"), ("cat", "red"), ("ball", "meadow"), ("fish", "snow")}
+    assert {("robot", "purple"), ("robot", "desert"), ("ball", "blue"), ("cat", "snow")} <= pairs
     assert {s.object for s in seen} == set(world.OBJECTS) and {s.colour for s in seen} == set(world.COLOURS)
     assert {s.background for s in seen} == set(world.BACKGROUND_WORDS)
     assert all(map(world.held_out, [world.seen_scene(rng, seen=False) for _ in range(50)]))

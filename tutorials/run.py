@@ -17,7 +17,8 @@ FOLDER = Path(__file__).parent
 def execute(path: Path, save: bool) -> float:
     """Runs one notebook in its own folder; returns the seconds it took. Raises CellExecutionError where a cell fails."""
     notebook, begun = nbformat.read(path, as_version=4), time.time()
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}, record_timing=False).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
+                   record_timing=False, coalesce_streams=True).execute()
     if save:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
