@@ -37,14 +37,16 @@ def positive(text: str) -> int:
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options of TrainConfig, each with what it does."""
     defaults = TrainConfig()
-    parser.add_argument("--steps", type=positive, default=defaults.steps, help="steps of each stage; more: closer to the references, and more damage (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=defaults.steps,
+                        help="steps of each stage; more: closer to the references, and more damage (%(default)s)")
     parser.add_argument("--batch", type=positive, default=defaults.batch, help="pictures a step (%(default)s)")
     parser.add_argument("--rank", type=positive, default=defaults.rank, help="rank of the adapters (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="of the adapters (%(default)s)")
     parser.add_argument("--embedding-learning-rate", type=float, default=defaults.embedding_learning_rate, help="of the embeddings Y (%(default)s)")
     parser.add_argument("--eta", type=float, default=defaults.eta, help="weight of L_PureCC, Eq. 15; 0 is a plain LoRA (%(default)s)")
     parser.add_argument("--lambda", dest="fixed_lambda", type=float, help="a constant in place of lambda*, Eq. 12")
-    parser.add_argument("--original", choices=("model", "base"), default=defaults.original, help="v_original, Eq. 9: from the trainable model or from the untouched base (%(default)s)")
+    parser.add_argument("--original", choices=("model", "base"), default=defaults.original,
+                        help="v_original, Eq. 9: from the trainable model or from the untouched base (%(default)s)")
     parser.add_argument("--attach", dest="detach", action="store_false", help="let the gradient through v_original")
     add_common_options(parser)
 

@@ -92,7 +92,7 @@ def compare(pipe: Pipeline, config: TrainConfig, seeds: int, folder: Path, toy: 
         cells = ["{:.3f} ± {:.3f}".format(*mean_and_interval([result[c][name] for result in per_seed])) if name in per_seed[0][c]
                  else f"{config.steps}" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append("")
-    lines.append(f"{seeds} seeds; the recogniser takes {recogniser.hits:.1%} of renders of the concept, and {recogniser.false_alarms:.1%} of near misses")
+    lines += ["", f"{seeds} seeds; on renders, the recogniser takes {recogniser.hits:.1%} of the concept's "
+                  f"and {recogniser.false_alarms:.1%} of its near misses'"]
     write_whole(folder / "table.md", ("\n".join(lines) + "\n").encode())
     return "\n".join(lines)

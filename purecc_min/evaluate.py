@@ -175,6 +175,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     lines = ["| measure | " + " | ".join(results) + " | perfect |", "|---" * (len(results) + 2) + "|"]
     for name in names:
         perfect = MEASURES[name][1]
-        cells = [f"{row[name]:+.3f}" if perfect == 0 and "drift" not in name and "change" not in name else f"{row[name]:.3f}" for row in results.values()]
+        difference = perfect == 0 and not name.endswith(("drift", "change"))
+        cells = [format(row[name], "+.3f" if difference else ".3f") for row in results.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {'' if perfect is None else f'{perfect:g}'} |")
     return "\n".join(lines)

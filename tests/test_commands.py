@@ -1,6 +1,8 @@
 """The commands end to end, on a toy budget, as a user runs them."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from PIL import Image
 
 from purecc_min.__main__ import build_parser, main
 from purecc_min.toy import FOLDER
+from tinyflow import weights
 from tinyflow.weights import SHIPPED, load_tensors, save_tensors
 
 ROBOT = FOLDER / "striped_robot"
@@ -51,7 +54,8 @@ def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
     assert facts["class_word"] == "robot" and facts["token"] == "[V]" and facts["config"]["steps"] == 2 and facts["versions"]["torch"]
     assert moved.stat().st_size < 1_000_000
     for name in "ab":
-        main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2", "--out", str(tmp_path / f"{name}.png"), "--device", "cpu"])
+        main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2", "--device", "cpu",
+              "--out", str(tmp_path / f"{name}.png")])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -90,10 +94,6 @@ def test_bad_input_is_one_line_and_exit_code_2(learned, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
-    import errno
-    import os
-    from tinyflow import weights
-
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -110,7 +110,8 @@ def test_no_command_has_more_than_fifteen_options_and_each_is_explained():
 
 
 def test_an_unknown_option_is_refused():
-    run = subprocess.run([sys.executable, "-m", "purecc_min", "demo", "--stepz", "3"], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "purecc_min", "demo", "--stepz", "3"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert run.returncode == 2 and "unrecognized arguments" in run.stderr and "Traceback" not in run.stderr
 
 

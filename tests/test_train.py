@@ -16,7 +16,6 @@ from purecc_min import train
 from purecc_min.branch import Branch
 from purecc_min.concept import ConceptSet
 from purecc_min.train import TrainConfig, draw_batch, learn, prepare, stage_1, stage_1_losses, stage_2, stage_2_losses
-from tests.conftest import make_pipe
 from tinyflow.errors import InputError
 from tinyflow.weights import tensor_hash
 
@@ -152,7 +151,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's bac
 from purecc_min import train
 from purecc_min.concept import load_concept
 from purecc_min.toy import FOLDER
-from tests.conftest import make_pipe
 train.SAVE_EVERY = 3
 config = train.TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
 for stage, row in train.learn(make_pipe(), load_concept(FOLDER / "striped_robot", "robot", 32), config, Path(sys.argv[1])):

@@ -65,9 +65,10 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(json.loads((file.metadata() or {}).get("tinyflow", "{}")))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({str(error).splitlines()[0]}); copy or make it again") from None
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({reason}); copy or make it again") from None
     if about.get("kind") != kind:
         raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {about.get('kind', 'nothing of ours')}")
     if about.get("sha256") != seal(kind, tensors, about.get("facts")):
