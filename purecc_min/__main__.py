@@ -78,7 +78,8 @@ def learn_command(options: argparse.Namespace) -> None:
     branch, _ = Branch.load(pipe, options.out / "concept.safetensors")
     draw_sheet(pipe, concept, {"PureCC": branch}, options.out / "comparison.png")
     word, references = concept.class_word, np.stack([r.picture for r in concept.references])
-    values = measure(pipe, Reader.shipped(), branch, word, references, draw_all(pipe, None, word), draw_all(pipe, branch, word))
+    drawn = [draw_all(pipe, model, word, name) for name, model in (("original", None), ("PureCC", branch))]
+    values = measure(pipe, Reader.shipped(), branch, word, references, *drawn)
     print(f"\n{table({'PureCC': values})}\n\nlearned: {options.out}/concept.safetensors; {options.out}/comparison.png shows it")
 
 

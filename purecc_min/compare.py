@@ -55,10 +55,10 @@ def compare_seed(pipe: Pipeline, reader: Reader, recogniser: Recogniser, concept
 
     follow(f"seed {config.seed}: LoRA", keep_snapshots(), config.steps)
 
-    original = draw_all(pipe, None, word)
+    original = draw_all(pipe, None, word, "original")
     results = {}
     for name, branch in (("LoRA", lora), ("PureCC", purecc)):
-        results[name] = measure(pipe, reader, branch, word, references, original, draw_all(pipe, branch, word), recogniser)
+        results[name] = measure(pipe, reader, branch, word, references, original, draw_all(pipe, branch, word, name), recogniser)
 
     centre = reader(to_tensor(references)).identity.mean(0)
     centre, texts = centre / centre.norm(), [p.complete for p in concept_prompts(word)]
@@ -68,8 +68,9 @@ def compare_seed(pipe: Pipeline, reader: Reader, recogniser: Recogniser, concept
         if (reader(draw(pipe, branch, texts, word)).identity @ centre).mean().item() >= results["PureCC"]["similarity"]:
             stopped, stop = branch, step
             break
-    results["LoRA stopped early"] = measure(pipe, reader, stopped, word, references, original, draw_all(pipe, stopped, word), recogniser)
-    results["LoRA stopped early"]["steps"] = stop
+    name = "LoRA stopped early"
+    results[name] = measure(pipe, reader, stopped, word, references, original, draw_all(pipe, stopped, word, name), recogniser)
+    results[name]["steps"] = stop
     return results
 
 

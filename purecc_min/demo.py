@@ -52,13 +52,12 @@ def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_
         follow(f"stage 2: {name}", rows, config.steps)
         branches[name].save(folder / f"{name}-concept.safetensors", concept_facts(concept.class_word, its_config))
 
-    print("drawing and measuring ...", flush=True)
     shown = {"plain LoRA": branches["lora"], "PureCC": branches["purecc"]}
     draw_sheet(pipe, concept, shown, folder / "comparison.png")
-    original, recogniser = draw_all(pipe, None, concept.class_word), calibrate(reader, TOYS[toy])
+    original, recogniser = draw_all(pipe, None, concept.class_word, "original"), calibrate(reader, TOYS[toy])
     references = np.stack([r.picture for r in concept.references])
     results = {name: measure(pipe, reader, branch, concept.class_word, references, original,
-                             draw_all(pipe, branch, concept.class_word), recogniser) for name, branch in shown.items()}
+                             draw_all(pipe, branch, concept.class_word, name), recogniser) for name, branch in shown.items()}
     write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     write_whole(folder / "table.md", (table(results) + "\n").encode())
     return results

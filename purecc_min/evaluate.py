@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from purecc_min.branch import TOKEN, Branch
 from purecc_min.toy import Toy, near_misses
@@ -62,13 +63,15 @@ def other_prompts(class_word: str, count: int = 48) -> list[Prompt]:
 
 
 @torch.no_grad()
-def draw(pipe: Pipeline, branch: Branch | None, texts: list[str], class_word: str, batch: int = 48, **options) -> Tensor:
+def draw(pipe: Pipeline, branch: Branch | None, texts: list[str], class_word: str, bar: tqdm | None = None, batch: int = 48) -> Tensor:
     """One picture a text, x_0 [n, C, H, W] on CPU; text i starts from the noise of seed i. `branch` None is the original model."""
     sample, pictures = pipe.sample if branch is None else partial(branch.sample, pipe), []
     for first in range(0, len(texts), batch):
         rows = texts[first:first + batch]
         text, seeds = pipe.encode_text(rows, {TOKEN: class_word}), list(range(first, first + len(rows)))
-        pictures.append(sample(text, seeds, **options).cpu())
+        pictures.append(sample(text, seeds).cpu())
+        if bar is not None:
+            bar.update(len(rows))
     return torch.cat(pictures)
 
 
@@ -115,11 +118,13 @@ class Pictures:
     other: Tensor                                # prompts about other objects
 
 
-def draw_all(pipe: Pipeline, branch: Branch | None, class_word: str) -> Pictures:
+def draw_all(pipe: Pipeline, branch: Branch | None, class_word: str, name: str) -> Pictures:
+    """Everything that `measure` looks at, behind a progress bar that shows `name`."""
     prompts, others = concept_prompts(class_word), [p.complete for p in other_prompts(class_word)]
-    plain = draw(pipe, branch, [p.base for p in prompts], class_word)
-    concept = plain if branch is None else draw(pipe, branch, [p.complete for p in prompts], class_word)
-    return Pictures(concept, plain, draw(pipe, branch, others, class_word))
+    with tqdm(total=len(others) + len(prompts) * (1 if branch is None else 2), desc=f"{f'drawing: {name}':24s}", unit="picture") as bar:
+        plain = draw(pipe, branch, [p.base for p in prompts], class_word, bar)
+        concept = plain if branch is None else draw(pipe, branch, [p.complete for p in prompts], class_word, bar)
+        return Pictures(concept, plain, draw(pipe, branch, others, class_word, bar))
 
 
 @torch.no_grad()
