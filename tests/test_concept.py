@@ -92,7 +92,8 @@ def test_transparency_lies_on_white(folder):
 
 
 def test_exif_rotation_and_animation(folder):
-    tall = Image.new("RGB", (60, 30), "red")
+    tall = Image.new("RGB", (60, 60), "red")
+    tall.paste("blue", (30, 0, 60, 60))                          # red on the left: on top once it is turned
     exif = tall.getexif()
     exif[0x0112] = 6
     tall.save(folder / "1.jpg", exif=exif)
@@ -100,7 +101,9 @@ def test_exif_rotation_and_animation(folder):
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "2.gif", save_all=True, append_images=frames[1:])
     (folder / "2.png").unlink()
-    notes = load_concept(folder, "fish", 32).notes
+    concept = load_concept(folder, "fish", 32)
+    notes, turned = concept.notes, concept.references[1].picture
+    assert turned[2, :, 0].min() > 200 and turned[-2, :, 2].min() > 200
     assert any("1.jpg: turned upright" in note for note in notes) and any("2.gif: the first frame of an animation" in note for note in notes)
 
 

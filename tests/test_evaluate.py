@@ -4,7 +4,7 @@ import torch
 
 from purecc_min.branch import Branch
 from purecc_min.compare import mean_and_interval
-from purecc_min.evaluate import MEASURES, Pictures, calibrate, concept_prompts, measure, other_prompts, pixel_change, table
+from purecc_min.evaluate import MEASURES, Pictures, Recogniser, calibrate, concept_prompts, measure, other_prompts, pixel_change, table
 from purecc_min.toy import TOYS
 from tinyflow import world
 from tinyflow.pipeline import Pipeline
@@ -49,6 +49,11 @@ def test_the_recogniser_tells_the_concept_from_its_near_misses(shipped):
     assert recogniser.hits > 0.9 and recogniser.false_alarms < 0.05
     fresh = calibrate(shipped[1], TOY, seed=99)                  # other views, same verdict
     assert abs(fresh.threshold - recogniser.threshold) < 0.1
+
+
+def test_near_enough_is_not_enough_if_something_else_is_nearer():
+    recogniser = Recogniser(torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0]]), threshold=0.5, hits=1.0, false_alarms=0.0)
+    assert recogniser(torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.4, 0.3]])).tolist() == [True, False, False]
 
 
 def measured(shipped, custom, original):

@@ -53,6 +53,7 @@ def test_pictures_and_texts_are_paired_by_id(pipe, robot):
     data, shuffled = (prepare(pipe, ConceptSet("robot", rows, [])) for rows in (changed, changed[::-1]))
     for n, id in enumerate(data.ids):
         m = shuffled.ids.index(id)
+        assert torch.equal(data.x_0[n], pipe.encode_images([changed[n].picture])[0]) and id == changed[n].id
         assert torch.equal(data.x_0[n], shuffled.x_0[m]) and torch.equal(data.complete.context[n], shuffled.complete.context[m])
     assert data.fingerprint() != shuffled.fingerprint()
 
@@ -151,16 +152,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's bac
 from purecc_min import train
 from purecc_min.concept import load_concept
 from purecc_min.toy import FOLDER
+from tests.conftest import make_pipe
 train.SAVE_EVERY = 3
 config = train.TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
 for stage, row in train.learn(make_pipe(), load_concept(FOLDER / "striped_robot", "robot", 32), config, Path(sys.argv[1])):
     print(stage, row["step"], flush=True)
+    sys.stdin.readline()                                         # a step is taken only when it is asked for
 """
 
 
 def start_child(folder):
     root = Path(__file__).parent.parent
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], cwd=root, stdout=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                             env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
 
 
@@ -171,9 +174,11 @@ def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_p
     chance = random.Random(int(sent))
     for _ in range(3):                                           # at most 36 of the 40 steps
         child = start_child(tmp_path / "cut")
-        for _ in range(chance.randint(4, 12)):
+        for _ in range(chance.randint(4, 11)):
             child.stdout.readline()
-        time.sleep(chance.random() * 0.02)
+            child.stdin.write("\n")
+            child.stdin.flush()
+        time.sleep(chance.random() * 0.02)                       # somewhere in the next step
         child.send_signal(sent)
         child.communicate()
         assert child.returncode != 0

@@ -85,6 +85,19 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch):
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(file, monkeypatch):
+    """Whatever happens before the rename, the old file is there."""
+    before = file.read_bytes()
+
+    def killed(source, target):
+        raise OSError(errno.EACCES, "interrupted")
+
+    monkeypatch.setattr(weights.os, "replace", killed)
+    with pytest.raises(OSError, match="interrupted"):
+        save_tensors(file, "concept", {"a": torch.zeros(9)}, {})
+    assert file.read_bytes() == before
+
+
 def test_an_optimizer_goes_on_where_it_was():
     def fresh():
         torch.manual_seed(0)
