@@ -64,6 +64,14 @@ def test_texts_hold_the_slot_where_they_should(pipe, robot):
     assert not data.base.slots.any() and not data.null.slots.any() and data.class_text.slots.sum(1).tolist() == [1] * 4
 
 
+def test_a_draw_depends_on_seed_stage_and_step_alone(pipe, robot):
+    data = prepare(pipe, robot)
+    draw = lambda seed, stage, step: draw_batch(data, replace(CONFIG, seed=seed), stage, step, 1.0).x_t
+    assert torch.equal(draw(0, 1, 0), draw(0, 1, 0))
+    others = [draw(0, 1, 1), draw(0, 2, 0), draw(1, 1, 0)]
+    assert not any(torch.equal(draw(0, 1, 0), other) for other in others)
+
+
 def test_the_base_is_never_written(pipe, robot, tmp_path):
     before = tensor_hash(pipe.state_dict())
     run(learn(pipe, robot, CONFIG, tmp_path))
