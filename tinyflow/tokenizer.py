@@ -43,12 +43,12 @@ class WordTokenizer:
                 raise InputError(f"the text {text!r} has {len(words)} words; this model reads at most {self.length - 2}")
             for position, word in enumerate(words, start=1):
                 slots[row, position] = word in stand_ins
-                ids[row, position] = self.word_id(stand_ins.get(word, word))
+                ids[row, position] = self.word_id(stand_ins.get(word, word), text)
         return ids, slots
 
-    def word_id(self, word: str) -> int:
+    def word_id(self, word: str, text: str) -> int:
         known = self.ids.get(word.lower())
         if known is None:
             near = difflib.get_close_matches(word.lower(), self.ids, n=3, cutoff=0.0)
-            raise InputError(f"the tiny model does not know the word {word!r}; the nearest words it knows are {', '.join(near)}")
+            raise InputError(f"the tiny model does not know the word {word!r} in {text!r}; the nearest words it knows are {', '.join(near)}")
         return known
