@@ -27,8 +27,8 @@ def claim(folder: Path, concept: ConceptSet, config: TrainConfig) -> None:
     file = folder / "run.json"
     if file.exists():
         try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError:
+            found = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
             raise InputError(f"{file}: damaged; choose another --out or delete the folder") from None
         if {name: found.get(name) for name in run} != json.loads(json.dumps(run)):
             raise InputError(f"{folder}: this folder holds another run (see its run.json); choose another --out")
@@ -39,14 +39,11 @@ def claim(folder: Path, concept: ConceptSet, config: TrainConfig) -> None:
     write_whole(file, json.dumps({**run, "versions": versions}, indent=1).encode())
 
 
-def follow(name: str, rows: Iterator[dict[str, float]], steps: int) -> list[dict[str, float]]:
-    """Runs a training loop behind a progress bar; returns the log rows of this session."""
-    log = []
+def follow(name: str, rows: Iterator[dict[str, float]], steps: int) -> None:
+    """Runs a training loop behind a progress bar."""
     with tqdm(total=steps, desc=f"{name:24s}", unit="step") as bar:
         for row in rows:
-            log.append(row)
             bar.update(row["step"] - bar.n)
             shown = {"loss": row["loss"], **{key: row[key] for key in ("lambda", "cosine") if key in row}}
             bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, refresh=False)
         bar.update(steps - bar.n)
-    return log

@@ -154,7 +154,8 @@ def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[s
         load_into(theta, {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}, checkpoint)
         load_optimizer(optimizer, tensors)
         first = saved["step"]
-        log = [row for row in map(json.loads, log_file.read_text().splitlines()) if row["step"] <= first]
+        lines = log_file.read_text().splitlines() if log_file.exists() else []
+        log = [row for row in map(json.loads, lines) if row["step"] <= first]
 
     for step in range(first, config.steps):
         values = losses(draw_batch(data, config, stage, step, pipe.shift))

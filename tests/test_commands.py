@@ -71,6 +71,11 @@ def test_an_output_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_damaged_run_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("[1, 2")
+    assert "run.json: damaged" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path, *BUDGET)
+
+
 def test_compare_reports_three_columns(tmp_path, capsys):
     main(["compare", "--seeds", "1", "--out", str(tmp_path / "c"), "--steps", "25", "--batch", "1", "--device", "cpu"])
     assert "| measure | LoRA | PureCC | LoRA stopped early |" in capsys.readouterr().out

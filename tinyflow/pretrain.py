@@ -30,7 +30,7 @@ from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    steps: int = 14000
+    steps: int = 12000
     batch: int = 64
     learning_rate: float = 1.2e-3                # after `warmup` steps; then a cosine down to 2 % of it
     warmup: int = 400
