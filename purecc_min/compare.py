@@ -43,6 +43,8 @@ def compare_seed(pipe: Pipeline, reader: Reader, recogniser: Recogniser, concept
     purecc, rows = stage_2(pipe, theta_1, data, config, folder, "purecc")
     follow(f"seed {config.seed}: PureCC", rows, config.steps)
 
+    # A run that stopped between a checkpoint and its snapshot would miss the snapshot for ever: this LoRA starts anew, to the same result.
+    (folder / "lora.safetensors").unlink(missing_ok=True)
     without = replace(config, eta=0.0)
     lora, rows = stage_2(pipe, theta_1, data, without, folder, "lora")
     snapshot = lambda step: folder / f"lora-{step:04d}.safetensors"

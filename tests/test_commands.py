@@ -77,9 +77,16 @@ def test_a_damaged_run_file_is_one_line(tmp_path, capsys):
 
 
 def test_compare_reports_three_columns(tmp_path, capsys):
-    main(["compare", "--seeds", "1", "--out", str(tmp_path / "c"), "--steps", "25", "--batch", "1", "--device", "cpu"])
+    """Twice: the second time as if it had been killed between LoRA's checkpoint and its snapshot, which once left it stuck."""
+    command = ["compare", "--seeds", "1", "--out", str(tmp_path / "c"), "--steps", "25", "--batch", "1", "--device", "cpu"]
+    main(command)
     assert "| measure | LoRA | PureCC | LoRA stopped early |" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "c" / "results.json").read_text())) == 1
+    whole = (tmp_path / "c" / "results.json").read_text()
+    assert len(json.loads(whole)) == 1
+    (tmp_path / "c" / "seed0" / "results.json").unlink()
+    (tmp_path / "c" / "seed0" / "lora-0025.safetensors").unlink()
+    main(command)
+    assert (tmp_path / "c" / "results.json").read_text() == whole
 
 
 def test_bad_input_is_one_line_and_exit_code_2(learned, tmp_path, capsys):
