@@ -25,10 +25,15 @@ SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a refer
 @dataclass(frozen=True)
 class Reference:
     id: str                                      # the file's name
-    picture: np.ndarray                          # uint8 [S, S, 3]
+    pictures: np.ndarray                         # uint8 [V, S, S, 3]: the picture, then random crops and flips of it
     complete: str
     base: str
     target: str
+
+    @property
+    def picture(self) -> np.ndarray:
+        """uint8 [S, S, 3], the picture itself."""
+        return self.pictures[0]
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,11 @@ class ConceptSet:
     notes: list[str]                             # one line for each picture that had to be converted
 
 
-def read_picture(path: Path, size: int) -> tuple[np.ndarray, str | None]:
-    """A picture file as uint8 RGB [size, size, 3], centre-cropped to a square, and a note if it had to be converted. Raises InputError."""
+def read_picture(path: Path, size: int, variants: int, rng: np.random.Generator) -> tuple[np.ndarray, str | None]:
+    """A picture file as uint8 RGB [variants, size, size, 3], and a note if it had to be converted. Raises InputError.
+
+    The first variant is the picture, centre-cropped to a square; the others are random squares of it, half of them mirrored.
+    """
     try:
         with Image.open(path) as image:
             if min(image.size) < SMALLEST or max(image.size) > LARGEST:
@@ -52,13 +60,22 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str | None]:
             if image.mode != "RGB":
                 done.append(f"converted from {image.mode} to RGB")
                 image = to_rgb(image)
-            square = ImageOps.fit(image, (size, size), Image.BOX if min(image.size) % size == 0 else Image.LANCZOS)
+            squares = [ImageOps.fit(image, (size, size), Image.BOX if min(image.size) % size == 0 else Image.LANCZOS)]
+            squares += [random_square(image, size, rng) for _ in range(variants - 1)]
     except InputError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else f"it cannot be read ({error})"
         raise InputError(f"{path}: {reason}; replace it or take it out of the folder") from None
-    return np.asarray(square), f"{path.name}: {', '.join(done)}" if done else None
+    return np.stack([np.asarray(square) for square in squares]), f"{path.name}: {', '.join(done)}" if done else None
+
+
+def random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """A square at a random place, four fifths of the shorter side or larger, mirrored every other time."""
+    side = min(image.size) * rng.uniform(0.8, 1.0)
+    left, top = (rng.uniform(0, length - side) for length in image.size)
+    square = image.resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side))
+    return ImageOps.mirror(square) if rng.random() < 0.5 else square
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -95,12 +112,12 @@ def without_token(text: str) -> str:
     return " ".join(text.replace(TOKEN, " ").split())
 
 
-def load_concept(folder: str | Path, class_word: str | None, size: int) -> ConceptSet:
+def load_concept(folder: str | Path, class_word: str | None, size: int, variants: int = 1, seed: int = 0) -> ConceptSet:
     """Reads a folder of pictures and texts.
 
     Args:
         class_word: an ordinary word close to the concept; may be left out if the CSV has instance_word.
-        size: pictures become size x size.
+        size: pictures become size x size. variants: of each picture, by random crops and flips drawn from `seed`; 1 is the picture alone.
     Raises: InputError for a missing or empty folder, an unreadable picture, a complete text without [V] or a base text with it.
     """
     folder = Path(folder)
@@ -116,7 +133,7 @@ def load_concept(folder: str | Path, class_word: str | None, size: int) -> Conce
     if not class_word:
         raise InputError(f"{folder}: say what kind of thing [V] is, for example --class-word robot")
 
-    references, notes = [], []
+    references, notes, rng = [], [], np.random.default_rng(seed)
     for path in paths:
         row, sidecar = rows.get(path.name, {}), path.with_suffix(".txt")
         if not row and sidecar.exists():
@@ -131,7 +148,7 @@ def load_concept(folder: str | Path, class_word: str | None, size: int) -> Conce
                 raise InputError(f"{path}: the {kind} text {text!r} has no {TOKEN}; write it before the class word, as in 'a {TOKEN} {class_word}'")
         if TOKEN.lower() in base.lower():
             raise InputError(f"{path}: the base text {base!r} has {TOKEN} in it; it must describe the picture without the concept's name")
-        picture, note = read_picture(path, size)
-        references.append(Reference(path.name, picture, complete, base, target))
+        pictures, note = read_picture(path, size, variants, rng)
+        references.append(Reference(path.name, pictures, complete, base, target))
         notes += [note] if note else []
     return ConceptSet(class_word, references, notes)

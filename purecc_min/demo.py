@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from purecc_min.branch import Branch
-from purecc_min.concept import ConceptSet, load_concept
+from purecc_min.concept import ConceptSet, load_concept, without_token
 from purecc_min.evaluate import calibrate, draw, draw_all, measure, table
 from purecc_min.run import claim, follow
 from purecc_min.sheet import sheet
@@ -27,10 +27,13 @@ WITH_TOKEN = ["a small [V] {} on the left in the snow", "a big [V] {} on the rig
 WITHOUT_TOKEN = ["a big {} on the left in the snow", "a big green cat on the right on the beach", "a small red house in the middle at night"]
 
 
-def draw_sheet(pipe: Pipeline, concept: ConceptSet, branches: dict[str, Branch], path: Path) -> None:
+def unseen_texts(class_word: str) -> list[str]:
+    return [text.format(class_word) for text in WITH_TOKEN + WITHOUT_TOKEN]
+
+
+def draw_sheet(pipe: Pipeline, concept: ConceptSet, branches: dict[str, Branch], complete: list[str], path: Path) -> None:
     """References, the original model with the base texts, and each branch with the complete texts, at seeds 0, 1, 2, ..."""
-    complete = [text.format(concept.class_word) for text in WITH_TOKEN + WITHOUT_TOKEN]
-    base = [text.replace("[V] ", "") for text in complete]
+    base = [without_token(text) for text in complete]
     pictures = lambda branch, texts: list(pipe.decode_images(draw(pipe, branch, texts, concept.class_word)))
     rows = [("references", [r.picture for r in concept.references][:len(base)]), ("original model, base text", pictures(None, base))]
     rows += [(f"{name}, complete text", pictures(branch, complete)) for name, branch in branches.items()]
@@ -53,7 +56,7 @@ def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_
         branches[name].save(folder / f"{name}-concept.safetensors", concept_facts(concept.class_word, its_config))
 
     shown = {"plain LoRA": branches["lora"], "PureCC": branches["purecc"]}
-    draw_sheet(pipe, concept, shown, folder / "comparison.png")
+    draw_sheet(pipe, concept, shown, unseen_texts(concept.class_word), folder / "comparison.png")
     original, recogniser = draw_all(pipe, None, concept.class_word, "original"), calibrate(reader, TOYS[toy])
     references = np.stack([r.picture for r in concept.references])
     results = {name: measure(pipe, reader, branch, concept.class_word, references, original,

@@ -36,11 +36,12 @@ def class_word_states(pipe: Pipeline, x_0: Tensor, class_text: Text, generator: 
     sums = torch.zeros(pipe.mmdit.config.depth, pipe.mmdit.config.width, device=x_0.device)
 
     def record(l: int, c: Tensor, slots: Tensor) -> Tensor:
-        sums[l] += c[slots].float().mean(0) / draws
+        sums[l] += c[slots].float().mean(0) * len(c) / len(x_0) / draws
         return c
 
     for _ in range(draws):
         t = sample_times(len(x_0), pipe.shift, generator).to(x_0)
         x_1 = torch.randn(x_0.shape, generator=generator).to(x_0)
-        pipe.velocity(path(x_0, x_1, t), t, class_text, fill=record)
+        for rows in torch.arange(len(x_0)).split(8):             # a large set must not need more memory than a training step
+            pipe.velocity(path(x_0, x_1, t)[rows], t[rows], class_text[rows], fill=record)
     return sums

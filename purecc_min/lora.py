@@ -3,12 +3,13 @@
 Each adapted linear layer computes W x + B A x, with A [r, in] and B [out, r]; B starts at zero, so a fresh set changes nothing. A set is
 not built into the model: while it is `attached`, hooks add its B A x to the outputs of the base's layers. So the frozen extractor and
 the trainable model are two sets over ONE base in memory, and the base is never written. There is no alpha: the scale is 1, that is
-alpha = rank. Read next: embeddings.py.
+alpha = rank. A and B are kept in fp32 and used in the dtype of the layer's input, bf16 over a bf16 base. Read next: embeddings.py.
 """
 
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out")     # in JointAttention, of both streams: the paper's eight attention projections
@@ -37,7 +38,8 @@ class LoRA(nn.Module):
         """Within this context the model computes with this set's adapters."""
         def hook_for(key: str):
             def add(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-                return output + (inputs[0].to(self.A[key].dtype) @ self.A[key].T @ self.B[key].T).to(output.dtype)
+                x = inputs[0]
+                return output + F.linear(F.linear(x, self.A[key].to(x.dtype)), self.B[key].to(x.dtype))
             return add
 
         hooks = [layer.register_forward_hook(hook_for(name.replace(".", "/"))) for name, layer in target_layers(mmdit).items()]

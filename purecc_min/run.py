@@ -20,9 +20,9 @@ from tinyflow.errors import InputError
 from tinyflow.weights import write_whole
 
 
-def claim(folder: Path, concept: ConceptSet, config: TrainConfig) -> None:
+def claim(folder: Path, concept: ConceptSet, config: TrainConfig, base: str = "tiny at 32 px") -> None:
     """Makes `folder` this run's, or checks that it already is. Raises InputError if it is another's."""
-    run = {"class_word": concept.class_word, "references": {r.id: [r.complete, r.base, r.target] for r in concept.references},
+    run = {"base": base, "class_word": concept.class_word, "references": {r.id: [r.complete, r.base, r.target] for r in concept.references},
            "config": asdict(config)}
     file = folder / "run.json"
     if file.exists():

@@ -31,7 +31,7 @@ SAVE_EVERY = 25                                  # steps between checkpoints
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are for the tiny world. The paper, on SD3.5 Medium: batch 2, both learning rates 1e-4, the rest as here."""
+    """The defaults are for the tiny world; base.py has those of SD3.5 Medium."""
     steps: int = 400                             # of each stage
     batch: int = 4
     rank: int = 4
@@ -54,15 +54,20 @@ class TrainConfig:
 class TrainingData(NamedTuple):
     """Pictures and texts, encoded once. Row i of everything belongs to the reference ids[i]."""
     ids: list[str]
-    x_0: Tensor                                  # [n, C, H, W]
+    variants: Tensor                             # [n, V, C, H, W]: each picture, then its random crops and flips
     complete: Text
     base: Text
     target: Text
     null: Text
     class_text: Text                             # the base texts, slots at the class word
 
+    @property
+    def x_0(self) -> Tensor:
+        """[n, C, H, W], the pictures themselves."""
+        return self.variants[:, 0]
+
     def fingerprint(self) -> str:
-        tensors = {"x_0": self.x_0} | {f"{name}.{part}": tensor for name in ("complete", "base", "target")
+        tensors = {"variants": self.variants} | {f"{name}.{part}": tensor for name in ("complete", "base", "target")
                                        for part, tensor in vars(getattr(self, name)).items()}
         return hashlib.sha256((tensor_hash(tensors) + json.dumps(self.ids)).encode()).hexdigest()
 
@@ -72,7 +77,7 @@ def prepare(pipe: Pipeline, concept: ConceptSet) -> TrainingData:
     references, word = concept.references, concept.class_word
     encode = lambda texts: pipe.encode_text(texts, {TOKEN: word})
     class_texts = [r.base if word in r.base.split() else word for r in references]
-    return TrainingData([r.id for r in references], pipe.encode_images([r.picture for r in references]),
+    return TrainingData([r.id for r in references], torch.stack([pipe.encode_images(r.pictures) for r in references]),
                         encode([r.complete for r in references]), encode([r.base for r in references]),
                         encode([r.target for r in references]), encode([""] * len(references)),
                         pipe.encode_text(class_texts, {word: word}))
@@ -88,10 +93,10 @@ class Batch(NamedTuple):
 
 def draw_batch(data: TrainingData, config: TrainConfig, stage: int, step: int, shift: float) -> Batch:
     generator = torch.Generator().manual_seed((config.seed * 10 + stage) * 10**7 + step)
-    rows = torch.randint(len(data.x_0), (config.batch,), generator=generator)
-    t = sample_times(config.batch, shift, generator).to(data.x_0)
-    x_1 = torch.randn((config.batch, *data.x_0.shape[1:]), generator=generator).to(data.x_0)
-    x_0 = data.x_0[rows]
+    rows = torch.randint(len(data.variants), (config.batch,), generator=generator)
+    t = sample_times(config.batch, shift, generator).to(data.variants)
+    x_1 = torch.randn((config.batch, *data.x_0.shape[1:]), generator=generator).to(data.variants)
+    x_0 = data.variants[rows, torch.randint(data.variants.shape[1], (config.batch,), generator=generator)]
     return Batch(rows, path(x_0, x_1, t), t, velocity_target(x_0, x_1))
 
 
@@ -163,7 +168,8 @@ def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[s
             raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; "
                              f"{checkpoint} holds the last good state, try a lower learning rate")
         optimizer.zero_grad()
-        values["loss"].backward()
+        with theta.lora.attached(pipe.mmdit):    # gradient checkpointing computes blocks again in here
+            values["loss"].backward()
         torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
         optimizer.step()
         row = {"step": step + 1, **{name: value.item() for name, value in values.items()}}
@@ -179,7 +185,7 @@ def stage_1(pipe: Pipeline, data: TrainingData, config: TrainConfig, folder: Pat
     generator = torch.Generator().manual_seed((config.seed * 10 + 1) * 10**7 - 1)
     Y = class_word_states(pipe, data.x_0, data.class_text, generator)
     theta_1 = Branch.fresh(pipe, Y, config.rank, generator)
-    origin = hashlib.sha256((data.fingerprint() + tensor_hash(pipe.state_dict())).encode()).hexdigest()
+    origin = hashlib.sha256((data.fingerprint() + tensor_hash(pipe.mmdit.state_dict())).encode()).hexdigest()
     losses = lambda batch: stage_1_losses(pipe, theta_1, data, batch)
     return theta_1, train_branch(pipe, theta_1, losses, data, config, 1, folder / "stage1.safetensors", origin)
 
@@ -194,19 +200,20 @@ def stage_2(pipe: Pipeline, theta_1: Branch, data: TrainingData, config: TrainCo
     return theta_2, train_branch(pipe, theta_2, losses, data, config, 2, folder / f"{name}.safetensors", origin)
 
 
-def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path, base: str = "tiny") -> Iterator[tuple[str, dict[str, float]]]:
     """Algorithm 1, whole: yields ("stage 1" or "stage 2", log row), leaves folder/concept.safetensors. The base is not written: checked by hash."""
-    data, base_hash = prepare(pipe, concept), tensor_hash(pipe.state_dict())
+    data, base_hash = prepare(pipe, concept), tensor_hash(pipe.mmdit.state_dict())
     theta_1, rows = stage_1(pipe, data, config, folder)
     yield from (("stage 1", row) for row in rows)
     theta_2, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, folder)
     yield from (("stage 2", row) for row in rows)
-    if tensor_hash(pipe.state_dict()) != base_hash:
+    if tensor_hash(pipe.mmdit.state_dict()) != base_hash:
         raise RuntimeError("the base model changed during training")
-    theta_2.save(folder / "concept.safetensors", concept_facts(concept.class_word, config))
+    theta_2.save(folder / "concept.safetensors", concept_facts(concept.class_word, config, base, pipe.picture_size))
 
 
-def concept_facts(class_word: str, config: TrainConfig) -> dict:
+def concept_facts(class_word: str, config: TrainConfig, base: str = "tiny", size: int = 32) -> dict:
     """What a concept's file says about itself."""
     versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__.split("+")[0]}
-    return {"token": TOKEN, "class_word": class_word, "rank": config.rank, "seed": config.seed, "config": asdict(config), "versions": versions}
+    return {"token": TOKEN, "class_word": class_word, "rank": config.rank, "base": base, "size": size, "seed": config.seed, "config": asdict(config),
+            "versions": versions}

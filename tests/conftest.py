@@ -11,7 +11,7 @@ from tinyflow.pipeline import Pipeline
 
 def make_pipe(**config) -> Pipeline:
     torch.manual_seed(0)
-    pipe = Pipeline(MMDiTConfig(**{**dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16), **config}))
+    pipe = Pipeline.tiny(MMDiTConfig(**{**dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16), **config}))
     with torch.no_grad():
         for parameter in pipe.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -26,3 +26,11 @@ def pipe() -> Pipeline:
 @pytest.fixture(scope="session")
 def robot():
     return load_concept(FOLDER / "striped_robot", "robot", 32)
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory):
+    """A small Stable Diffusion 3 with random weights: its diffusers folder, and diffusers' own pipeline."""
+    from tests.public import write_sd3
+    folder = tmp_path_factory.mktemp("public") / "sd3"
+    return folder, write_sd3(folder)

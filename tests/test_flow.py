@@ -61,3 +61,9 @@ def test_guidance_one_is_the_text_and_zero_the_null():
 def test_a_seeds_noise_does_not_depend_on_its_neighbours():
     many = flow.noise_for([5, 6, 7], (3, 8, 8))
     assert torch.equal(flow.noise_for([6], (3, 8, 8))[0], many[1]) and not torch.equal(many[0], many[1])
+
+
+def test_the_samplers_times_are_those_of_the_public_sd3_scheduler():
+    """FlowMatchEuler with shift 3 starts its even spacing at 1 and ends it at 0.002994, not one step before 0."""
+    assert [round(t, 4) for t in flow.sampling_times(4, shift=3.0, last=0.002994)] == [1.0, .8577, .6022, .0089, 0.0]
+    torch.testing.assert_close(torch.tensor(flow.sampling_times(4)), torch.tensor([1, .75, .5, .25, 0]))

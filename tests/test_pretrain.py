@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A small model; sample grids are tested where they matter."""
-    monkeypatch.setattr(module, "Pipeline", lambda: make_pipe().requires_grad_(True))
+    monkeypatch.setattr(module, "Pipeline", SimpleNamespace(tiny=lambda: make_pipe().requires_grad_(True)))
     monkeypatch.setattr(module, "sample_grid", lambda pipe: module.Image.new("RGB", (8, 8)))
 
 
@@ -60,8 +61,8 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     """torchrun splits each batch; the averaged gradients are those of one process (up to bf16 rounding)."""
     script = tmp_path / "small.py"
     script.write_text(
-        "import sys\nfrom tests.conftest import make_pipe\nfrom tinyflow import pretrain as module\n"
-        "module.Pipeline = lambda: make_pipe().requires_grad_(True)\n"
+        "import sys\nfrom types import SimpleNamespace\nfrom tests.conftest import make_pipe\nfrom tinyflow import pretrain as module\n"
+        "module.Pipeline = SimpleNamespace(tiny=lambda: make_pipe().requires_grad_(True))\n"
         "module.sample_grid = lambda pipe: module.Image.new('RGB', (8, 8))\nmodule.main(sys.argv[1:])\n")
     arguments = ["--steps", "5", "--batch", "4", "--pictures", "12", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -48,7 +48,7 @@ def losses_of(trained, **changes):
 
 def test_pictures_and_texts_are_paired_by_id(pipe, robot):
     """Cached latents once met the wrong captions after a shuffle (diffusers #14430): any order of references gives the same pairs."""
-    changed = [replace(r, id=f"{n}.png", complete=f"a {colour} [V] robot", base=f"a {colour} robot", picture=np.full_like(r.picture, n))
+    changed = [replace(r, id=f"{n}.png", complete=f"a {colour} [V] robot", base=f"a {colour} robot", pictures=np.full_like(r.pictures, n))
                for n, (r, colour) in enumerate(zip(robot.references, ("red", "green", "blue", "pink")))]
     data, shuffled = (prepare(pipe, ConceptSet("robot", rows, [])) for rows in (changed, changed[::-1]))
     for n, id in enumerate(data.ids):
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, 
 
 def test_another_runs_folder_is_refused(trained):
     pipe, data, theta_1, folder = trained
-    for other_data, other_config in ((data, replace(CONFIG, seed=1)), (data._replace(x_0=data.x_0 + 1), CONFIG)):
+    for other_data, other_config in ((data, replace(CONFIG, seed=1)), (data._replace(variants=data.variants + 1), CONFIG)):
         with pytest.raises(InputError, match="holds another run"):
             run(stage_1(pipe, other_data, other_config, folder)[1])
 

@@ -10,15 +10,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, tokens, d].
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v for q, k, v [B, heads, tokens, d]; the scale is 1 / sqrt(d) unless it is given.
 
     On CPU it runs in fp32 even under bf16 autocast: the bf16 backward of CPU attention is about four times slower.
     """
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            bias = bias.float() if bias is not None else None
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias, is_causal=causal, scale=scale).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale)
 
 
 class RMSNorm(nn.Module):

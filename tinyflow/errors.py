@@ -12,6 +12,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where, and what to do."""
 
 
+def listing(items: list[str], shown: int = 6) -> str:
+    """Many complaints on one line: the first few, in order, and how many more there are."""
+    return "; ".join(sorted(items)[:shown]) + (f"; and {len(items) - shown} more" if len(items) > shown else "")
+
+
 @contextlib.contextmanager
 def report_errors():
     """Turns an InputError, a full or read-only disk, and Ctrl-C into one line on stderr and an exit code (2, or 130 for Ctrl-C)."""

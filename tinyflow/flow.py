@@ -61,14 +61,26 @@ def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: float = 1.0) -> Iterator[tuple[float, Tensor]]:
+def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
+    """The times from 1 down to 0 at which the sampler stops, steps + 1 of them.
+
+    Args:
+        last: the last time before 0, ahead of the shift. By default times are evenly spaced; SD3's public sampler has 0.002994 here, so
+            that its last step is a very short one.
+    """
+    last = 1 / steps if last is None else last
+    return [*shift_times(torch.linspace(1, last, steps, dtype=torch.float64), shift).tolist(), 0.0]
+
+
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: float = 1.0,
+          last: float | None = None) -> Iterator[tuple[float, Tensor]]:
     """Integrates dx/dt = velocity(x, t) from t = 1 to 0 in `steps` Euler steps; yields (t, x) after each.
 
     Args:
         velocity: takes x [B, ...] and t [B], returns dx/dt [B, ...].
-        x: noise x_1 [B, ...].
+        x: noise x_1 [B, ...]. shift, last: see sampling_times.
     """
-    times = shift_times(torch.linspace(1, 0, steps + 1), shift).tolist()
+    times = sampling_times(steps, shift, last)
     for t, t_next in zip(times, times[1:]):
         x = x + (t_next - t) * velocity(x, torch.full((len(x),), t, device=x.device))
         yield t_next, x

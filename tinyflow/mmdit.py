@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyflow.attention import JointAttention, SelfAttention
 
@@ -135,6 +136,7 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig = MMDiTConfig()):
         super().__init__()
         self.config, width = config, config.width
+        self.checkpointing = False               # True: a block's inner states are not kept but computed again in the backward pass
         self.patch_embedder = nn.Conv2d(config.channels, width, config.patch, stride=config.patch)
         self.time_embedder = MLP(256, width, width, F.silu)
         self.pooled_embedder = MLP(config.pooled_width, width, width, F.silu)
@@ -192,7 +194,10 @@ class MMDiT(nn.Module):
         for l, block in enumerate(self.blocks):
             if text_hook is not None:
                 c = text_hook(l, c)
-            x, c = block(x, c, vec)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, c = checkpoint(block, x, c, vec, use_reentrant=False)
+            else:
+                x, c = block(x, c, vec)
 
         shift, scale = self.final_adaln(vec)
         x = self.final_linear(modulate(x, shift, scale))                                         # [B, N, p*p*C]

@@ -60,7 +60,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.rank, self.processes = config, rank, processes
         self.scenes, self.pictures = scenes, pictures
-        self.pipe, self.average = Pipeline().to(device), Pipeline().to(device).requires_grad_(False)
+        self.pipe, self.average = Pipeline.tiny().to(device), Pipeline.tiny().to(device).requires_grad_(False)
         self.average.load_state_dict(self.pipe.state_dict())
         self.mmdit = torch.compile(self.pipe.mmdit) if compiled else self.pipe.mmdit
         self.optimizer = torch.optim.AdamW(self.pipe.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)

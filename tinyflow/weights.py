@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, listing
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -25,7 +25,7 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -50,11 +50,11 @@ def write_whole(path: str | Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Writes tensors with `facts` (JSON-able) as metadata."""
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors with `facts` (JSON-able) as metadata; `metadata` holds entries that other programs look for."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
-    write_whole(path, save(tensors, {"tinyflow": about}))        # one entry: several would be written in random order
+    write_whole(path, save(tensors, {"tinyflow": about} | (metadata or {})))       # alone, one entry: several are written in random order
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
@@ -84,8 +84,7 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) 
     wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
               for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if wrong:
-        shown = "; ".join(sorted(wrong)[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
-        raise InputError(f"{where}: the tensors do not fit this model: {shown}")
+        raise InputError(f"{where}: the tensors do not fit this model: {listing(wrong)}")
     module.load_state_dict(tensors)
 
 

@@ -1,0 +1,221 @@
+"""This project against diffusers and peft, in one run on this machine's CPU: pairs of runs, ratios, medians.
+
+    python -m tests.side_by_side                 about 6 minutes on 2 cores
+
+1. MMDiT forward, and forward + backward, against SD3Transformer2DModel with the same random weights, in fp32 and bf16.
+2. A step of stage 2 against the step that the authors' released code takes, replayed from its description on diffusers + peft: a trainable
+   forward on complete and base texts with the gradient through both, a frozen forward on target and empty texts with the adapter disabled,
+   two losses, backward, clipping, AdamW. As released (texts and pictures encoded anew in each step, two transformers in memory), with
+   encodings cached, and with one shared transformer besides. Each runs in a process of its own, which also gives its peak memory.
+A ratio above 1 says that the peer is slower, or takes more.
+"""
+
+import argparse
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from statistics import median
+from typing import Callable
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from purecc_min.branch import Branch
+from purecc_min.train import Batch, TrainConfig, TrainingData, stage_2_losses
+from tests.public import randomise
+from tinyflow.checkpoint import take
+from tinyflow.flow import sample_times, squared_error
+from tinyflow.layouts import DIFFUSERS, mmdit_layers
+from tinyflow.mmdit import MMDiT, MMDiTConfig
+from tinyflow.pipeline import Pipeline, Text
+
+DEPTH, HEADS, TOKENS, LATENT, CONTEXT, POOLED = 4, 8, 154, 32, 1024, 512
+TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+CLIP = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, projection_dim=256)
+T5 = dict(vocab_size=32128, d_model=CONTEXT, d_kv=64, d_ff=2816, num_layers=8, num_heads=16, feed_forward_proj="gated-gelu")
+
+
+def make_theirs(dtype: torch.dtype) -> SD3Transformer2DModel:
+    return randomise(SD3Transformer2DModel(sample_size=LATENT, num_layers=DEPTH, num_attention_heads=HEADS, joint_attention_dim=CONTEXT,
+                                           caption_projection_dim=64 * HEADS, pooled_projection_dim=POOLED, pos_embed_max_size=LATENT // 2,
+                                           dual_attention_layers=(0, 1), qk_norm="rms_norm"), scale=0.03).to(dtype)
+
+
+def make_ours(dtype: torch.dtype) -> MMDiT:
+    """With the weights of `make_theirs`."""
+    ours = MMDiT(MMDiTConfig(16, 2, 64 * HEADS, DEPTH, HEADS, CONTEXT, POOLED, LATENT // 2, LATENT // 2, True, (0, 1)))
+    theirs, layers, state = make_theirs(dtype).state_dict(), mmdit_layers(DIFFUSERS, DEPTH), {}
+    for name in ours.state_dict():
+        layer, _, last = name.rpartition(".")
+        source, _, how = layers[layer].removesuffix("]").partition("[")
+        state[name] = take(theirs[f"{source}.{last}"], how)
+    ours.load_state_dict(state)
+    return ours.to(dtype).requires_grad_(False).eval()
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def forward_ratios(dtype: torch.dtype, backward: bool, pairs: int, batch: int = 2) -> tuple[float, float, float]:
+    """Median seconds of theirs and of ours, and the median of the pairs' ratios."""
+    theirs, ours = make_theirs(dtype).requires_grad_(backward), make_ours(dtype).requires_grad_(backward)
+    x, context, pooled = (tensor.to(dtype) for tensor in (draw(batch, 16, LATENT, LATENT), draw(batch, TOKENS, CONTEXT), draw(batch, POOLED)))
+    t = torch.full((batch,), 0.5)
+    calls = (lambda: theirs(x, timestep=t * 1000, encoder_hidden_states=context, pooled_projections=pooled).sample,
+             lambda: ours(x, t, context, pooled))
+
+    def run(call: Callable[[], torch.Tensor]) -> None:
+        with torch.set_grad_enabled(backward):
+            out = call()
+            if backward:
+                out.float().square().mean().backward()
+
+    for call in calls:
+        run(call)
+    times = [[seconds(partial(run, call)) for call in (calls if n % 2 else calls[::-1])][::1 if n % 2 else -1] for n in range(pairs)]
+    return median(a for a, _ in times), median(b for _, b in times), median(a / b for a, b in times)
+
+
+@dataclass
+class Inputs:
+    """What a step is given: two references, encoded."""
+    batch: int = 2
+
+    def __post_init__(self):
+        self.x_0 = draw(self.batch, 16, LATENT, LATENT)
+        self.texts = [Text(draw(self.batch, TOKENS, CONTEXT, seed=n), draw(self.batch, POOLED, seed=n),
+                           torch.zeros(self.batch, TOKENS).bool().index_fill(1, torch.tensor([2, 79]), n in (0, 2))) for n in range(4)]
+
+    def noisy(self, step: int) -> Batch:
+        t, x_1 = sample_times(self.batch, 3.0, torch.Generator().manual_seed(step)), draw(*self.x_0.shape, seed=step)
+        return Batch(torch.arange(self.batch), (1 - t.view(-1, 1, 1, 1)) * self.x_0 + t.view(-1, 1, 1, 1) * x_1, t, x_1 - self.x_0)
+
+
+def our_step(dtype: torch.dtype) -> Callable[[int], None]:
+    inputs, config = Inputs(), TrainConfig(batch=2)
+    complete, base, target, null = inputs.texts
+    pipe = Pipeline(None, None, make_ours(dtype), None, LATENT)
+    data = TrainingData(["a", "b"], inputs.x_0[:, None], complete, base, target, null, base)
+    theta_1, theta_2 = (Branch.fresh(pipe, draw(DEPTH, 64 * HEADS), rank=4) for _ in range(2))
+    theta_1.requires_grad_(False)
+    optimizer = torch.optim.AdamW(theta_2.parameters(), lr=1e-4)
+
+    def step(n: int) -> None:
+        loss = stage_2_losses(pipe, theta_1, theta_2, data, inputs.noisy(n), config)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theta_2.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def encoders(dtype: torch.dtype) -> Callable[[], None]:
+    """One batch of texts through two CLIPs and a T5, as released. Their sizes are small ones, in about the ratios of the real ones."""
+    clips = [randomise(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP))).to(dtype) for _ in range(2)]
+    t5, ids = randomise(T5EncoderModel(T5Config(**T5))).to(dtype), torch.arange(2 * 77).view(2, 77)
+
+    @torch.no_grad()
+    def encode() -> None:
+        for clip in clips:
+            clip(ids, output_hidden_states=True)
+        t5(ids)
+    return encode
+
+
+def released_step(dtype: torch.dtype, cached: bool, shared: bool) -> Callable[[int], None]:
+    inputs = Inputs()
+    complete, base, target, null = inputs.texts
+    model = make_theirs(dtype)
+    frozen = model if shared else make_theirs(dtype)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    encode = None if cached else encoders(dtype)
+    vae, pictures = None if cached else randomise(AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)), draw(2, 3, 8 * LATENT, 8 * LATENT)
+
+    def predict(transformer, batch: Batch, texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+        text = Text.cat(texts)
+        return transformer(torch.cat([batch.x_t] * 2).to(dtype), timestep=torch.cat([batch.t] * 2) * 1000,
+                           encoder_hidden_states=text.context.to(dtype), pooled_projections=text.pooled.to(dtype)).sample.float().chunk(2)
+
+    def step(n: int) -> None:
+        if not cached:
+            for _ in range(4):
+                encode()
+            with torch.no_grad():
+                vae.encode(pictures).latent_dist.sample()
+        batch = inputs.noisy(n)
+        v_complete, v_base = predict(model, batch, [complete, base])
+        with torch.no_grad():
+            if shared:
+                model.disable_adapters()
+            v_target, v_null = predict(frozen, batch, [target, null])
+            if shared:
+                model.enable_adapters()
+        loss = squared_error(v_complete, batch.v) + squared_error(v_complete, v_base + v_target - v_null)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return step
+
+
+STEPS = {"ours": our_step, "released": partial(released_step, cached=False, shared=False),
+         "released, encodings cached": partial(released_step, cached=True, shared=False),
+         "released, cached, one transformer": partial(released_step, cached=True, shared=True)}
+
+
+def time_step(name: str, dtype: torch.dtype, steps: int) -> tuple[float, float]:
+    """Median seconds a step, and the peak memory above that of the process before, in bytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = STEPS[name](dtype)
+    step(0)
+    times = [seconds(partial(step, n)) for n in range(1, steps + 1)]
+    return median(times), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of runs (%(default)s)")
+    pairs = parser.parse_args().pairs
+    print(f"CPU, {torch.get_num_threads()} threads; depth {DEPTH}, width {64 * HEADS}, {TOKENS} text tokens, {LATENT} x {LATENT} latents, batch 2\n")
+    print("| MMDiT | diffusers (s) | ours (s) | ratio |\n|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in (False, True):
+            theirs, ours, ratio = forward_ratios(dtype, backward, pairs)
+            print(f"| forward{' + backward' if backward else ''}, {str(dtype)[6:]} | {theirs:.3f} | {ours:.3f} | {ratio:.2f} |", flush=True)
+    print("\n| step of stage 2 | s | ratio to ours | peak memory (MB) | ratio to ours |\n|---|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = {name: [] for name in STEPS}
+        for _ in range(3):
+            for name in STEPS:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    rows[name].append(pool.submit(time_step, name, dtype, pairs).result())
+        for name, runs in rows.items():
+            time_ratio, memory_ratio = (median(run[n] / ours[n] for run, ours in zip(runs, rows["ours"])) for n in range(2))
+            time, memory = (median(run[n] for run in runs) for n in range(2))
+            print(f"| {name}, {str(dtype)[6:]} | {time:.3f} | {time_ratio:.2f} | {memory / 1e6:.0f} | {memory_ratio:.2f} |", flush=True)
+    models = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)), T5EncoderModel(T5Config(**T5))
+    clip, t5 = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models)
+    print(f"\nAs released, each step reads {4 * 2} texts with two CLIPs of {clip:.0f} M parameters and a T5 of {t5:.0f} M "
+          "(SD3.5: 124 M, 695 M and 4,762 M), and 2 pictures with a VAE of a quarter of the real width.")
+
+
+if __name__ == "__main__":
+    main()
