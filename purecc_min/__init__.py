@@ -1,1 +1,4 @@
-"""PureCC, readable: learn a concept and change nothing else. Read in this order: objective, lora, embeddings, branch, concept, train, evaluate."""
+"""PureCC, readable: learn a concept and change nothing else. Read in this order: objective, lora, embeddings, branch, concept, train, evaluate.
+
+For public weights besides: base, memory, export.
+"""

@@ -37,7 +37,7 @@ def draw_sheet(pipe: Pipeline, concept: ConceptSet, branches: dict[str, Branch],
     pictures = lambda branch, texts: list(pipe.decode_images(draw(pipe, branch, texts, concept.class_word)))
     rows = [("references", [r.picture for r in concept.references][:len(base)]), ("original model, base text", pictures(None, base))]
     rows += [(f"{name}, complete text", pictures(branch, complete)) for name, branch in branches.items()]
-    sheet(rows, [(1, complete)]).save(path)
+    sheet(rows, [(1, complete)], side=min(256, max(128, pipe.picture_size))).save(path)
 
 
 def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_robot") -> dict[str, dict[str, float]]:

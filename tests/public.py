@@ -63,8 +63,8 @@ def small_vae(channels: tuple[int, ...] = (8, 16, 16, 16), layers: int = 1, grou
                                    use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), seed=2)
 
 
-def small_clip(width: int, activation: str, seed: int, layers: int = 2) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4, hidden_act=activation,
+def small_clip(width: int, activation: str, seed: int, heads: int = 4) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=heads, hidden_act=activation,
                             projection_dim=width, eos_token_id=2)
     return randomise(CLIPTextModelWithProjection(config), seed)
 

@@ -1,6 +1,6 @@
 """This project against diffusers and peft, in one run on this machine's CPU: pairs of runs, ratios, medians.
 
-    python -m tests.side_by_side                 about 6 minutes on 2 cores
+    python -m tests.side_by_side                 about 15 minutes on 2 cores, most of it in bf16
 
 1. MMDiT forward, and forward + backward, against SD3Transformer2DModel with the same random weights, in fp32 and bf16.
 2. A step of stage 2 against the step that the authors' released code takes, replayed from its description on diffusers + peft: a trainable
@@ -11,12 +11,13 @@ A ratio above 1 says that the peer is slower, or takes more.
 """
 
 import argparse
-import resource
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import Callable
 
@@ -181,39 +182,54 @@ STEPS = {"ours": our_step, "released": partial(released_step, cached=False, shar
          "released, cached, one transformer": partial(released_step, cached=True, shared=True)}
 
 
-def time_step(name: str, dtype: torch.dtype, steps: int) -> tuple[float, float]:
+def resident(entry: str) -> int:
+    """VmRSS, the process's memory, or VmHWM, its peak, in bytes; getrusage's peak would hold the parent's (Linux)."""
+    return 1024 * int(re.search(rf"{entry}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def time_step(name: str, dtype: torch.dtype, steps: int) -> tuple[float, int]:
     """Median seconds a step, and the peak memory above that of the process before, in bytes."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     step = STEPS[name](dtype)
     step(0)
     times = [seconds(partial(step, n)) for n in range(1, steps + 1)]
-    return median(times), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return median(times), resident("VmHWM") - before
+
+
+def forward_table(dtype: torch.dtype, pairs: int) -> None:
+    print("| MMDiT | diffusers (s) | ours (s) | ratio |\n|---|---|---|---|")
+    for backward in (False, True):
+        theirs, ours, ratio = forward_ratios(dtype, backward, pairs)
+        print(f"| forward{' + backward' if backward else ''}, {str(dtype)[6:]} | {theirs:.3f} | {ours:.3f} | {ratio:.2f} |", flush=True)
+
+
+def step_table(dtype: torch.dtype, steps: int, rounds: int) -> None:
+    """Each round runs every step once, one after the other; ratios are within a round."""
+    rows = {name: [] for name in STEPS}
+    for _ in range(rounds):
+        for name in STEPS:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                rows[name].append(pool.submit(time_step, name, dtype, steps).result())
+    print("| step of stage 2 | s | ratio to ours | peak memory (MB) | ratio to ours |\n|---|---|---|---|---|")
+    for name, runs in rows.items():
+        time_ratio, memory_ratio = (median(run[n] / ours[n] for run, ours in zip(runs, rows["ours"])) for n in range(2))
+        duration, memory = (median(run[n] for run in runs) for n in range(2))
+        print(f"| {name}, {str(dtype)[6:]} | {duration:.3f} | {time_ratio:.2f} | {memory / 1e6:.0f} | {memory_ratio:.2f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=9, help="pairs of runs (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of runs, or steps, in fp32; in bf16 a fifth of them (%(default)s)")
     pairs = parser.parse_args().pairs
     print(f"CPU, {torch.get_num_threads()} threads; depth {DEPTH}, width {64 * HEADS}, {TOKENS} text tokens, {LATENT} x {LATENT} latents, batch 2\n")
-    print("| MMDiT | diffusers (s) | ours (s) | ratio |\n|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
-        for backward in (False, True):
-            theirs, ours, ratio = forward_ratios(dtype, backward, pairs)
-            print(f"| forward{' + backward' if backward else ''}, {str(dtype)[6:]} | {theirs:.3f} | {ours:.3f} | {ratio:.2f} |", flush=True)
-    print("\n| step of stage 2 | s | ratio to ours | peak memory (MB) | ratio to ours |\n|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
-        rows = {name: [] for name in STEPS}
-        for _ in range(3):
-            for name in STEPS:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    rows[name].append(pool.submit(time_step, name, dtype, pairs).result())
-        for name, runs in rows.items():
-            time_ratio, memory_ratio = (median(run[n] / ours[n] for run, ours in zip(runs, rows["ours"])) for n in range(2))
-            time, memory = (median(run[n] for run in runs) for n in range(2))
-            print(f"| {name}, {str(dtype)[6:]} | {time:.3f} | {time_ratio:.2f} | {memory / 1e6:.0f} | {memory_ratio:.2f} |", flush=True)
+    for dtype, count, rounds in ((torch.float32, pairs, 3), (torch.bfloat16, max(1, pairs // 5), 1)):
+        forward_table(dtype, count)
+        print()
+        step_table(dtype, count, rounds)
+        print()
     models = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)), T5EncoderModel(T5Config(**T5))
     clip, t5 = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models)
-    print(f"\nAs released, each step reads {4 * 2} texts with two CLIPs of {clip:.0f} M parameters and a T5 of {t5:.0f} M "
+    print(f"As released, each step reads {4 * 2} texts with two CLIPs of {clip:.0f} M parameters and a T5 of {t5:.0f} M "
           "(SD3.5: 124 M, 695 M and 4,762 M), and 2 pictures with a VAE of a quarter of the real width.")
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from purecc_min.__main__ import build_parser, main
@@ -122,6 +123,19 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(weights.os, "fsync", full)
     assert "no space left" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path / "x", *BUDGET)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_exhausted_memory_is_one_line_and_another_error_keeps_its_traceback(error, learned, capsys, monkeypatch):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Pipeline, "sample", exhausted)
+    assert "out of memory; choose a smaller" in fails(capsys, "sample", learned / "concept.safetensors", "a [V] robot", "--device", "cpu")
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["sample", str(learned / "concept.safetensors"), "a [V] robot", "--device", "cpu"])
 
 
 def test_no_command_has_more_than_fifteen_options_and_each_is_explained():

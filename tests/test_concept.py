@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from purecc_min.concept import load_concept
+from purecc_min.concept import load_concept, random_square
 from tinyflow.errors import InputError
 
 
@@ -130,3 +130,17 @@ def test_captions_that_do_not_match_the_pictures(folder):
 
 def test_a_class_word_is_needed(folder):
     refused(folder, "--class-word", class_word=None)
+
+
+def test_random_squares_lie_inside_the_picture_and_every_other_one_is_mirrored():
+    """Red on the left, blue on the right, brighter to the bottom: a square tells where it was cut and whether it was turned."""
+    wide = np.zeros((60, 90, 3), dtype=np.uint8)
+    wide[:, :45, 0], wide[:, 45:, 2], wide[:, :, 1] = 200, 200, np.arange(60)[:, None] * 4
+    rng = np.random.default_rng(0)
+    squares = [np.asarray(random_square(Image.fromarray(wide), 30, rng)).astype(int) for _ in range(200)]
+    mirrored = [square[:, 0, 0].mean() < square[:, -1, 0].mean() for square in squares]
+    assert 70 < sum(mirrored) < 130
+    heights = [(square[-1, 15, 1] - square[0, 15, 1]) / 4 for square in squares]     # rows of the picture from the first to the last of a square
+    assert 44 < min(heights) < 50 and 56 < max(heights) < 60
+    starts = [square[0, 15, 1] / 4 for square in squares]
+    assert min(starts) < 2 and max(starts) > 8

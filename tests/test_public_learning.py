@@ -48,6 +48,21 @@ def test_the_plan_is_printed_before_anything_is_loaded(sd3, tmp_path, capsys, mo
     assert "stage 2 at 64 px, batch 2 needs" in line and "the card has 0.1 GB" in line and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_gradient_checkpointing_is_on_where_the_plan_says_so(sd3, tmp_path, monkeypatch, needed):
+    class Reached(Exception):
+        pass
+
+    def learn(pipe, *_):
+        assert pipe.mmdit.checkpointing == needed
+        raise Reached
+
+    monkeypatch.setattr("purecc_min.__main__.plan", lambda *_: needed)
+    monkeypatch.setattr("purecc_min.__main__.learn", learn)
+    with pytest.raises(Reached):
+        main(["learn", str(ROBOT), "--weights", str(sd3[0]), "--out", str(tmp_path / "run"), *PUBLIC])
+
+
 def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     concept = learned / "concept.safetensors"
     assert "--weights DIR" in fails(capsys, "learn", ROBOT, *PUBLIC)

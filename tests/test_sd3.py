@@ -1,6 +1,7 @@
 """The public layouts against diffusers: loading, every model in it, prompt assembly, the whole pipeline, and the full-size manifests."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from tests.public import small_transformer, small_vae, to_single_file, write_sparse
+from tests.public import small_clip, small_t5, small_transformer, small_vae, to_single_file, write_sparse
 from tinyflow.checkpoint import Checkpoint
 from tinyflow.errors import InputError
 from tinyflow.flow import noise_for
@@ -138,6 +139,26 @@ def test_what_is_missing_is_named_at_once(sd3, tmp_path):
     assert load_sd3(only, folder, size=16).mmdit.config.width == 128
     with pytest.raises(InputError, match="choose a smaller --size"):
         load_sd3(folder, size=512)
+
+
+def test_a_single_file_may_hold_the_text_encoders(sd3, tmp_path):
+    """All in one, with the tokenizers from --text; T5's embedding under either of its names."""
+    clip_l, clip_g, t5 = small_clip(128, "quick_gelu", 3, heads=2), small_clip(64, "gelu", 4, heads=1), small_t5(width=200)
+    encoders = {name: model.state_dict() for name, model in (("clip_l", clip_l), ("clip_g", clip_g), ("t5xxl", t5))}
+    del encoders["t5xxl"]["shared.weight"]
+    transformer = small_transformer(attention_head_dim=64, joint_attention_dim=200, pooled_projection_dim=192)
+    save_file(to_single_file(transformer.state_dict(), small_vae(channels=(32, 32), groups=32).state_dict(), **encoders), tmp_path / "all.safetensors")
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(sd3[0] / name, tmp_path / "text" / name)
+    ours = load_sd3(tmp_path / "all.safetensors", tmp_path / "text", size=16, dtype=torch.float32)
+    ids, _ = ours.tokenizer(["a dog on the beach"])
+    text = ours.encode_text(["a dog on the beach"])
+    l, g = (model(part, output_hidden_states=True) for model, part in ((clip_l, ids[:, :77]), (clip_g, ids[:, 77:154])))
+    torch.testing.assert_close(text.context[:, :77, :192], torch.cat([l.hidden_states[-2], g.hidden_states[-2]], -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text.context[:, 77:], t5(ids[:, 154:]).last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text.pooled, torch.cat([l.text_embeds, g.text_embeds], -1), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="no tokenizer/, tokenizer_2/, tokenizer_3/; .* give it with --text DIR"):
+        load_sd3(tmp_path / "all.safetensors", size=16)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import sys
 
+import torch
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where, and what to do."""
@@ -19,7 +21,7 @@ def listing(items: list[str], shown: int = 6) -> str:
 
 @contextlib.contextmanager
 def report_errors():
-    """Turns an InputError, a full or read-only disk, and Ctrl-C into one line on stderr and an exit code (2, or 130 for Ctrl-C)."""
+    """Turns an InputError, a full or read-only disk, exhausted memory and Ctrl-C into one line on stderr and an exit code (2; 130 for Ctrl-C)."""
     try:
         yield
     except InputError as error:
@@ -28,6 +30,10 @@ def report_errors():
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         message, code = f"error: cannot write {error.filename or 'the output'}: {error.strerror.lower()}; what was saved before is intact", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        message, code = "error: out of memory; choose a smaller --batch, --number or --size; what was saved before is intact", 2
     except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last checkpoint", 130
     else:

@@ -186,7 +186,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"a picture of {x.shape[-2]} x {x.shape[-1]} does not divide into patches of {patch}")
         rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
 
-        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d")                            # [B, N, D]
+        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d").contiguous()               # [B, N, D], or each norm copies
         x = x + self.cropped_positions(rows, columns).to(x.dtype)
         c = self.context_embedder(context)                                                       # [B, T, D]
         vec = self.time_embedder(time_features(t).to(pooled.dtype)) + self.pooled_embedder(pooled)     # [B, D]

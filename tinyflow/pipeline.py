@@ -5,7 +5,7 @@
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
 
 and `sample`, which draws pictures with them. The flow runs on what the codec makes of a picture: its pixels in the tiny world, the
-autoencoder's latents in SD3.5. Read next: pretrain.py, or purecc_min.
+autoencoder's latents in SD3.5. Read next: pretrain.py, checkpoint.py (public weights), or purecc_min.
 """
 
 from dataclasses import dataclass, fields
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tinyflow.flow import euler, guide, noise_for
 from tinyflow.mmdit import MMDiT, MMDiTConfig
@@ -133,6 +134,6 @@ class Pipeline(nn.Module):
 
         side = self.picture_size // self.codec.factor
         x = noise_for(seeds, (self.mmdit.config.channels, side, side)).to(self.device)
-        for _, x in euler(guided, x, steps, self.shift, self.last_time):
+        for _, x in tqdm(euler(guided, x, steps, self.shift, self.last_time), "sampling", steps, leave=False, delay=5):
             pass
         return x

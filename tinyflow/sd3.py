@@ -104,6 +104,8 @@ class Part:
         try:
             with torch.device("meta"):
                 return make()
+        except InputError:
+            raise
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
             raise InputError(f"{self.checkpoint.where}: the shapes contradict each other ({error})") from None
 
