@@ -147,7 +147,8 @@ def test_a_single_file_may_hold_the_text_encoders(sd3, tmp_path):
     encoders = {name: model.state_dict() for name, model in (("clip_l", clip_l), ("clip_g", clip_g), ("t5xxl", t5))}
     del encoders["t5xxl"]["shared.weight"]
     transformer = small_transformer(attention_head_dim=64, joint_attention_dim=200, pooled_projection_dim=192)
-    save_file(to_single_file(transformer.state_dict(), small_vae(channels=(32, 32), groups=32).state_dict(), **encoders), tmp_path / "all.safetensors")
+    vae = small_vae(channels=(32, 32), groups=32)
+    save_file(to_single_file(transformer.state_dict(), vae.state_dict(), **encoders), tmp_path / "all.safetensors")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         shutil.copytree(sd3[0] / name, tmp_path / "text" / name)
     ours = load_sd3(tmp_path / "all.safetensors", tmp_path / "text", size=16, dtype=torch.float32)
