@@ -1,8 +1,8 @@
 """Memory counted without a card: against cases worked out by hand, torch's own profiler, and the targets at full size."""
 
+import gc
 import re
 from dataclasses import replace
-import gc
 from itertools import accumulate
 
 import pytest
