@@ -123,8 +123,7 @@ def sample_command(options: argparse.Namespace) -> None:
     branch, _ = Branch.load(pipe, options.concept)
     text = pipe.encode_text([options.prompt], {TOKEN: facts["class_word"]})[[0] * options.number]
     seeds = list(range(options.seed, options.seed + options.number))
-    guidance = BASES[name].guidance if options.guidance is None else options.guidance
-    pictures = list(pipe.decode_images(branch.sample(pipe, text, seeds, steps=options.steps, guidance=guidance)))
+    pictures = list(pipe.decode_images(branch.sample(pipe, text, seeds, steps=options.steps, guidance=options.guidance)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     sheet([(options.prompt, pictures)], [(0, [f"seed {seed}" for seed in seeds])], side=max(size, 128)).save(options.out)
     print(options.out)

@@ -23,13 +23,12 @@ class Base:
     training: TrainConfig                        # for the public ones, the paper's settings
     size: int                                    # pixels a side of a picture
     variants: int                                # of each reference picture: itself, random crops and flips
-    guidance: float
 
 
 PAPER = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
-BASES = {"tiny": Base(False, TrainConfig(), size=32, variants=1, guidance=3.0),
-         "sd3.5-medium": Base(True, PAPER, size=512, variants=8, guidance=5.0),
-         "sd3-medium": Base(True, PAPER, size=512, variants=8, guidance=5.0)}
+BASES = {"tiny": Base(False, TrainConfig(), size=32, variants=1),
+         "sd3.5-medium": Base(True, PAPER, size=512, variants=8),
+         "sd3-medium": Base(True, PAPER, size=512, variants=8)}
 
 
 def check_base(name: str, weights: Path | None, size: int) -> None:

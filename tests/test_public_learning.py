@@ -63,6 +63,13 @@ def test_gradient_checkpointing_is_on_where_the_plan_says_so(sd3, tmp_path, monk
         main(["learn", str(ROBOT), "--weights", str(sd3[0]), "--out", str(tmp_path / "run"), *PUBLIC])
 
 
+def test_the_sheet_and_the_samples_are_drawn_with_the_same_guidance(small):
+    """Pictures drawn after training once had the tiny world's guidance (ai-toolkit #309): the model's own is the default everywhere."""
+    pipe, data = small
+    default, five, three = (pipe.sample(data.base[:1], [0], steps=2, guidance=guidance) for guidance in (None, 5.0, 3.0))
+    assert torch.equal(default, five) and not torch.equal(default, three)
+
+
 def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     concept = learned / "concept.safetensors"
     assert "--weights DIR" in fails(capsys, "learn", ROBOT, *PUBLIC)

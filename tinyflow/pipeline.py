@@ -66,14 +66,14 @@ class Pipeline(nn.Module):
     Args:
         tokenizer: texts, stand_ins -> ids [B, .], slots [B, T]. encoder: ids -> context [B, T, context_width], pooled [B, pooled_width].
         codec: pictures in [-1, 1] <-> x_0, `factor` times smaller.
-        picture_size: pixels a side. shift, last_time: of the times in training and sampling (flow.py).
+        picture_size: pixels a side. shift, last_time: of the times in training and sampling (flow.py). guidance: what suits the model.
     """
 
     def __init__(self, tokenizer, encoder: nn.Module, mmdit: MMDiT, codec: nn.Module, picture_size: int, shift: float = 1.0,
-                 last_time: float | None = None):
+                 last_time: float | None = None, guidance: float = 3.0):
         super().__init__()
         self.tokenizer, self.encoder, self.mmdit, self.codec = tokenizer, encoder, mmdit, codec
-        self.picture_size, self.shift, self.last_time = picture_size, shift, last_time
+        self.picture_size, self.shift, self.last_time, self.guidance = picture_size, shift, last_time, guidance
 
     @classmethod
     def tiny(cls, config: MMDiTConfig = MMDiTConfig()) -> "Pipeline":
@@ -122,8 +122,9 @@ class Pipeline(nn.Module):
         return rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
 
     @torch.no_grad()
-    def sample(self, text: Text, seeds: list[int], steps: int = 28, guidance: float = 3.0, fill: Fill | None = None) -> Tensor:
-        """Draws one picture for each row of `text`: x_0 [B, C, H, W]. Row i starts from the noise of seeds[i]."""
+    def sample(self, text: Text, seeds: list[int], steps: int = 28, guidance: float | None = None, fill: Fill | None = None) -> Tensor:
+        """Draws one picture for each row of `text`: x_0 [B, C, H, W]. Row i starts from the noise of seeds[i]. No guidance given: the model's own."""
+        guidance = self.guidance if guidance is None else guidance
         both = Text.cat([self.encode_text([""])[[0] * len(seeds)], text])
 
         def guided(x: Tensor, t: Tensor) -> Tensor:

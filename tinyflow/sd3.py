@@ -31,6 +31,7 @@ from tinyflow.vae import VAE, VAEConfig
 SD35_MEDIUM = MMDiTConfig(channels=16, patch=2, width=1536, depth=24, heads=24, context_width=4096, pooled_width=2048, max_grid=384, base_grid=64,
                           qk_norm=True, dual_attention_layers=tuple(range(13)))
 SHIFT, LAST_TIME = 3.0, 0.002994                 # of the public scheduler
+GUIDANCE = 5.0                                   # Stability's own for 3.5 Medium
 POSITIONS = {DIFFUSERS: "pos_embed.pos_embed", SINGLE: "pos_embed"}
 HEAD_WIDTH = 64                                  # in every published SD3 transformer and CLIP; small test models say otherwise in config.json
 PARTS = {                                        # part -> folder and file stem in a diffusers folder; prefix in a single file
@@ -246,4 +247,4 @@ def load_sd3(weights: str | Path, text: str | Path | None = None, size: int = 51
     vae = load_vae(parts["vae"], device)
     mmdit = load_mmdit(parts["transformer"], size // vae.factor, dtype, device)
     encoder = SD3Encoder(clip_l, clip_g, t5, mmdit.config.context_width)
-    return Pipeline(tokenizer, encoder, mmdit, vae, size, SHIFT, LAST_TIME).requires_grad_(False).eval()
+    return Pipeline(tokenizer, encoder, mmdit, vae, size, SHIFT, LAST_TIME, GUIDANCE).requires_grad_(False).eval()
