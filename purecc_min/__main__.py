@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from purecc_min.base import BASES, check_base, open_base
+from purecc_min.base import BASES, check_base, open_base, usable_device
 from purecc_min.branch import TOKEN, Branch
 from purecc_min.compare import compare
 from purecc_min.concept import load_concept
@@ -91,7 +91,7 @@ def demo_command(options: argparse.Namespace) -> None:
 
 def learn_command(options: argparse.Namespace) -> None:
     base = BASES[options.base]
-    config, size, device = training_config(options, base.training), options.size or base.size, choose_device(options.device)
+    config, size, device = training_config(options, base.training), options.size or base.size, usable_device(options.device)
     check_base(options.base, options.weights, size)
     concept = load_concept(options.folder, options.class_word, size, options.variants or base.variants, options.seed)
     for note in concept.notes:
@@ -119,7 +119,7 @@ def sample_command(options: argparse.Namespace) -> None:
     if TOKEN not in options.prompt:
         raise InputError(f"the prompt {options.prompt!r} has no {TOKEN}; write it before the class word, as in 'a {TOKEN} {facts['class_word']}'")
     check_base(name, options.weights, size)
-    pipe = open_base(name, options.weights, options.text, size, choose_device(options.device))
+    pipe = open_base(name, options.weights, options.text, size, usable_device(options.device))
     branch, _ = Branch.load(pipe, options.concept)
     text = pipe.encode_text([options.prompt], {TOKEN: facts["class_word"]})[[0] * options.number]
     seeds = list(range(options.seed, options.seed + options.number))
@@ -146,7 +146,7 @@ def speed_command(options: argparse.Namespace) -> None:
 
 
 def open_tiny(options: argparse.Namespace) -> Pipeline:
-    return open_base("tiny", None, None, 32, choose_device(options.device))
+    return open_base("tiny", None, None, 32, usable_device(options.device))
 
 
 def build_parser() -> argparse.ArgumentParser:

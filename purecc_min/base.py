@@ -13,7 +13,7 @@ import torch
 
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError
-from tinyflow.pipeline import Pipeline
+from tinyflow.pipeline import Pipeline, choose_device
 from tinyflow.sd3 import load_sd3
 
 
@@ -43,10 +43,16 @@ def check_base(name: str, weights: Path | None, size: int) -> None:
         raise InputError(f"--size {size}: it must be a multiple of 16, for example {max(16, size // 16 * 16)}")
 
 
-def open_base(name: str, weights: Path | None, text: Path | None, size: int, device: torch.device) -> Pipeline:
-    """The base as a frozen Pipeline. Raises InputError for weights that cannot be used and a device that is not there."""
+def usable_device(name: str) -> torch.device:
+    """`auto` or a device by name. Raises InputError if it is not there."""
+    device = choose_device(name)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device}: this machine has none that torch can use; try --device cpu") from None
+        raise InputError(f"--device {name}: this machine has none that torch can use; try --device cpu") from None
+    return device
+
+
+def open_base(name: str, weights: Path | None, text: Path | None, size: int, device: torch.device) -> Pipeline:
+    """The base as a frozen Pipeline. Raises InputError for weights that cannot be used."""
     return load_sd3(weights, text, size, device) if BASES[name].public else Pipeline.shipped(device)

@@ -76,6 +76,8 @@ def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     assert "--weights DIR" in fails(capsys, "sample", concept, "a [V] robot")
     assert "leave it out" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--weights", sd3[0])
     assert "32 px only" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--size", "64")
+    absent = "mps" if torch.cuda.is_available() else "cuda"       # this once ended in a traceback, when the plan asked the card for its memory
+    assert f"--device {absent}: this machine has none" in fails(capsys, "learn", ROBOT, "--weights", sd3[0], *PUBLIC, "--device", absent)
     assert "multiple of 16, for example 64" in fails(capsys, "learn", ROBOT, "--weights", sd3[0], *PUBLIC, "--size", "72")
     assert "glued" in fails(capsys, "sample", concept, "a[V]robot", "--weights", sd3[0])
     tiny = tmp_path / "tiny.safetensors"
