@@ -5,8 +5,8 @@
     python -m purecc_min sample concept.safetensors "a [V] robot on the beach"
     python -m purecc_min export concept.safetensors            the adapters as a LoRA file for diffusers and ComfyUI
     python -m purecc_min memory                                what Stable Diffusion 3.5 Medium needs on a card
-    python -m purecc_min compare --seeds 5                     every measure over several seeds
     python -m purecc_min speed                                 seconds a step and peak memory
+    python -m purecc_min.benchmark                             how purely each method learns, over concepts and seeds
 """
 
 import argparse
@@ -15,31 +15,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from purecc_min.base import BASES, check_base, open_base, usable_device
 from purecc_min.branch import TOKEN, Branch
-from purecc_min.compare import compare
 from purecc_min.concept import load_concept
-from purecc_min.demo import demo, draw_sheet, unseen_texts
-from purecc_min.evaluate import draw_all, measure, table
+from purecc_min.demo import assess, demo, draw_sheet, unseen_texts
+from purecc_min.evaluate import table
 from purecc_min.export import export_lora
 from purecc_min.memory import memory_table, plan
 from purecc_min.run import claim, follow
 from purecc_min.sheet import sheet
 from purecc_min.speed import speed
+from purecc_min.toy import Toy
 from purecc_min.train import TrainConfig, learn
-from tinyflow.errors import InputError, report_errors
+from tinyflow.errors import InputError, positive, report_errors
 from tinyflow.pipeline import Pipeline, choose_device
-from tinyflow.reader import Reader
 from tinyflow.sd3 import SD35_MEDIUM, read_config
 from tinyflow.weights import load_tensors
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def default(name: str) -> str:
@@ -107,9 +98,7 @@ def learn_command(options: argparse.Namespace) -> None:
     texts = [r.complete for r in concept.references] if base.public else unseen_texts(concept.class_word)
     draw_sheet(pipe, concept, {"PureCC": branch}, texts, options.out / "comparison.png")
     if not base.public:                          # the reader network knows the picture-book world only
-        word, references = concept.class_word, np.stack([r.picture for r in concept.references])
-        drawn = [draw_all(pipe, model, word, name) for name, model in (("original", None), ("PureCC", branch))]
-        print(f"\n{table({'PureCC': measure(pipe, Reader.shipped(), branch, word, references, *drawn)})}")
+        print(f"\n{table(assess(pipe, Toy(dict(object=concept.class_word), {}), concept, {'PureCC': branch}))}")
     print(f"\nlearned: {options.out}/concept.safetensors; {options.out}/comparison.png shows it")
 
 
@@ -135,10 +124,6 @@ def export_command(options: argparse.Namespace) -> None:
 
 def memory_command(options: argparse.Namespace) -> None:
     print(memory_table(SD35_MEDIUM))
-
-
-def compare_command(options: argparse.Namespace) -> None:
-    print(compare(open_tiny(options), training_config(options), options.seeds, options.out))
 
 
 def speed_command(options: argparse.Namespace) -> None:
@@ -189,13 +174,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("memory", help="what Stable Diffusion 3.5 Medium needs on a card, counted without one")
     one.set_defaults(run=memory_command)
-
-    one = commands.add_parser("compare", help="every measure over several seeds")
-    one.add_argument("--seeds", type=positive, default=5, help="training seeds (%(default)s)")
-    one.add_argument("--out", type=Path, default=Path("output/compare"), help="folder for everything; goes on where it stopped (%(default)s)")
-    add_training_options(one)
-    add_ablations(one)
-    one.set_defaults(run=compare_command)
 
     one = commands.add_parser("speed", help="seconds a step and peak memory")
     one.add_argument("--steps", type=positive, default=60, help="steps measured of each (%(default)s)")

@@ -27,13 +27,17 @@ class Branch(nn.Module):
         """New adapters, which change nothing yet, and a copy of Y [L, D]."""
         return cls(LoRA(pipe.mmdit, rank, generator), ConceptEmbeddings(Y))
 
+    def attached(self, pipe: Pipeline):
+        """The context within which `pipe` computes with this branch's weights."""
+        return self.lora.attached(pipe.mmdit)
+
     def velocity(self, pipe: Pipeline, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """v_theta(x_t | text) with this branch's theta."""
-        with self.lora.attached(pipe.mmdit):
+        with self.attached(pipe):
             return pipe.velocity(x_t, t, text, fill=self.embeddings)
 
     def sample(self, pipe: Pipeline, text: Text, seeds: list[int], **options) -> Tensor:
-        with self.lora.attached(pipe.mmdit):
+        with self.attached(pipe):
             return pipe.sample(text, seeds, fill=self.embeddings, **options)
 
     def save(self, path: str | Path, facts: dict) -> None:

@@ -1,7 +1,7 @@
 """The demo: one concept, learned by a plain LoRA and by PureCC, drawn side by side and measured.
 
 Both start from the same extractor (stage 1) and the same embeddings, take the same steps on the same draws, and differ in one thing: the
-plain LoRA has eta = 0, that is L_CC alone. Read next: compare.py, the same over several seeds.
+plain LoRA has eta = 0, that is L_CC alone. Read next: benchmark/, the same with more methods, concepts and seeds.
 """
 
 import json
@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from purecc_min.branch import Branch
 from purecc_min.concept import ConceptSet, load_concept, without_token
-from purecc_min.evaluate import calibrate, draw, draw_all, measure, table
+from purecc_min.evaluate import PLAIN, count_pictures, draw, draw_groups, measure, table
 from purecc_min.run import claim, follow
 from purecc_min.sheet import sheet
-from purecc_min.toy import FOLDER, TOYS
+from purecc_min.toy import FOLDER, TOYS, Toy
 from purecc_min.train import TrainConfig, concept_facts, prepare, stage_1, stage_2
 from tinyflow.pipeline import Pipeline
 from tinyflow.reader import Reader
@@ -40,9 +41,18 @@ def draw_sheet(pipe: Pipeline, concept: ConceptSet, branches: dict[str, Branch],
     sheet(rows, [(1, complete)], side=min(256, max(128, pipe.picture_size))).save(path)
 
 
+def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, branches: dict[str, Branch]) -> dict[str, dict[str, float]]:
+    """The measures of each branch, behind a progress bar."""
+    reader, references = Reader.shipped(), np.stack([r.picture for r in concept.references])
+    with tqdm(total=count_pictures(toy) * (len(branches) + 1) - PLAIN, desc=f"{'drawing':24s}", unit="picture") as bar:
+        original = draw_groups(pipe, None, toy, bar=bar)
+        return {name: measure(pipe, reader, branch, toy, references, original, draw_groups(pipe, branch, toy, bar=bar))
+                for name, branch in branches.items()}
+
+
 def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_robot") -> dict[str, dict[str, float]]:
     """Learns the shipped concept twice and compares. Leaves comparison.png, table.md, results.json, the concepts and the logs in `folder`."""
-    reader, concept = Reader.shipped(), load_concept(FOLDER / toy, TOYS[toy].class_word, pipe.picture_size)
+    concept = load_concept(FOLDER / toy, TOYS[toy].class_word, pipe.picture_size)
     claim(folder, concept, config)
     data = prepare(pipe, concept)
 
@@ -57,10 +67,7 @@ def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_
 
     shown = {"plain LoRA": branches["lora"], "PureCC": branches["purecc"]}
     draw_sheet(pipe, concept, shown, unseen_texts(concept.class_word), folder / "comparison.png")
-    original, recogniser = draw_all(pipe, None, concept.class_word, "original"), calibrate(reader, TOYS[toy])
-    references = np.stack([r.picture for r in concept.references])
-    results = {name: measure(pipe, reader, branch, concept.class_word, references, original,
-                             draw_all(pipe, branch, concept.class_word, name), recogniser) for name, branch in shown.items()}
+    results = assess(pipe, TOYS[toy], concept, shown)
     write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     write_whole(folder / "table.md", (table(results) + "\n").encode())
     return results

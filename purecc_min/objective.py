@@ -60,20 +60,20 @@ class Terms(NamedTuple):
     loss: Tensor                                 # L_PureCC, a scalar
 
 
-def purecc_terms(v_complete: Tensor, v_original: Tensor, R_target: Tensor, fixed_lambda: float | None = None) -> Terms:
+def purecc_terms(v_complete: Tensor, v_original: Tensor, R_target: Tensor, fixed_lambda: float | Tensor | None = None) -> Terms:
     """Eq. 10 to 14 in order, from the three predictions.
 
     Args:
         v_complete: v_theta2(x_t | y_complete), carries the gradient. v_original: Eq. 9; detached or not by the caller.
         R_target: Eq. 8, frozen.
-        fixed_lambda: a constant in place of lambda* (the paper's Table 3).
+        fixed_lambda: a constant, or one a sample [B], in place of lambda* (the paper's Table 3).
     lambda* is detached. That changes nothing: it minimises L_PureCC, so the gradient through it is zero (envelope theorem).
     """
     R_complete = representation(v_complete, v_original)                                          # Eq. 10
     if fixed_lambda is None:
         lam = lambda_star(R_complete, R_target).detach()                                         # Eq. 12
     else:
-        lam = torch.full((len(R_target),), fixed_lambda, device=R_target.device)
+        lam = torch.as_tensor(fixed_lambda, dtype=torch.float32, device=R_target.device).expand(len(R_target))
     v_pure = v_purecc(v_original, lam, R_target)                                                 # Eq. 13
     return Terms(v_pure, R_complete, R_target, lam, squared_error(v_pure, v_complete))           # Eq. 14
 

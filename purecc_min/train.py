@@ -106,37 +106,71 @@ def stage_1_losses(pipe: Pipeline, theta_1: Branch, data: TrainingData, batch: B
     return {"loss": squared_error(v_complete, batch.v)}
 
 
+@torch.no_grad()
+def target_representation(pipe: Pipeline, theta_1: Branch, data: TrainingData, batch: Batch) -> Tensor:
+    """R(y_tar) of the frozen extractor, [B, C, H, W] (Eq. 8)."""
+    v_tar, v_null = theta_1.velocity(pipe, torch.cat([batch.x_t, batch.x_t]), torch.cat([batch.t, batch.t]),
+                                     Text.cat([data.target[batch.rows], data.null[batch.rows]])).chunk(2)
+    return representation(v_tar, v_null)
+
+
+def pcc_losses(v_complete: Tensor, v_original: Tensor, R_target: Tensor, v: Tensor, config: TrainConfig,
+               fixed_lambda: float | Tensor | None = None) -> dict[str, Tensor]:
+    """Eq. 10 to 15 from the predictions, all [B, C, H, W], and everything worth logging. "rejection" is what L_PureCC is with lambda*.
+
+    "negative" is the share of samples whose lambda is below 0."""
+    terms = purecc_terms(v_complete, v_original, R_target, fixed_lambda)                         # Eq. 10-14
+    loss_cc = squared_error(v_complete, v)                                                       # Eq. 3
+    norm = lambda R: inner(R, R).sqrt().mean()
+    along = inner(terms.R_complete, R_target).square() / inner(R_target, R_target).clamp(min=1e-20)
+    rejection = (inner(terms.R_complete, terms.R_complete) - along).mean() / R_target[0].numel()
+    return {"loss": total_loss(loss_cc, terms.loss, config.eta), "loss_cc": loss_cc, "loss_purecc": terms.loss,       # Eq. 15
+            "rejection": rejection, "lambda": terms.lam.mean(), "negative": (terms.lam < 0).float().mean(),
+            "cosine": cosine(terms.R_complete, R_target).mean(), "norm_R_complete": norm(terms.R_complete), "norm_R_target": norm(R_target)}
+
+
+def stage_2_predictions(pipe: Pipeline, theta_2: Branch, data: TrainingData, batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """v_complete, which carries the gradient, and v_original, which does not unless config.detach is off: both [B, C, H, W]."""
+    rows, x_t, t, _ = batch
+    if config.original == "model" and not config.detach:
+        return theta_2.velocity(pipe, torch.cat([x_t, x_t]), torch.cat([t, t]), Text.cat([data.complete[rows], data.base[rows]])).chunk(2)
+    v_complete = theta_2.velocity(pipe, x_t, t, data.complete[rows])
+    with torch.no_grad():
+        if config.original == "base":
+            v_original = pipe.velocity(x_t, t, data.base[rows])                                  # Sec. 14: an untouched copy
+        else:
+            v_original = theta_2.velocity(pipe, x_t, t, data.base[rows])                         # Eq. 9
+    return v_complete, v_original
+
+
 def stage_2_losses(pipe: Pipeline, theta_1: Branch, theta_2: Branch, data: TrainingData, batch: Batch,
                    config: TrainConfig) -> dict[str, Tensor]:
     """L_PCC (Eq. 15) and everything worth logging: Algorithm 1, lines 10-17."""
-    (rows, x_t, t, v), size = batch, len(batch.rows)
     if config.eta == 0:
-        loss_cc = squared_error(theta_2.velocity(pipe, x_t, t, data.complete[rows]), v)
+        loss_cc = squared_error(theta_2.velocity(pipe, batch.x_t, batch.t, data.complete[batch.rows]), batch.v)
         return {"loss": loss_cc, "loss_cc": loss_cc}
+    v_complete, v_original = stage_2_predictions(pipe, theta_2, data, batch, config)
+    return pcc_losses(v_complete, v_original, target_representation(pipe, theta_1, data, batch), batch.v, config, config.fixed_lambda)
 
-    with torch.no_grad():                                                                        # the frozen extractor
-        v_tar, v_null = theta_1.velocity(pipe, torch.cat([x_t, x_t]), torch.cat([t, t]),
-                                         Text.cat([data.target[rows], data.null[rows]])).split(size)
-        R_target = representation(v_tar, v_null)                                                 # Eq. 8
 
-    if config.original == "base":
-        v_complete = theta_2.velocity(pipe, x_t, t, data.complete[rows])
-        with torch.no_grad():
-            v_original = pipe.velocity(x_t, t, data.base[rows])                                  # Sec. 14: an untouched copy
-    elif config.detach:
-        v_complete = theta_2.velocity(pipe, x_t, t, data.complete[rows])
-        with torch.no_grad():
-            v_original = theta_2.velocity(pipe, x_t, t, data.base[rows])                         # Eq. 9
-    else:
-        v_complete, v_original = theta_2.velocity(pipe, torch.cat([x_t, x_t]), torch.cat([t, t]),
-                                                  Text.cat([data.complete[rows], data.base[rows]])).split(size)
+def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
+    Y = list(theta.embeddings.parameters())
+    others = [parameter for parameter in theta.parameters() if all(parameter is not y for y in Y)]
+    return torch.optim.AdamW([{"params": others, "lr": config.learning_rate}, {"params": Y, "lr": config.embedding_learning_rate}], weight_decay=0.0)
 
-    terms = purecc_terms(v_complete, v_original, R_target, config.fixed_lambda)                  # Eq. 10-14
-    loss_cc = squared_error(v_complete, v)                                                       # Eq. 3
-    norm = lambda R: inner(R, R).sqrt().mean()
-    return {"loss": total_loss(loss_cc, terms.loss, config.eta), "loss_cc": loss_cc, "loss_purecc": terms.loss,       # Eq. 15
-            "lambda": terms.lam.mean(), "cosine": cosine(terms.R_complete, R_target).mean(),
-            "norm_R_complete": norm(terms.R_complete), "norm_R_target": norm(R_target)}
+
+def train_step(pipe: Pipeline, theta: Branch, optimizer: torch.optim.Optimizer, losses: Callable[[Batch], dict[str, Tensor]],
+               data: TrainingData, config: TrainConfig, stage: int, step: int) -> dict[str, float]:
+    """One step; returns its row of the log. Raises InputError for a loss that is not finite."""
+    values = losses(draw_batch(data, config, stage, step, pipe.shift))
+    if not torch.isfinite(values["loss"]):
+        raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; try a lower learning rate")
+    optimizer.zero_grad()
+    with theta.attached(pipe):                   # gradient checkpointing computes blocks again in here
+        values["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
+    optimizer.step()
+    return {"step": step + 1, **{name: value.item() for name, value in values.items()}}
 
 
 def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[str, Tensor]], data: TrainingData, config: TrainConfig,
@@ -148,8 +182,7 @@ def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[s
         origin: a fingerprint of all that this stage starts from; a checkpoint of another origin is refused.
     Raises: InputError for another run's checkpoint, and for a loss that is not finite (the last checkpoint is kept).
     """
-    optimizer = torch.optim.AdamW([{"params": theta.lora.parameters(), "lr": config.learning_rate},
-                                   {"params": theta.embeddings.parameters(), "lr": config.embedding_learning_rate}], weight_decay=0.0)
+    optimizer = optimizer_for(theta, config)
     log_file, log, first = checkpoint.with_suffix(".jsonl"), [], 0
     facts = {"config": asdict(config), "stage": stage, "origin": origin}
     if checkpoint.exists():
@@ -163,16 +196,10 @@ def train_branch(pipe: Pipeline, theta: Branch, losses: Callable[[Batch], dict[s
         log = [row for row in map(json.loads, lines) if row["step"] <= first]
 
     for step in range(first, config.steps):
-        values = losses(draw_batch(data, config, stage, step, pipe.shift))
-        if not torch.isfinite(values["loss"]):
-            raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; "
-                             f"{checkpoint} holds the last good state, try a lower learning rate")
-        optimizer.zero_grad()
-        with theta.lora.attached(pipe.mmdit):    # gradient checkpointing computes blocks again in here
-            values["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
-        optimizer.step()
-        row = {"step": step + 1, **{name: value.item() for name, value in values.items()}}
+        try:
+            row = train_step(pipe, theta, optimizer, losses, data, config, stage, step)
+        except InputError as error:
+            raise InputError(f"{error}; {checkpoint} holds the last good state") from None
         log.append(row)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
             write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())

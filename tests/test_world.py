@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -43,3 +45,20 @@ def test_captions_say_what_is_there():
     assert world.caption(scene) == "a small green robot on the left at night"
     assert world.caption(scene, noun="[V] robot", colour=False) == "a small [V] robot on the left at night"
     assert world.caption(scene, size=False, colour=False, place=False, background=False) == "a robot"
+
+
+def test_a_moved_object_is_where_it_was_moved_to():
+    scene = world.Scene("ball", "red", "big", "middle", "meadow")
+    (_, mask), (_, moved) = world.render(scene), world.render(scene, moved=(3, -2))
+    assert np.array_equal(moved, np.roll(mask, (-2, 3), axis=(0, 1)))
+
+
+def test_lights_and_styles_redraw_a_picture_that_is_otherwise_the_same():
+    plain = world.Scene("cat", "orange", "big", "left", "beach", seed=3)
+    picture, mask = world.render(plain)
+    evening, _ = world.render(replace(plain, light="evening"))
+    assert np.abs(evening - picture * np.array(world.LIGHTS["evening"])).max() <= 0.5
+    for name, style in world.STYLES.items():
+        redrawn, its_mask = world.render(replace(plain, style=name))
+        assert np.abs(redrawn - style(picture.astype(float))).max() <= 0.5 and np.array_equal(its_mask, mask)
+        assert (name == "none") == np.array_equal(redrawn, picture)

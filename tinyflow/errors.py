@@ -3,6 +3,7 @@
 Anything a user can cause raises InputError; a command runs its work inside `report_errors`. A bug keeps its traceback.
 """
 
+import argparse
 import contextlib
 import errno
 import sys
@@ -12,6 +13,13 @@ import torch
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where, and what to do."""
+
+
+def positive(text: str) -> int:
+    """The type of a command's option that counts something."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def listing(items: list[str], shown: int = 6) -> str:

@@ -27,8 +27,10 @@ from tinyflow.weights import SHIPPED, load_into, load_tensors, save_tensors
 SCENE = {"size": list(world.SIZES), "place": list(world.PLACES), "background": list(world.BACKGROUND_WORDS)}
 IDENTITY = {"object": list(world.OBJECTS), "colour": list(world.COLOURS), "marking": list(world.MARKINGS),
             "accent": list(world.COLOURS), "topper": list(world.TOPPERS), "eyes": list(world.EYES)}
-HEADS = SCENE | IDENTITY
+LOOK = {"light": list(world.LIGHTS), "style": list(world.STYLES)}
+HEADS = SCENE | IDENTITY | LOOK
 FACES = ("robot", "fish", "cat", "star")         # only these have eyes to count
+COLOURLESS = ("sepia", "blueprint")              # styles in which neither colour nor light can be told
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Reading:
     logits: dict[str, Tensor]                    # head -> [B, options]
     mask: Tensor                                 # [B, H, W] logits: above 0 is the object
     identity: Tensor                             # [B, 64] unit vectors: what the object is, wherever it stands
+    look: Tensor                                 # [B, 32] unit vectors: how the whole picture is drawn, whatever it shows
 
     def names(self, head: str) -> list:
         return [HEADS[head][n] for n in self.logits[head].argmax(-1).tolist()]
@@ -57,7 +60,8 @@ class Reader(nn.Module):
         self.mask_out = nn.Conv2d(24, 1, 3, padding=1)
         self.scene = nn.Sequential(nn.Linear(128 * 16, 64), nn.SiLU())
         self.identity = nn.Sequential(nn.Linear(96 + 48 + 24, 128), nn.SiLU(), nn.Linear(128, 64))
-        self.heads = nn.ModuleDict({name: nn.Linear(64, len(options)) for name, options in HEADS.items()})
+        self.look = nn.Sequential(nn.Linear(96 + 48 + 24, 128), nn.SiLU(), nn.Linear(128, 32))
+        self.heads = nn.ModuleDict({name: nn.Linear(32 if name in LOOK else 64, len(options)) for name, options in HEADS.items()})
 
     def forward(self, x: Tensor) -> Reading:
         """x [B, 3, 32, 32] in [-1, 1]."""
@@ -72,9 +76,11 @@ class Reader(nn.Module):
         pooled = [(features * (w := F.avg_pool2d(weight, factor) if factor > 1 else weight)).sum((2, 3)) / w.sum((2, 3)).clamp(min=1e-3)
                   for features, factor in ((at_32, 1), (at_16, 2), (at_8, 4))]
         identity = F.normalize(self.identity(torch.cat(pooled, dim=1)), dim=-1)                  # [B, 64]
+        look = F.normalize(self.look(torch.cat([f.mean((2, 3)) for f in (at_32, at_16, at_8)], dim=1)), dim=-1)       # [B, 32]
         scene = self.scene(self.features_4(at_8).flatten(1))                                      # [B, 64]
-        logits = {name: head(scene if name in SCENE else 8 * identity) for name, head in self.heads.items()}
-        return Reading(logits, rearrange(mask, "b 1 h w -> b h w"), identity)
+        features = {**dict.fromkeys(SCENE, scene), **dict.fromkeys(IDENTITY, 8 * identity), **dict.fromkeys(LOOK, 8 * look)}
+        logits = {name: head(features[name]) for name, head in self.heads.items()}
+        return Reading(logits, rearrange(mask, "b 1 h w -> b h w"), identity, look)
 
     @classmethod
     def shipped(cls, device="cpu", path=SHIPPED / "reader.safetensors") -> "Reader":
@@ -90,9 +96,12 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 
 
 def truth(scenes: list[world.Scene]) -> dict[str, Tensor]:
-    """The right answer of every head; -100 (ignored) where a scene has none: no accent without a marking, no eyes without a face."""
+    """The right answer of every head; -100 (ignored) where a scene has none: no accent without a marking, no eyes without a face, no
+    colour and no light in a style of two inks."""
     labels = {head: torch.tensor([options.index(getattr(s, head)) for s in scenes]) for head, options in HEADS.items()}
-    labels["accent"][[s.marking == "plain" for s in scenes]] = -100
+    labels["accent"][[s.marking == "plain" or s.style in COLOURLESS for s in scenes]] = -100
+    for head in ("colour", "light"):
+        labels[head][[s.style in COLOURLESS for s in scenes]] = -100
     labels["eyes"][[s.object not in FACES for s in scenes]] = -100
     return labels
 
@@ -141,14 +150,15 @@ def accuracy(reader: Reader, scenes: list[world.Scene], x: Tensor) -> dict[str, 
 
 def check(reader: Reader, pipe: Pipeline | None, count: int = 500, guidance: float = 3.0, seed: int = 1_000_000) -> dict:
     """Accuracy on fresh renders, decorated ones included, and on what the base draws for full captions, seen and held out."""
-    rng = np.random.default_rng(seed)
+    rng, results = np.random.default_rng(seed), {}
     scenes = [world.decorated_scene(rng) for _ in range(4 * count)]
-    drawn = [world.render(scene) for scene in scenes]
-    pictures, masks = np.stack([p for p, _ in drawn]), torch.tensor(np.stack([m for _, m in drawn]))
-    with torch.no_grad():
-        seen_masks = reader(to_tensor(pictures)).mask > 0
-    union = (seen_masks | masks).sum((1, 2)).clamp(min=1)
-    results = {"renders": accuracy(reader, scenes, to_tensor(pictures)) | {"mask IoU": ((seen_masks & masks).sum((1, 2)) / union).mean().item()}}
+    for name, some in (("renders", scenes), ("renders without a style", [scene for scene in scenes if scene.style == "none"])):
+        drawn = [world.render(scene) for scene in some]
+        x, masks = to_tensor(np.stack([p for p, _ in drawn])), torch.tensor(np.stack([m for _, m in drawn]))
+        with torch.no_grad():
+            seen_masks = reader(x).mask > 0
+        union = (seen_masks | masks).sum((1, 2)).clamp(min=1)
+        results[name] = accuracy(reader, some, x) | {"mask IoU": ((seen_masks & masks).sum((1, 2)) / union).mean().item()}
     for name, seen in (("base, seen combinations", True), ("base, held-out combinations", False)) if pipe else ():
         scenes = [world.seen_scene(rng, seen) for _ in range(count)]
         x = torch.cat([pipe.sample(pipe.encode_text([world.caption(s) for s in scenes[n:n + 100]]),
@@ -163,8 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tinyflow.reader", description=__doc__.split("\n\n")[0])
     parser.add_argument("task", choices=("train", "check"))
     parser.add_argument("--out", type=Path, default=Path("runs/reader"), help="train: folder for reader.safetensors")
-    parser.add_argument("--steps", type=int, default=3000, help="train: steps of 128 pictures")
-    parser.add_argument("--pictures", type=int, default=50000, help="train: pictures rendered")
+    parser.add_argument("--steps", type=int, default=4000, help="train: steps of 128 pictures")
+    parser.add_argument("--pictures", type=int, default=60000, help="train: pictures rendered")
     parser.add_argument("--samples", type=int, default=500, help="check: pictures the base draws for each of the two rows")
     parser.add_argument("--guidance", type=float, default=3.0, help="check: classifier-free guidance of those pictures")
     parser.add_argument("--base", type=Path, default=SHIPPED / "base.safetensors", help="check: the base model")

@@ -3,8 +3,8 @@
 A Scene names what is in a picture (object, colour, size, place, background, and a few decorations); `render` draws it and
 returns the picture with the object's mask; `caption` says it in words. Because we own the renderer we know the truth about every
 picture: the reader network (reader.py) learns to read it back, and the model's mistakes can be counted rather than
-guessed. The base model (pretrain.py) only ever sees PLAIN scenes: decorations (stripes, a hat, a single eye) are what
-concepts are made of. Read next: flow.py.
+guessed. The base model (pretrain.py) only ever sees PLAIN scenes: decorations (stripes, a hat, a single eye) and styles are what
+concepts are made of, and an unusual light is something that their references may share. Read next: flow.py.
 """
 
 import math
@@ -28,11 +28,12 @@ BACKGROUND_WORDS = {"meadow": "in the meadow", "beach": "on the beach", "snow": 
 MARKINGS = ("plain", "stripes", "checks")
 TOPPERS = ("none", "antenna", "hat")
 EYES = (2, 1)
+LIGHTS = {"day": (1, 1, 1), "evening": (1, .82, .62), "moonlight": (.68, .8, 1)}     # multiplies the whole picture
 
 INK = (44, 36, 52)
 CREAM = (252, 236, 206)
-LIGHT = {"meadow": (1, 1, 1), "beach": (1, 1, .96), "snow": (.97, .99, 1), "night": (.78, .78, .92),
-         "desert": (1, .95, .86), "room": (.98, .94, .9)}         # what each place's light does to an object's colours
+AMBIENT = {"meadow": (1, 1, 1), "beach": (1, 1, .96), "snow": (.97, .99, 1), "night": (.78, .78, .92),
+           "desert": (1, .95, .86), "room": (.98, .94, .9)}       # what each place does to an object's colours
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Scene:
     accent: str = "white"       # the colour of stripes and checks
     topper: str = "none"
     eyes: int = 2
+    light: str = "day"
+    style: str = "none"
     seed: int = 0
 
 
@@ -236,13 +239,31 @@ def draw_background(background, rng):
     return canvas
 
 
+# ------------------------------------------------------------------------------------------------- styles
+def two_inks(dark, pale):
+    """A drawing style: brightness alone, from one ink to another."""
+    def style(picture):
+        brightness = (picture @ np.array([.3, .59, .11]) / 255)[..., None]                       # [H, W, 1]
+        return (1 - brightness) * np.array(dark) + brightness * np.array(pale)
+    return style
+
+
+def scanlines(picture):
+    """Every other line is dark, as on an old screen."""
+    return picture * np.where(np.arange(len(picture)) % 2, .45, 1)[:, None, None]
+
+
+STYLES = {"none": lambda picture: picture, "sepia": two_inks((58, 32, 20), (250, 234, 200)), "blueprint": two_inks((14, 38, 104), (206, 234, 250)),
+          "scanlines": scanlines, "negative": lambda picture: 255 - picture}           # each: [H, W, 3] in 0..255 -> the same, redrawn
+
+
 # ------------------------------------------------------------------------------------------------- render
-def render(scene):
-    """Draws a Scene. Returns the picture, uint8 [32, 32, 3], and the object's mask, bool [32, 32]."""
+def render(scene, moved=(0.0, 0.0)):
+    """Draws a Scene. Returns the picture, uint8 [32, 32, 3], and the object's mask, bool [32, 32]. `moved` shifts the object, in pixels (x, y)."""
     rng = np.random.default_rng(scene.seed)
     canvas = draw_background(scene.background, rng)
     half = SIZES[scene.size] * rng.uniform(.97, 1.03)
-    centre = (PLACES[scene.place] + rng.uniform(-.7, .7), 27.5 - half + rng.uniform(-.7, .7))
+    centre = (PLACES[scene.place] + rng.uniform(-.7, .7) + moved[0], 27.5 - half + rng.uniform(-.7, .7) + moved[1])
 
     shadow = Image.new("L", canvas.size)
     ImageDraw.Draw(shadow).ellipse([(centre[0] - .8 * half) * FINE, (centre[1] + .85 * half) * FINE,
@@ -253,10 +274,11 @@ def render(scene):
     draw_topper(pen, scene.topper, {"fish": -0.6, "cat": -0.8, "ball": -0.85}.get(scene.object, -1.0))
     OBJECTS[scene.object](pen)
     layer = paint_marking(pen.image, scene)
-    lit = (np.asarray(layer)[..., :3] * np.array(LIGHT[scene.background])).astype(np.uint8)
+    lit = (np.asarray(layer)[..., :3] * np.array(AMBIENT[scene.background])).astype(np.uint8)
     alpha = layer.getchannel("A")
     canvas.paste(Image.fromarray(lit), mask=alpha)
-    picture = np.asarray(canvas.resize((SIZE, SIZE), Image.BOX))
+    picture = np.asarray(canvas.resize((SIZE, SIZE), Image.BOX)) * np.array(LIGHTS[scene.light])
+    picture = STYLES[scene.style](picture).round().astype(np.uint8)
     mask = np.asarray(alpha.resize((SIZE, SIZE), Image.BOX)) > 127
     return picture, mask
 
@@ -309,8 +331,9 @@ def seen_scene(rng, seen=True):
 
 
 def decorated_scene(rng):
-    """A scene that may wear any decoration: what the reader network trains on. Half of them are plain."""
-    scene = random_scene(rng)
+    """What the reader network trains on: half of the scenes may wear any decoration, and three in ten have a light or a style of their own."""
+    own = lambda options: str(rng.choice(list(options))) if rng.random() < 0.3 else list(options)[0]
+    scene = replace(random_scene(rng), light=own(LIGHTS), style=own(STYLES))
     if rng.random() < 0.5:
         return scene
     accent = str(rng.choice([name for name in COLOURS if name != scene.colour]))
