@@ -77,29 +77,29 @@ Pictures = dict[str, Tensor]                     # group -> x_0 [n, C, H, W], on
 
 @torch.no_grad()
 def draw(pipe: Pipeline, branch: Branch | None, texts: list[str], class_word: str, bar: tqdm | None = None, batch: int = 6,
-         steps: int = 28) -> Tensor:
+         **options) -> Tensor:
     """One picture a text, x_0 [n, C, H, W] on CPU; text i starts from the noise of seed i. `branch` None is the original model.
 
-    `batch` pictures are drawn at once: with guidance twice as many samples, which on a CPU still fit its cache.
+    `batch` pictures are drawn at once: with guidance twice as many samples, which on a CPU still fit its cache. `options` go to the sampler.
     """
     sample, pictures = pipe.sample if branch is None else partial(branch.sample, pipe), []
     for first in range(0, len(texts), batch):
         rows = texts[first:first + batch]
         text, seeds = pipe.encode_text(rows, {TOKEN: class_word}), list(range(first, first + len(rows)))
-        pictures.append(sample(text, seeds, steps=steps).cpu())
+        pictures.append(sample(text, seeds, **options).cpu())
         if bar is not None:
             bar.update(len(rows))
     return torch.cat(pictures)
 
 
-def draw_groups(pipe: Pipeline, branch: Branch | None, toy: Toy, steps: int = 28, bar: tqdm | None = None) -> Pictures:
+def draw_groups(pipe: Pipeline, branch: Branch | None, toy: Toy, bar: tqdm | None = None, **options) -> Pictures:
     """What a model draws for every group; the original model (`branch` None) draws the base texts."""
     groups, word = toy.prompts(), toy.class_word
-    drawn = {name: draw(pipe, branch, [p.base if branch is None else p.complete for p in prompts], word, bar, steps=steps)
+    drawn = {name: draw(pipe, branch, [p.base if branch is None else p.complete for p in prompts], word, bar, **options)
              for name, prompts in groups.items()}
     if branch is None:
         return drawn | {"plain": drawn["concept"][:PLAIN]}
-    return drawn | {"plain": draw(pipe, branch, [p.base for p in groups["concept"][:PLAIN]], word, bar, steps=steps)}
+    return drawn | {"plain": draw(pipe, branch, [p.base for p in groups["concept"][:PLAIN]], word, bar, **options)}
 
 
 def count_pictures(toy: Toy) -> int:

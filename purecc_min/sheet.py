@@ -30,7 +30,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, li
     for number, (label, pictures) in enumerate(rows):
         if number in headed:
             for n, text in enumerate(headed[number]):
-                lines = "\n".join(textwrap.wrap(text, 20))
+                lines = "\n".join(textwrap.wrap(text, 20 * side // 128))
                 pen.multiline_text((margin + n * (side + gap), y + heading_height - 6), lines, FAINT, small, anchor="ld", spacing=2)
             y += heading_height
         pen.multiline_text((gap * 2, y + side / 2), "\n".join(textwrap.wrap(label, 20)), TEXT, font, anchor="lm", spacing=3)

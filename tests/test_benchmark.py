@@ -16,11 +16,13 @@ from purecc_min import toy
 from purecc_min.benchmark import __main__ as command
 from purecc_min.benchmark import cells, methods, tables
 from purecc_min.benchmark.cells import ALL, RESULTS, Cell, learned, run_cell, set_up, train_cell
-from purecc_min.benchmark.claims import CLOSE, Claim, difference
+from purecc_min.benchmark.claims import CLOSE, Claim, claims, difference
+from purecc_min.benchmark.mechanism import study
 from purecc_min.benchmark.methods import FURTHER, METHODS
-from purecc_min.benchmark.pairs import PAIRS, slots_of
+from purecc_min.benchmark.pairs import PAIRS, slots_of, two_instances
 from purecc_min.benchmark.plans import SEEDS, plan
 from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
+from purecc_min.branch import Branch
 from purecc_min.evaluate import MEASURES
 from purecc_min.toy import HELD_OUT, TUNING
 from tinyflow.weights import tensor_hash
@@ -147,15 +149,21 @@ def test_damage_at_a_similarity_is_read_off_the_front_at_its_first_crossing():
     for similarity in (0.1, 0.4, 0.6, 0.8):
         assert at_similarity(result, similarity, nothing)["drift"] == pytest.approx(10 * similarity)
     assert at_similarity(result, 0.81, nothing) is None
+    assert at_similarity(result, -0.5, nothing) == nothing       # less similar than the original model: stopped before the first step
 
 
-def test_the_reference_equals_itself_at_equal_fidelity():
-    names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "layout", "composition"), 1.0)
+def test_methods_are_compared_where_the_weaker_one_ends():
+    """The stronger run is stopped early, whichever it is; a damage that grows with fidelity alone makes no difference then."""
+    names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "layout", "mask IoU", "composition"), 1.0)
     results = [run("c", "nothing", 0, 0.0, **names), run("c", "perfect", 0, 1.0, **names)]
-    results += [run("c", method, seed, 0.5, 0.7 - slow, **names) for seed in range(2) for method, slow in (("paper", 0.1), ("LoRA", 0.0))]
+    ends = (("paper", 0.6), ("LoRA", 0.7), ("DreamBooth", 0.4))
+    results += [run("c", method, seed, 0.3, end, **names) for seed in range(2) for method, end in ends]
     add_fidelity(results)
-    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in equal_fidelity(results).splitlines()[2:]}
-    assert rows["paper"][0] == rows["LoRA"][0] == "2 of 2" and all(cell.startswith("+0.0") for cell in rows["paper"][1:])
+    rows = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in equal_fidelity(results).splitlines()[2:]}
+    assert rows.keys() == {"LoRA", "DreamBooth"} and rows["LoRA"][0] == "0.60" and rows["DreamBooth"][0] == "0.40"
+    assert all(cell.startswith(("+0.0", "-0.0")) for row in rows.values() for cell in row[1:])
+    (stopped,) = {tables.final(r)["drift"] for r in tables.stopped_early(results)}
+    assert stopped == pytest.approx(0.6)
 
 
 def test_the_score_is_0_without_fidelity_and_1_without_damage():
@@ -172,6 +180,7 @@ def test_intervals_are_students():
 def test_verdicts_look_at_the_whole_interval():
     verdict = lambda values, equal=False: Claim("", "", values, equal).verdict()
     assert verdict([0.1, 0.11, 0.12]) == "holds" and verdict([-0.1, -0.11, -0.12]) == "does not hold" and verdict([0.1, -0.1, 0.0]) == "depends"
+    assert verdict([0.0, 0.0, 0.0]) == "does not hold"           # no difference at all is not "more"
     assert verdict([CLOSE / 9, 0.0, -CLOSE / 9], True) == "holds" and verdict([0.1, 0.11, 0.12], True) == "does not hold"
 
 
@@ -184,6 +193,38 @@ def test_slots_of_two_placeholders_are_told_apart(pipe):
     texts, readings = ["[W] big [V] cat"], {"[V]": "cat", "[W]": "a"}
     assert [slots_of(pipe, texts, token, readings)[0].nonzero().flatten().tolist() for token in ("[W]", "[V]")] == [[1], [3]]
     assert all(name in toy.CONCEPTS for names in PAIRS.values() for name in names)
+
+
+def test_Y_alone_never_moves_the_base_text_and_adapters_do(cheap, tmp_path):
+    moves = {name: study(Cell("checked_cat", name, steps=2), tmp_path)["base moves"] for name in ("embeddings alone", "LoRA")}
+    assert moves["embeddings alone"] == 0 < moves["LoRA"]
+
+
+def test_two_untrained_concepts_draw_what_the_base_draws_by_region(cheap):
+    """Fresh branches change nothing: the left half answers the left text, the right half the right one."""
+    stage = set_up("checked_cat")
+    fresh = [Branch.fresh(stage.pipe, torch.zeros(6, 128), 1) for _ in range(2)]
+    values, pictures = two_instances(stage.pipe, stage.reader, PAIRS["two instances"], fresh, together=True)
+    assert values["base: right object, checked_cat"] > 0.8 and values["base: right object, cyclops_fish"] > 0.8
+    assert values["base: traits, checked_cat"] < 0.5 and pictures.shape == (12, 3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------------------------- shipped
+def test_the_shipped_results_are_whole_and_of_these_weights_and_settings():
+    for part in ("tuning", "main", "claims", "factors"):
+        missing = [cell.file for cell in plan(part) if cell.result(Path("nowhere"), shipped=True) is None]
+        assert not missing, (part, missing[:3], len(missing))
+    results = [cell.result(Path("nowhere"), shipped=True) for cell in plan("claims")]
+    assert all(len(claim.values) >= 3 and np.isfinite(claim.values).all() for claim in claims(results))
+
+
+def test_the_settings_are_those_that_won_on_the_tuning_concepts():
+    results = [cell.result(Path("nowhere"), shipped=True) for cell in plan("tuning")]
+    add_fidelity(results)
+    for name, method in METHODS.items():
+        mean = {str(dict(tries)): np.mean([score(tables.final(r)) for r in results if r["method"] == name and r["changes"] == tries])
+                for tries in method.tries}
+        assert max(mean, key=mean.get) == str(dict(method.settings)), (name, mean)
 
 
 # ---------------------------------------------------------------------------------------------------- the README

@@ -133,7 +133,7 @@ def test_only_a_known_concept_is_asked_for_its_traits(shipped):
 
 def test_every_picture_is_counted_and_starts_from_its_own_seed(pipe, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "draw", lambda pipe, branch, texts, word, bar, steps: seen.append(texts) or torch.zeros(len(texts), 3, 32, 32))
+    monkeypatch.setattr(evaluate, "draw", lambda pipe, branch, texts, word, bar: seen.append(texts) or torch.zeros(len(texts), 3, 32, 32))
     groups = draw_groups(pipe, Branch.fresh(pipe, torch.zeros(3, 32), 2), ROBOT)
     assert sum(map(len, seen)) == sum(map(len, groups.values())) == count_pictures(ROBOT)
     assert seen[-1] == [p.base for p in ROBOT.prompts()["concept"][:PLAIN]]          # at the seeds of the original's base texts

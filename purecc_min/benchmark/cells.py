@@ -58,14 +58,15 @@ class Cell:
     seed: int = 0
     changes: tuple[tuple[str, object], ...] = ()    # settings that differ from the method's own
     steps: int = STEPS
+    front: bool = True                           # whether it is also measured on the way
 
     @classmethod
     def of(cls, result: dict) -> "Cell":
-        return cls(result["concept"], result["method"], result["seed"], tuple(result["changes"].items()), result["steps"])
+        return cls(result["concept"], result["method"], result["seed"], tuple(result["changes"].items()), result["steps"], result.get("front", True))
 
     @property
     def snapshots(self) -> tuple[int, ...]:
-        return (*(step for step in SNAPSHOTS if step < self.steps), self.steps)
+        return (*(step for step in SNAPSHOTS if step < self.steps and self.front), self.steps)
 
     @property
     def file(self) -> str:
@@ -122,7 +123,7 @@ def set_up(concept: str) -> Stage:
     pipe, toy = Pipeline.shipped(), CONCEPTS[concept]
     references = toy.references()
     return Stage(pipe, Reader.shipped(), toy, prepare(pipe, references), np.stack([r.picture for r in references.references]),
-                 draw_groups(pipe, None, toy, SAMPLING_STEPS))
+                 draw_groups(pipe, None, toy, steps=SAMPLING_STEPS))
 
 
 def terms_over_t(trial: Trial, losses, extras: dict) -> list[dict[str, float]]:
@@ -209,7 +210,7 @@ def run_cell(cell: Cell, folder: Path) -> dict:
             if step in CURVE and method.extractor:
                 result["terms"][str(step)] = terms_over_t(trial, method.losses, cell.extras())
             if step in cell.snapshots:
-                drawn = draw_groups(stage.pipe, trial.theta, stage.toy, SAMPLING_STEPS)
+                drawn = draw_groups(stage.pipe, trial.theta, stage.toy, steps=SAMPLING_STEPS)
                 result["snapshots"][str(step)] = assess(trial.theta, drawn)
         result["velocity_error"] = velocity_error(stage.pipe, trial.theta, stage.toy).relative       # over TIMES, at the end
         if cell.method in KEPT:

@@ -39,7 +39,8 @@ def fronts(results: Results, file: Path) -> None:
         for colour, name in zip(COLOURS, names):
             runs = [[nothing[r["concept"]], *(values for _, values in front(r))] for r in results if name_of(r) == name]
             x, y = (np.mean([[values[measure] for values in run] for run in runs], axis=0) for measure in ("fidelity", panel))
-            axis.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=2.2 if name in ("LoRA", "paper") else 1.2, label=name)
+            axis.plot(x, y, "o-", color=colour, markersize=3.5, label=name,
+                      **(dict(linewidth=2.2, zorder=3) if name in ("LoRA", "paper") else dict(linewidth=1.2)))
         axis.set(title=panel, xlabel="fidelity: original 0, perfect 1", xlim=(0, 1.02))
     axis = axes[-1, -1]
     for colour, name in zip(COLOURS, names):
@@ -55,8 +56,8 @@ def curves(results: Results, file: Path) -> None:
     runs = [r["terms"] for r in results if name_of(r) == "paper"]
     steps = [step for step in CURVE if str(step) in runs[0]]
     value = lambda name: np.array([[[row[name] for row in terms[str(step)]] for step in steps] for terms in runs])     # [runs, steps, times]
-    panels = [("lambda", "lambda*"), ("cosine", "cosine of R(y_complete, y_base) and R(y_tar)"), ("norm_R_complete", "|R(y_complete, y_base)|"),
-              ("norm_R_target", "|R(y_tar)|"), ("loss_purecc", "L_PureCC"), ("loss_cc", "L_CC")]
+    panels = [("lambda", "lambda*"), ("norm_R_complete", "|R(y_complete, y_base)|"), ("norm_R_target", "|R(y_tar)|"), ("cosine", "their cosine"),
+              ("loss_purecc", "L_PureCC"), ("loss_cc", "L_CC")]
     figure, axes = plt.subplots(2, 6, figsize=(18, 5.6))
     for column, (name, title) in enumerate(panels):
         values = value(name)
@@ -95,7 +96,7 @@ def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
     typical = [r for r in results if r["concept"] == concept and (r["seed"] == seed or r["method"] in ("nothing", "perfect"))]
     rows = [("references", list(stage.pictures))]
     rows += [(title, [strip_of(Cell.of(group[0]), folder)[n] for n in shown]) for title, group in grouped(typical).items()]
-    sheet(rows, [(1, texts)], side=96).save(file)
+    sheet(rows, [(1, texts)], side=112).save(file)
 
 
 def figure_8(cell: Cell, folder: Path, file: Path, time: float = 0.6) -> None:

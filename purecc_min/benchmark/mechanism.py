@@ -5,7 +5,7 @@ At the end of training, over all references at every t of TIMES and on the same 
     base moves          |v_theta(base text) - v(base text)| / |v_theta(complete) - v(base text)|, v the untouched base: how much of what was learned
                         is said without [V] as well. 0: [V] alone says it. 1: [V] adds nothing
     same way            cosine of those two moves
-    |grad L_CC|, |grad L_PureCC|, their cosine        on what is trained, L_PureCC with v_original detached and the paper's extractor
+    grad L_CC, grad L_PureCC       norms and cosine, on what is trained, L_PureCC with v_original detached and the paper's extractor
     share of the loss   L_PureCC / (L_CC + L_PureCC)
 
     python -m purecc_min.benchmark mechanism
@@ -49,8 +49,8 @@ def look_inside(trial: Trial, theta_1: Branch) -> dict[str, float]:
     base = trial.base(batch, "base")
     whole = lambda move: move.detach().flatten()[None]
     moves: tuple[Tensor, Tensor] = (whole(v_original - base), whole(v_complete - base))
-    return {"base moves": (moves[0].norm() / moves[1].norm()).item(), "same way": cosine(*moves).item(), "|grad L_CC|": g_cc.norm().item(),
-            "|grad L_PureCC|": g_pure.norm().item(), "their cosine": cosine(g_cc, g_pure).item(),
+    return {"base moves": (moves[0].norm() / moves[1].norm()).item(), "same way": cosine(*moves).item(), "norm of grad L_CC": g_cc.norm().item(),
+            "norm of grad L_PureCC": g_pure.norm().item(), "their cosine": cosine(g_cc, g_pure).item(),
             "share of the loss": (losses["loss_purecc"] / losses["loss"]).item()}
 
 

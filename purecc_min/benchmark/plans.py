@@ -13,13 +13,13 @@ from purecc_min.benchmark.cells import Cell
 from purecc_min.benchmark.methods import FURTHER, METHODS
 from purecc_min.toy import CONCEPTS, HELD_OUT, TUNING
 
-SEEDS = {"tuning": 1, "main": 5, "claims": 2, "factors": 3, "further": 1}
-ABLATED = ("checked_cat", "blueprint")
+SEEDS = {"tuning": 1, "main": 5, "claims": 3, "factors": 3, "further": 1}
+ABLATED = "checked_cat"
 ABLATIONS = [("fixed_lambda", value) for value in (1.0, 3.0, 5.0)] + [("eta", value) for value in (0.5, 1.5, 2.0)]
-VARIANTS = ["checked_cat", *(name for name in CONCEPTS if name.startswith("checked_cat,"))]
+VARIANTS = [name for name in CONCEPTS if name.startswith(f"{ABLATED},")]
 RANKS = (1, 16)
 QUICK = dict(concepts=("checked_cat", "blueprint"), methods=("DreamBooth", "LoRA", "LoRA + anchor", "paper"))
-BASELINES = ("LoRA", "LoRA + anchor", "paper")
+BASELINES = ("LoRA", "LoRA + anchor", "embeddings alone", "paper")
 
 
 def ends(concepts) -> list[Cell]:
@@ -44,13 +44,15 @@ def plan(part: str, quick: bool = False, methods: tuple[str, ...] = (), concepts
         cells = [Cell(concept, name, seed) for seed in seeds for concept in concepts for name in chosen]
         cells += ends(concepts)
     elif part == "claims":
-        cells = plan("main") + [Cell(concept, "paper", seed, (change,)) for seed in seeds for concept in ABLATED for change in ABLATIONS]
-        cells += [Cell(concept, name, seed) for seed in seeds for concept in ABLATED for name in ("not detached", "untouched v_original")]
+        cells = plan("main") + [Cell(ABLATED, "paper", seed, (change,), front=False) for seed in seeds for change in ABLATIONS]
+        cells += [Cell(ABLATED, name, seed, front=False) for seed in seeds for name in ("not detached", "untouched v_original")]
     elif part == "factors":
-        cells = [Cell(concept, name, seed) for seed in seeds for concept in VARIANTS for name in ("LoRA", "paper")]
-        cells += [Cell("checked_cat", name, seed, (("rank", rank),)) for seed in seeds for rank in RANKS for name in ("LoRA", "paper")]
-        cells += ends(VARIANTS)
+        both = ("LoRA", "paper")
+        cells = [Cell(ABLATED, name, seed) for seed in seeds for name in both]
+        cells += [Cell(concept, name, seed, front=False) for seed in seeds for concept in VARIANTS for name in both]
+        cells += [Cell(ABLATED, name, seed, (("rank", rank),), front=False) for seed in seeds for rank in RANKS for name in both]
+        cells += ends((ABLATED, *VARIANTS))
     else:
-        cells = [Cell(concept, name, seed) for seed in seeds for concept in TUNING for name in (*BASELINES, *FURTHER)]
+        cells = [Cell(concept, name, seed, front=False) for seed in seeds for concept in TUNING for name in (*BASELINES, *FURTHER)]
         cells += ends(TUNING)
     return list(dict.fromkeys(cells))

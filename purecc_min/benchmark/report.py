@@ -25,6 +25,7 @@ from purecc_min.benchmark.tables import (
     methods_table,
     name_of,
     stopped_early,
+    terms_table,
     tuning_table,
 )
 from purecc_min.evaluate import MEASURES
@@ -69,14 +70,15 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
         text = tuning_table(results)
     elif part == "main":
         with_stopped = results + stopped_early(results)
-        text = "\n\n".join([methods_table(grouped(with_stopped)), measures_table(with_stopped), equal_fidelity(results)])
+        text = "\n\n".join([methods_table(grouped(with_stopped)), measures_table(with_stopped), equal_fidelity(results), terms_table(results)])
         fronts(results, folder / part / "fronts.png")
         if not shipped:
             draw_figures(results, folder)
     elif part == "claims":
         text = claims_table(results)
     else:
-        text = "\n\n".join(f"{concept}\n\n{methods_table(grouped([r for r in results if r['concept'] == concept]))}"
-                           for concept in dict.fromkeys(r["concept"] for r in results))
+        groups = {(concept, title): group for concept in dict.fromkeys(r["concept"] for r in results)
+                  for title, group in grouped([r for r in results if r["concept"] == concept]).items()}
+        text = methods_table({" | ".join(key): group for key, group in groups.items()}, first="concept | method")
     write_whole(folder / part / "table.md", (text + "\n").encode())
     return text

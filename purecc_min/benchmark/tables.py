@@ -14,8 +14,8 @@ from purecc_min.benchmark.cells import ALL, Cell
 from purecc_min.evaluate import DAMAGES, MEASURES, show
 
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}    # 97.5 % quantile by degrees of freedom
-HEADLINE = ("sees concept", "fidelity", "confounder unsaid", "class leak", "retention, seen", "retention, held out", "layout", "outside change",
-            "drift", "path KL", "composition")
+HEADLINE = ("sees concept", "fidelity", "confounder contradicted", "confounder unsaid", "class leak", "retention, seen", "retention, held out",
+            "layout", "outside change", "drift", "path KL", "composition")
 Results = list[dict]
 
 
@@ -61,21 +61,35 @@ def score(values: dict[str, float]) -> float:
 def at_similarity(result: dict, similarity: float, nothing: dict[str, float]) -> dict[str, float] | None:
     """The measures where this run's front first reaches a similarity, the original model being its start; None if it never does."""
     before = nothing
-    for _, after in front(result):
+    for after in (nothing, *(values for _, values in front(result))):
         if after["similarity"] >= similarity:
-            part = (similarity - before["similarity"]) / (after["similarity"] - before["similarity"])
-            return {name: before[name] + max(0.0, part) * (after[name] - before[name]) for name in after if name in before}
+            way = after["similarity"] - before["similarity"]
+            part = (similarity - before["similarity"]) / way if way else 0.0
+            return {name: before[name] + part * (after[name] - before[name]) for name in after if name in before}
         before = after
     return None
 
 
-def stopped_early(results: Results) -> Results:
-    """LoRA where it first is as similar to the references as the paper's method at its end; left out where it never is."""
+def pairs_at_equal_fidelity(results: Results, method: str, reference: str) -> list[tuple[dict, dict, dict]]:
+    """(a run, its measures, the reference's) for each concept and seed, both where they are as similar to the references as both ever become.
+
+    That is the lower of the two ends: one of the runs is stopped early there.
+    """
     nothing = {r["concept"]: final(r) for r in results if r["method"] == "nothing"}
-    goals = {(r["concept"], r["seed"]): final(r)["similarity"] for r in results if name_of(r) == "paper"}
-    runs = [r for r in results if name_of(r) == "LoRA" and (r["concept"], r["seed"]) in goals]
-    found = [(r, at_similarity(r, goals[r["concept"], r["seed"]], nothing[r["concept"]])) for r in runs]
-    return [{**result, "changes": {"stopped": "early"}, "snapshots": {"0": values}} for result, values in found if values]
+    others = {(r["concept"], r["seed"]): r for r in results if name_of(r) == reference}
+    pairs = []
+    for run in results:
+        other = others.get((run["concept"], run["seed"]))
+        if name_of(run) == method and other:
+            level = min(final(run)["similarity"], final(other)["similarity"])
+            pairs.append((run, *(at_similarity(r, level, nothing[run["concept"]]) for r in (run, other))))
+    return pairs
+
+
+def stopped_early(results: Results) -> Results:
+    """LoRA where it first is as similar to the references as the paper's method at its end (or at its own end, if it never is)."""
+    pairs = pairs_at_equal_fidelity(results, "LoRA", "paper")
+    return [{**run, "changes": {"stopped": "early"}, "snapshots": {"0": values}} for run, values, _ in pairs]
 
 
 def seed_means(results: Results, measure: str) -> list[float]:
@@ -113,35 +127,43 @@ def measures_table(results: Results, names=(*MEASURES, "fidelity")) -> str:
     return markdown(["measure", *groups], rows)
 
 
-def methods_table(groups: dict[str, Results], names=HEADLINE, first: str = "method") -> str:
+def methods_table(groups: dict[str, Results], first: str = "method", names=HEADLINE) -> str:
     """Methods as rows, the main measures as columns."""
-    return markdown([first, *names], [[title, *(cell_text(name, seed_means(group, name)) if all(name in final(r) for r in group) else ""
+    return markdown([*first.split(" | "), *names], [[title, *(cell_text(name, seed_means(group, name)) if all(name in final(r) for r in group) else ""
                                                 for name in names)] for title, group in groups.items()])
 
 
 def equal_fidelity(results: Results, reference: str = "paper") -> str:
-    """Every method's damage minus the reference's, where it is as similar to the references as that one is at its end."""
-    nothing = {r["concept"]: final(r) for r in results if r["method"] == "nothing"}
-    target = {(r["concept"], r["seed"]): final(r) for r in results if name_of(r) == reference}
-    names = ("fidelity", *DAMAGES, "retention, held out", "layout", "composition")
-    rows = []
-    for title, group in grouped(results).items():
-        if title in ("nothing", "perfect"):
+    """Every method's measures minus the reference's, at equal fidelity: mean over concepts, 95 % interval over seeds."""
+    names, rows = (*DAMAGES, "retention, held out", "layout", "mask IoU", "composition"), []
+    for title in grouped([r for r in results if r["method"] in ALL]):
+        pairs = pairs_at_equal_fidelity(results, title, reference)
+        if title == reference:
             continue
         by_seed = defaultdict(list)
-        for result in group:
-            goal = target.get((result["concept"], result["seed"]))
-            found = goal and at_similarity(result, goal["similarity"], nothing[result["concept"]])
-            if found:
-                by_seed[result["seed"]].append({name: found[name] - goal[name] for name in names})
-        reached = sum(map(len, by_seed.values()))
+        for run, own, other in pairs:
+            by_seed[run["seed"]].append({"at fidelity": own["fidelity"], **{name: own[name] - other[name] for name in names}})
         cells = []
-        for name in names:
-            mean, half = mean_and_interval([np.mean([d[name] for d in rows_]) for rows_ in by_seed.values()]) if by_seed else (np.nan, np.nan)
+        for name in ("at fidelity", *names):
+            mean, half = mean_and_interval([float(np.mean([values[name] for values in some])) for some in by_seed.values()])
             digits = 1 if name == "path KL" else 3
-            cells.append(f"{mean:+.{digits}f} ± {half:.{digits}f}" if reached else "")
-        rows.append([title, f"{reached} of {len(group)}", *cells])
-    return markdown(["method", "reaches it", *names], rows)
+            interval = "" if np.isnan(half) else f" ± {half:.{digits}f}"
+            cells.append(f"{mean:.2f}" if name == "at fidelity" else f"{mean:+.{digits}f}{interval}")
+        rows.append([title, *cells])
+    return markdown([f"method minus {reference}", "at fidelity", *names], rows)
+
+
+def terms_table(results: Results, name: str = "paper") -> str:
+    """The terms of Eq. 10 to 15 at a few steps: means over t, concepts and seeds."""
+    runs = [r["terms"] for r in results if name_of(r) == name]
+    rows = []
+    for step in runs[0]:
+        mean = lambda term, step=step: float(np.mean([[row[term] for row in terms[step]] for terms in runs]))
+        rows.append([step, f"{mean('lambda'):.3f}", f"{mean('negative'):.0%}", f"{mean('cosine'):.2f}", f"{mean('norm_R_complete'):.2f}",
+                     f"{mean('norm_R_target'):.2f}", f"{mean('loss_cc'):.4f}", f"{mean('loss_purecc'):.4f}",
+                     f"{mean('rejection') / mean('loss_purecc'):.1%}", f"{mean('loss_purecc') / mean('loss'):.1%}"])
+    return markdown(["step", "lambda*", "negative", "cosine", "norm of R(y_complete, y_base)", "norm of R(y_tar)", "L_CC", "L_PureCC",
+                     "rejection in L_PureCC", "L_PureCC in the loss"], rows)
 
 
 def tuning_table(results: Results) -> str:
