@@ -118,15 +118,16 @@ def pcc_losses(v_complete: Tensor, v_original: Tensor, R_target: Tensor, v: Tens
                fixed_lambda: float | Tensor | None = None) -> dict[str, Tensor]:
     """Eq. 10 to 15 from the predictions, all [B, C, H, W], and everything worth logging. "rejection" is what L_PureCC is with lambda*.
 
-    "negative" is the share of samples whose lambda is below 0."""
+    "negative" is the share of samples whose lambda is below 0.
+    """
     terms = purecc_terms(v_complete, v_original, R_target, fixed_lambda)                         # Eq. 10-14
     loss_cc = squared_error(v_complete, v)                                                       # Eq. 3
-    norm = lambda R: inner(R, R).sqrt().mean()
-    along = inner(terms.R_complete, R_target).square() / inner(R_target, R_target).clamp(min=1e-20)
-    rejection = (inner(terms.R_complete, terms.R_complete) - along).mean() / R_target[0].numel()
+    R_complete, norm = terms.R_complete.detach(), lambda R: inner(R, R).sqrt().mean()            # the rest is for the log
+    along = inner(R_complete, R_target).square() / inner(R_target, R_target).clamp(min=1e-20)
+    rejection = (inner(R_complete, R_complete) - along).mean() / R_target[0].numel()
     return {"loss": total_loss(loss_cc, terms.loss, config.eta), "loss_cc": loss_cc, "loss_purecc": terms.loss,       # Eq. 15
             "rejection": rejection, "lambda": terms.lam.mean(), "negative": (terms.lam < 0).float().mean(),
-            "cosine": cosine(terms.R_complete, R_target).mean(), "norm_R_complete": norm(terms.R_complete), "norm_R_target": norm(R_target)}
+            "cosine": cosine(R_complete, R_target).mean(), "norm_R_complete": norm(R_complete), "norm_R_target": norm(R_target)}
 
 
 def stage_2_predictions(pipe: Pipeline, theta_2: Branch, data: TrainingData, batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -149,8 +150,8 @@ def stage_2_losses(pipe: Pipeline, theta_1: Branch, theta_2: Branch, data: Train
     if config.eta == 0:
         loss_cc = squared_error(theta_2.velocity(pipe, batch.x_t, batch.t, data.complete[batch.rows]), batch.v)
         return {"loss": loss_cc, "loss_cc": loss_cc}
-    v_complete, v_original = stage_2_predictions(pipe, theta_2, data, batch, config)
-    return pcc_losses(v_complete, v_original, target_representation(pipe, theta_1, data, batch), batch.v, config, config.fixed_lambda)
+    R_target = target_representation(pipe, theta_1, data, batch)         # first: it needs memory that v_complete's graph will take
+    return pcc_losses(*stage_2_predictions(pipe, theta_2, data, batch, config), R_target, batch.v, config, config.fixed_lambda)
 
 
 def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
