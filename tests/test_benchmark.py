@@ -211,7 +211,7 @@ def test_two_untrained_concepts_draw_what_the_base_draws_by_region(cheap):
 
 # ------------------------------------------------------------------------------------------------------- shipped
 def test_the_shipped_results_are_whole_and_of_these_weights_and_settings():
-    for part in ("tuning", "main", "claims", "factors"):
+    for part in ("tuning", "main", "claims", "factors", "further"):
         missing = [cell.file for cell in plan(part) if cell.result(Path("nowhere"), shipped=True) is None]
         assert not missing, (part, missing[:3], len(missing))
     results = [cell.result(Path("nowhere"), shipped=True) for cell in plan("claims")]
