@@ -92,7 +92,7 @@ def test_parts_are_what_they_say():
 
 def test_gradient_checkpointing_and_detaching_save_memory():
     need = lambda checkpointing=False, **changes: dry_run(SMALL, replace(TRAIN, **changes), 64, 2, checkpointing, **TINY).activations
-    assert need(checkpointing=True) < need() / 2 and 1.5 * need() < need(detach=False)
+    assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(detach=False)
 
 
 @pytest.mark.parametrize("size, target", [(512, 12e9), pytest.param(1024, 24e9, marks=pytest.mark.slow)])
