@@ -200,7 +200,7 @@ def imagined_scenes(trial: Trial, batch: Batch, weight: float) -> dict[str, Tens
 
 @dataclass(frozen=True)
 class Method:
-    about: str                                   # for the table's legend
+    about: str                                   # what it is, in words
     losses: Callable[..., dict[str, Tensor]]     # (trial, batch, **the settings that are not TrainConfig's)
     settings: dict = field(default_factory=dict) # chosen on the tuning tasks among `tries`
     tries: tuple[dict, ...] = ()
