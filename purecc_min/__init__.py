@@ -1,5 +1,6 @@
-"""PureCC, readable: learn a concept and change nothing else. Read in this order: objective, lora, embeddings, branch, concept, train, toy, evaluate,
-benchmark.
+"""PureCC, readable: teach a model one new concept and change nothing else.
 
-For public weights besides: base, memory, export.
+The core, in the order in which to read it: concept, embeddings, lora, branch, objective, methods, train,
+algorithm. Three folders serve it: measure/ says what was learned and what it cost, benchmark/ compares
+methods, commands/ is what a user runs.
 """

@@ -1,18 +1,15 @@
-"""The decoupled objective, Eq. 8 to 15 of the paper: pure functions of tensors, to be checked against it line by line.
+"""The decoupled objective of PureCC: Eq. 8 to 15 of the paper, in one function.
 
-    v_target               = R(y_tar) = v_theta1(x_t | y_tar) - v_theta1(x_t | null)               (Eq. 8)
-    v_original             = v_theta2(x_t | y_base)                                                (Eq. 9)
-    R(y_complete, y_base)  = v_theta2(x_t | y_complete) - v_theta2(x_t | y_base)                   (Eq. 10)
-    lambda*                = argmin_l || R(y_complete, y_base) - l R(y_tar) ||^2                   (Eq. 11)
-                           = < R(y_complete, y_base), R(y_tar) > / || R(y_tar) ||^2                (Eq. 12)
-    v_PureCC               = v_original + lambda* v_target                                         (Eq. 6, 13)
-    L_PureCC               = E || v_PureCC - v_theta2(x_t | y_complete) ||^2                       (Eq. 14)
-    L_PCC                  = L_CC + eta L_PureCC                                                   (Eq. 15)
+theta_1 is the frozen representation extractor (stage 1), theta_2 the model in training. Both are called as
+theta(x_t, t, text) and return a velocity [B, C, H, W]. R(y_tar) is what the concept alone adds to the
+extractor's prediction; R(y_complete, y_base) is what [V] adds to a whole text in theta_2. lambda* is how
+far the second reaches along the first, and L_PureCC asks that it should add nothing else.
 
-theta1 is the frozen extractor, theta2 the trainable model; L_CC is the flow-matching loss (Eq. 3). Inner products are taken a sample,
-over channels and pixels, in fp32 (the paper does not say; this is our reading). Put lambda* into Eq. 14 and what is left is the part of
-R(y_complete, y_base) that is orthogonal to R(y_tar): L_PureCC never pulls along the target direction. Read next: train.py, where
-these functions are called in this order.
+Put lambda* into Eq. 14, and L_PureCC is the squared part of R(y_complete, y_base) that is orthogonal to
+R(y_tar): it never pulls toward the concept, which L_CC alone does. The paper does not say whether
+v_original carries a gradient; here it does not. (lambda* is detached too, which changes nothing: it
+minimises L_PureCC, so the gradient through it is zero.) Read next: methods.py, where parts of this are
+replaced.
 """
 
 from typing import NamedTuple
@@ -20,64 +17,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from purecc_min.concept import Batch
 from tinyflow.flow import expand, squared_error
+from tinyflow.pipeline import Velocity, in_one_batch
 
 
-def representation(v_with: Tensor, v_without: Tensor) -> Tensor:
-    """R: what a text adds to a prediction (Eq. 8 against the empty text, Eq. 10 against the base text). All [B, C, H, W]."""
-    return v_with - v_without
+class Terms(NamedTuple):
+    """What one step computes, for the log, the lessons and the figures. Velocities are [B, C, H, W]."""
+    v_original: Tensor                           # v_theta2(x_t | y_base)
+    v_complete: Tensor                           # v_theta2(x_t | y_complete), which carries the gradient
+    v_purecc: Tensor
+    R_target: Tensor                             # R(y_tar), frozen
+    R_complete: Tensor                           # R(y_complete, y_base)
+    lam: Tensor                                  # [B] lambda*
+    loss_cc: Tensor                              # a number: L_CC
+    loss_purecc: Tensor                          # a number: L_PureCC
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of each sample: [B, C, H, W] -> [B], in fp32 or better."""
-    a, b = (v if v.dtype == torch.float64 else v.float() for v in (a, b))
-    return (a * b).flatten(1).sum(1)
+def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float) -> tuple[Tensor, Terms]:
+    """L_PCC of one step, and the terms that it is made of."""
+    x_t, t, texts = batch.x_t, batch.t, batch.texts
+    with torch.no_grad():
+        v_tar, v_null = in_one_batch(theta_1, x_t, t, texts.target, texts.null)
+        R_target = v_tar - v_null                                                       # Eq. 8
+        v_original = theta_2(x_t, t, texts.base)                                        # Eq. 9
+    v_complete = theta_2(x_t, t, texts.complete)
+    R_complete = v_complete - v_original                                                # Eq. 10
+    lam = lambda_star(R_complete, R_target).detach()                                    # Eq. 11, 12
+    v_purecc = v_original + expand(lam, R_target) * R_target                            # Eq. 6, 13
+    loss_purecc = squared_error(v_purecc, v_complete)                                   # Eq. 14
+    loss_cc = squared_error(v_complete, batch.v)                                        # Eq. 3
+    loss = loss_cc + eta * loss_purecc                                                  # Eq. 15
+    return loss, Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
 
 
 def lambda_star(R_complete: Tensor, R_target: Tensor) -> Tensor:
-    """lambda* of Eq. 12 for each sample, [B]. It is 0 where R_target vanishes, in value and in gradient."""
+    """lambda* = argmin_l |R_complete - l R_target|^2 = <R_complete, R_target> / |R_target|^2 (Eq. 11, 12).
+
+    It is one number a sample, [B], which is our reading: the paper does not say. It may be negative, and it
+    is 0 where R_target vanishes, in value and in gradient.
+    """
     squared_norm = inner(R_target, R_target)
-    usable = squared_norm > 0
-    return torch.where(usable, inner(R_complete, R_target) / torch.where(usable, squared_norm, 1.0), 0.0)
+    vanishes = squared_norm == 0
+    return torch.where(vanishes, 0.0, inner(R_complete, R_target) / torch.where(vanishes, 1.0, squared_norm))
 
 
-def v_purecc(v_original: Tensor, lam: Tensor, v_target: Tensor) -> Tensor:
-    """Eq. 13 (and Eq. 6): the original prediction plus lambda [B] times the target direction."""
-    return v_original + expand(lam, v_target).to(v_target.dtype) * v_target
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of each sample, over channels and pixels: [B, C, H, W] -> [B], in fp32 or better."""
+    a, b = (v if v.dtype == torch.float64 else v.float() for v in (a, b))
+    return (a * b).flatten(1).sum(1)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """The cosine of the angle between a and b of each sample, [B]; 0 where one of them vanishes."""
     return inner(a, b) / (inner(a, a) * inner(b, b)).sqrt().clamp(min=1e-20)
-
-
-class Terms(NamedTuple):
-    """Everything that one step of stage 2 computes, for the loss, the log and the lessons."""
-    v_pure: Tensor                               # [B, C, H, W]
-    R_complete: Tensor                           # [B, C, H, W]
-    R_target: Tensor                             # [B, C, H, W]
-    lam: Tensor                                  # [B]
-    loss: Tensor                                 # L_PureCC, a scalar
-
-
-def purecc_terms(v_complete: Tensor, v_original: Tensor, R_target: Tensor, fixed_lambda: float | Tensor | None = None) -> Terms:
-    """Eq. 10 to 14 in order, from the three predictions.
-
-    Args:
-        v_complete: v_theta2(x_t | y_complete), carries the gradient. v_original: Eq. 9; detached or not by the caller.
-        R_target: Eq. 8, frozen.
-        fixed_lambda: a constant, or one a sample [B], in place of lambda* (the paper's Table 3).
-    lambda* is detached. That changes nothing: it minimises L_PureCC, so the gradient through it is zero (envelope theorem).
-    """
-    R_complete = representation(v_complete, v_original)                                          # Eq. 10
-    if fixed_lambda is None:
-        lam = lambda_star(R_complete, R_target).detach()                                         # Eq. 12
-    else:
-        lam = torch.as_tensor(fixed_lambda, dtype=torch.float32, device=R_target.device).expand(len(R_target))
-    v_pure = v_purecc(v_original, lam, R_target)                                                 # Eq. 13
-    return Terms(v_pure, R_complete, R_target, lam, squared_error(v_pure, v_complete))           # Eq. 14
-
-
-def total_loss(loss_cc: Tensor, loss_purecc: Tensor, eta: float) -> Tensor:
-    """L_PCC of Eq. 15."""
-    return loss_cc + eta * loss_purecc

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from purecc_min.concept import load_concept
-from purecc_min.toy import FOLDER
+from purecc_min.commands.folder import load_concept
+from purecc_min.measure.toy import FOLDER
 from tinyflow.mmdit import MMDiTConfig
+from tinyflow.picturebook.model import make_tiny
 from tinyflow.pipeline import Pipeline
 
 
 def make_pipe(**config) -> Pipeline:
     torch.manual_seed(0)
-    pipe = Pipeline.tiny(MMDiTConfig(**{**dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16), **config}))
+    small = dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16)
+    pipe = make_tiny(MMDiTConfig(**{**small, **config}))
     with torch.no_grad():
         for parameter in pipe.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

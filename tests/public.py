@@ -1,14 +1,33 @@
-"""A small Stable Diffusion 3 with random weights in the public layouts, written by diffusers and transformers themselves."""
+"""A small Stable Diffusion 3 with random weights in the public layouts.
+
+diffusers and transformers write the folder themselves. The single file is written here, by `to_single_file`.
+"""
 
 import gzip
 import json
+import shutil
 from importlib.metadata import files
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}        # of CLIP-L and of CLIP-G
 
 
 def write_clip_tokenizer(folder: Path) -> None:
@@ -18,17 +37,19 @@ def write_clip_tokenizer(folder: Path) -> None:
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unseen = [byte for byte in range(256) if byte not in seen]
     symbols = [chr(byte) for byte in seen] + [chr(256 + n) for n in range(len(unseen))]
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"]
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols),
+             *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = json.dumps({word: n for n, word in enumerate(words)})
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
 def write_t5_tokenizer(folder: Path) -> None:
     """tokenizer.json of a small unigram model, built as T5's is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     words = ["a", "dog", "cat", "on", "the", "beach", "teddy", "bear", "s", "big", "robot"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [("▁" + word, -3.0) for word in words]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocabulary += [("▁" + word, -3.0) for word in words]
     vocabulary += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz.,!'[]-"]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -38,7 +59,7 @@ def write_t5_tokenizer(folder: Path) -> None:
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
-    """No gate, norm or bias is left at zero or one."""
+    """Random weights: no gate, norm or bias is left at zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -48,50 +69,53 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module
 
 
 def small_transformer(**changes) -> SD3Transformer2DModel:
-    settings = dict(sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=16, num_attention_heads=2,
-                    joint_attention_dim=80, caption_projection_dim=32, pooled_projection_dim=56, pos_embed_max_size=12,
-                    dual_attention_layers=(0, 1), qk_norm="rms_norm")
-    settings |= changes
+    settings = dict(sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=3,
+                    attention_head_dim=16, num_attention_heads=2, joint_attention_dim=80,
+                    pooled_projection_dim=56, pos_embed_max_size=12, dual_attention_layers=(0, 1),
+                    qk_norm="rms_norm") | changes
     settings["caption_projection_dim"] = settings["attention_head_dim"] * settings["num_attention_heads"]
     return randomise(SD3Transformer2DModel(**settings), seed=1)
 
 
 def small_vae(channels: tuple[int, ...] = (8, 16, 16, 16), layers: int = 1, groups: int = 4) -> AutoencoderKL:
     count = len(channels)
-    return randomise(AutoencoderKL(block_out_channels=channels, layers_per_block=layers, norm_num_groups=groups, latent_channels=16,
-                                   down_block_types=("DownEncoderBlock2D",) * count, up_block_types=("UpDecoderBlock2D",) * count,
-                                   use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), seed=2)
+    vae = AutoencoderKL(block_out_channels=channels, layers_per_block=layers, norm_num_groups=groups,
+                        latent_channels=16, down_block_types=("DownEncoderBlock2D",) * count,
+                        up_block_types=("UpDecoderBlock2D",) * count, use_quant_conv=False,
+                        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+    return randomise(vae, seed=2)
 
 
 def small_clip(width: int, activation: str, seed: int, heads: int = 4) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=heads, hidden_act=activation,
-                            projection_dim=width, eos_token_id=2)
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                            num_attention_heads=heads, hidden_act=activation, projection_dim=width,
+                            eos_token_id=2)
     return randomise(CLIPTextModelWithProjection(config), seed)
 
 
-def small_t5(width: int = 80, vocabulary: int = 48) -> T5EncoderModel:
-    return randomise(T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0,
-                                             feed_forward_proj="gated-gelu", tie_word_embeddings=False)), seed=5)
+def small_t5(width: int = 80) -> T5EncoderModel:
+    config = T5Config(vocab_size=48, d_model=width, d_kv=8, d_ff=96, num_layers=2, num_heads=4,
+                      dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    return randomise(T5EncoderModel(config), seed=5)
 
 
-def write_sd3(folder: Path, t5: bool = True, **transformer) -> StableDiffusion3Pipeline:
+def write_sd3(folder: Path) -> StableDiffusion3Pipeline:
     """Saves a small pipeline in the diffusers layout and returns it."""
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+    for name in PADS:
         write_clip_tokenizer(folder / name)
-    if t5:
-        write_t5_tokenizer(folder / "tokenizer_3")
-    tokenizers = [CLIPTokenizer.from_pretrained(folder / name, pad_token=pad, model_max_length=77)
-                  for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))]
-    tokenizer_3 = T5TokenizerFast(tokenizer_file=str(folder / "tokenizer_3" / "tokenizer.json"), extra_ids=0) if t5 else None
+    write_t5_tokenizer(folder / "tokenizer_3")
+    tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(folder / name, pad_token=pad, model_max_length=77)
+                              for name, pad in PADS.items())
+    tokenizer_3 = folder / "tokenizer_3" / "tokenizer.json"
     pipeline = StableDiffusion3Pipeline(
-        transformer=small_transformer(**transformer), scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0), vae=small_vae(),
-        text_encoder=small_clip(24, "quick_gelu", 3), tokenizer=tokenizers[0], text_encoder_2=small_clip(32, "gelu", 4), tokenizer_2=tokenizers[1],
-        text_encoder_3=small_t5() if t5 else None, tokenizer_3=tokenizer_3)
+        transformer=small_transformer(), vae=small_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+        text_encoder=small_clip(24, "quick_gelu", 3), tokenizer=tokenizer,
+        text_encoder_2=small_clip(32, "gelu", 4), tokenizer_2=tokenizer_2, text_encoder_3=small_t5(),
+        tokenizer_3=T5TokenizerFast(tokenizer_file=str(tokenizer_3), extra_ids=0))
     pipeline.save_pretrained(folder)
-    for name in ("tokenizer", "tokenizer_2"):                    # newer transformers save tokenizer.json alone; the public folders hold these two
-        for file in (folder / name).iterdir():
-            file.unlink()
-        (folder / name).rmdir()
+    for name in PADS:                            # transformers saves other files than the public folders hold
+        shutil.rmtree(folder / name)
         write_clip_tokenizer(folder / name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -100,61 +124,95 @@ def write_sd3(folder: Path, t5: bool = True, **transformer) -> StableDiffusion3P
 State = dict[str, torch.Tensor]
 
 
-def to_single_file(transformer: State, vae: State, **encoders: State) -> State:
-    """State dicts of the diffusers layout, written as the original single file has them. Works on the meta device too."""
-    names = {"pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj", "proj_out": "final_layer.linear",
-             "norm_out.linear": "final_layer.adaLN_modulation.1", "context_embedder": "context_embedder"}
-    for theirs, ours in (("timestep", "t"), ("text", "y")):
-        names |= {f"time_text_embed.{theirs}_embedder.linear_{n}": f"{ours}_embedder.mlp.{2 * n - 2}" for n in (1, 2)}
-    block = {"norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
-             "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj", "attn2.to_out.0": "x_block.attn2.proj",
-             "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k", "attn.norm_added_q": "context_block.attn.ln_q",
-             "attn.norm_added_k": "context_block.attn.ln_k", "attn2.norm_q": "x_block.attn2.ln_q", "attn2.norm_k": "x_block.attn2.ln_k",
-             "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2", "ff_context.net.0.proj": "context_block.mlp.fc1",
-             "ff_context.net.2": "context_block.mlp.fc2"}
-    joined = {"x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+def transformer_to_single_file(transformer: State) -> State:
+    """The transformer's part of `to_single_file`."""
+    names = {"pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj",
+             "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+             "context_embedder": "context_embedder",
+             "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+             "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+             "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+             "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2"}
+    block = {"norm1.linear": "x_block.adaLN_modulation.1",
+             "norm1_context.linear": "context_block.adaLN_modulation.1",
+             "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
+             "attn2.to_out.0": "x_block.attn2.proj", "attn.norm_q": "x_block.attn.ln_q",
+             "attn.norm_k": "x_block.attn.ln_k", "attn.norm_added_q": "context_block.attn.ln_q",
+             "attn.norm_added_k": "context_block.attn.ln_k", "attn2.norm_q": "x_block.attn2.ln_q",
+             "attn2.norm_k": "x_block.attn2.ln_k",
+             "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+             "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2"}
+    joined = {"x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+              "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
               "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
     depth = 1 + max(int(name.split(".")[1]) for name in transformer if name.startswith("transformer_blocks."))
     for n in range(depth):
-        names |= {f"transformer_blocks.{n}.{theirs}": f"joint_blocks.{n}.{ours}" for theirs, ours in block.items()}
+        names |= {f"transformer_blocks.{n}.{theirs}": f"joint_blocks.{n}.{ours}"
+                  for theirs, ours in block.items()}
     swapped = ("norm_out.linear", f"transformer_blocks.{depth - 1}.norm1_context.linear")
 
     single = {}
     for name, tensor in transformer.items():
         layer, _, last = name.rpartition(".")
-        if name in names or layer in names:
+        if name in names:
+            single[names[name]] = tensor
+        elif layer in names:
             tensor = torch.cat(tensor.chunk(2)[::-1]) if layer in swapped else tensor
-            single[f"model.diffusion_model.{names[name] if name in names else f'{names[layer]}.{last}'}"] = tensor
+            single[f"{names[layer]}.{last}"] = tensor
     for n in range(depth):
         for ours, three in joined.items():
             for last in ("weight", "bias"):
                 parts = [transformer.get(f"transformer_blocks.{n}.{layer}.{last}") for layer in three]
                 if parts[0] is not None:
-                    single[f"model.diffusion_model.joint_blocks.{n}.{ours}.{last}"] = torch.cat(parts)
+                    single[f"joint_blocks.{n}.{ours}.{last}"] = torch.cat(parts)
+    return single
 
+
+def vae_to_single_file(vae: State) -> State:
+    """The autoencoder's part of `to_single_file`."""
     levels = 1 + max(int(name.split(".")[2]) for name in vae if name.startswith("encoder.down_blocks."))
+    names = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
+             "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+             "mid_block.attentions.0.group_norm.": "mid.attn_1.norm.",
+             "mid_block.attentions.0.to_q.": "mid.attn_1.q.", "mid_block.attentions.0.to_k.": "mid.attn_1.k.",
+             "mid_block.attentions.0.to_v.": "mid.attn_1.v.",
+             "mid_block.attentions.0.to_out.0.": "mid.attn_1.proj_out."}
+    for n in range(levels):
+        up = f"up.{levels - 1 - n}"
+        names |= {f"down_blocks.{n}.resnets.": f"down.{n}.block.", f"up_blocks.{n}.resnets.": f"{up}.block.",
+                  f"down_blocks.{n}.downsamplers.0.": f"down.{n}.downsample.",
+                  f"up_blocks.{n}.upsamplers.0.": f"{up}.upsample."}
+    single = {}
     for name, tensor in vae.items():
-        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
-        for theirs, ours in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-            name = name.replace(f"mid_block.attentions.0.{theirs}.", f"mid.attn_1.{ours}.")
-        for n in range(levels):
-            name = name.replace(f"down_blocks.{n}.resnets.", f"down.{n}.block.").replace(f"down_blocks.{n}.downsamplers.0.", f"down.{n}.downsample.")
-            up = f"up.{levels - 1 - n}"
-            name = name.replace(f"up_blocks.{n}.resnets.", f"{up}.block.").replace(f"up_blocks.{n}.upsamplers.0.", f"{up}.upsample.")
-        single[f"first_stage_model.{name}"] = tensor[..., None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
-    for encoder, state in encoders.items():
-        single |= {f"text_encoders.{encoder}.transformer.{name}": tensor for name, tensor in state.items()}
-    return {name: tensor.contiguous() for name, tensor in single.items()}
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        single[name] = tensor[..., None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+    return single
 
 
-def write_sparse(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def to_single_file(transformer: State, vae: State, **encoders: State) -> State:
+    """State dicts of the diffusers layout, as the original single file has them. Meta tensors will do."""
+    parts = {"model.diffusion_model.": transformer_to_single_file(transformer),
+             "first_stage_model.": vae_to_single_file(vae)}
+    parts |= {f"text_encoders.{name}.transformer.": state for name, state in encoders.items()}
+    return {prefix + name: tensor.contiguous()
+            for prefix, part in parts.items() for name, tensor in part.items()}
+
+
+def small_single_file() -> State:
+    """A single file without text encoders: a transformer of one block, an autoencoder of one level."""
+    return to_single_file(small_transformer(num_layers=1, dual_attention_layers=()).state_dict(),
+                          small_vae(channels=(4,)).state_dict())
+
+
+def write_sparse(path: Path, tensors: State) -> None:
     """A safetensors file of the given (meta) tensors in bf16, all zeros, that takes no room on the disk."""
     header, end = {}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end := end + 2 * tensor.numel()]}
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
     packed = json.dumps(header).encode()
-    packed += b" " * (-len(packed) % 8)                          # as safetensors does: tensors lie on even places, and can be mapped
+    packed += b" " * (-len(packed) % 8)          # as safetensors does: tensors that lie evenly can be mapped
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(len(packed).to_bytes(8, "little") + packed)

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from purecc_min.__main__ import build_parser, main
-from purecc_min.evaluate import MEASURES
-from purecc_min.toy import FOLDER
+from purecc_min.measure.measures import MEASURES
+from purecc_min.measure.toy import FOLDER
 from tinyflow import weights
+from tinyflow.picturebook.model import SHIPPED
 from tinyflow.pipeline import Pipeline
-from tinyflow.weights import SHIPPED, load_tensors, save_tensors
+from tinyflow.weights import load_tensors, save_tensors
 
 ROBOT = FOLDER / "striped_robot"
+LEARN = ["learn", ROBOT, "--class-word", "robot"]
 BUDGET = ["--steps", "2", "--batch", "1", "--device", "cpu"]
 
 
@@ -55,7 +57,8 @@ def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results.keys() == {"plain LoRA", "PureCC"} and results["PureCC"].keys() == MEASURES.keys()
     rows = [json.loads(line) for line in (out / "purecc.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2] and {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
     assert Image.open(out / "comparison.png").width > 1000
     assert all((out / f"{name}-concept.safetensors").exists() for name in ("lora", "purecc"))
 
@@ -64,35 +67,37 @@ def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
     moved = tmp_path / "mine.safetensors"
     moved.write_bytes((learned / "concept.safetensors").read_bytes())
     _, facts = load_tensors(moved, "concept")
-    assert facts["class_word"] == "robot" and facts["token"] == "[V]" and facts["config"]["steps"] == 2 and facts["versions"]["torch"]
+    assert facts["class_word"] == "robot" and facts["token"] == "[V]" and facts["config"]["steps"] == 2
+    assert facts["versions"]["torch"] and facts["base"] == "tiny"
     assert moved.stat().st_size < 1_000_000
     for name in "ab":
-        main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2", "--device", "cpu",
-              "--out", str(tmp_path / f"{name}.png")])
+        main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2",
+              "--device", "cpu", "--out", str(tmp_path / f"{name}.png")])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_learning_again_in_the_same_folder_is_done_at_once_and_another_run_is_refused(learned, capsys):
+def test_another_run_in_the_same_folder_is_refused(learned, capsys):
     before = (learned / "concept.safetensors").read_bytes()
-    assert "another run" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", learned, *BUDGET, "--seed", "1")
+    assert "another run" in fails(capsys, *LEARN, "--out", learned, *BUDGET, "--seed", "1")
     assert (learned / "concept.safetensors").read_bytes() == before
 
 
 def test_an_output_folder_with_other_files_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
-    assert "holds other files" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path, *BUDGET)
+    assert "holds other files" in fails(capsys, *LEARN, "--out", tmp_path, *BUDGET)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_damaged_run_file_is_one_line(tmp_path, capsys):
     (tmp_path / "run.json").write_text("[1, 2")
-    assert "run.json: damaged" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path, *BUDGET)
+    assert "run.json: damaged" in fails(capsys, *LEARN, "--out", tmp_path, *BUDGET)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(learned, tmp_path, capsys):
     concept = learned / "concept.safetensors"
     assert "no such folder" in fails(capsys, "learn", tmp_path / "none", "--class-word", "robot")
-    assert "does not know the word 'robott'" in fails(capsys, "learn", ROBOT, "--class-word", "robott", "--out", tmp_path / "x")
+    unknown = fails(capsys, "learn", ROBOT, "--class-word", "robott", "--out", tmp_path / "x")
+    assert "does not know the word 'robott'" in unknown
     assert "does not know the word 'dragon'" in fails(capsys, "sample", concept, "a [V] dragon")
     assert "no such file" in fails(capsys, "sample", tmp_path / "none.safetensors", "a [V] robot")
     assert "not a concept file" in fails(capsys, "sample", SHIPPED / "base.safetensors", "a [V] robot")
@@ -110,20 +115,22 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(weights.os, "fsync", full)
-    assert "no space left" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--out", tmp_path / "x", *BUDGET)
+    assert "no space left" in fails(capsys, *LEARN, "--out", tmp_path / "x", *BUDGET)
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_exhausted_memory_is_one_line_and_another_error_keeps_its_traceback(error, learned, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_exhausted_memory_is_one_line_and_a_bug_keeps_its_traceback(error, learned, capsys, monkeypatch):
     def exhausted(*_, **__):
         raise error
 
     monkeypatch.setattr(Pipeline, "sample", exhausted)
-    assert "out of memory; choose a smaller" in fails(capsys, "sample", learned / "concept.safetensors", "a [V] robot", "--device", "cpu")
+    command = ["sample", str(learned / "concept.safetensors"), "a [V] robot", "--device", "cpu"]
+    assert "out of memory; choose a smaller" in fails(capsys, *command)
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
-        main(["sample", str(learned / "concept.safetensors"), "a [V] robot", "--device", "cpu"])
+        main(command)
 
 
 def test_no_command_has_more_than_fifteen_options_and_each_is_explained():
@@ -142,5 +149,5 @@ def test_an_unknown_option_is_refused():
 
 def test_nothing_is_pickled():
     root = Path(__file__).parent.parent
-    for file in [*root.glob("tinyflow/*.py"), *root.glob("purecc_min/*.py")]:
+    for file in [*root.glob("tinyflow/**/*.py"), *root.glob("purecc_min/**/*.py")]:
         assert not re.search(r"import pickle|allow_pickle|torch\.(save|load)\(", file.read_text()), file

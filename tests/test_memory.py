@@ -1,23 +1,33 @@
-"""Memory counted without a card: against cases worked out by hand, torch's own profiler, and the targets at full size."""
+"""Memory counted without a card, against hand-worked cases, the profiler, and the targets at full size."""
 
 import gc
 import re
-from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from purecc_min import memory
-from purecc_min.memory import OVERHEAD, Memory, PeakMemory, dry_run, fit, flash, memory_table
+from purecc_min.commands import memory
+from purecc_min.commands.memory import (
+    OVERHEAD,
+    Memory,
+    PeakMemory,
+    dry_run,
+    fit,
+    flash_attention,
+    memory_table,
+)
+from purecc_min.methods import not_detached, paper
 from purecc_min.train import TrainConfig
+from tinyflow.attention import attention
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
-from tinyflow.sd3 import SD35_MEDIUM
-from tinyflow.vae import VAE, VAEConfig
+from tinyflow.sd3.load import SD35_MEDIUM
+from tinyflow.sd3.vae import VAE, VAEConfig
 
-SMALL = MMDiTConfig(channels=4, patch=2, width=64, depth=3, heads=2, context_width=32, pooled_width=16, base_grid=8, dual_attention_layers=(0, 1))
+SMALL = MMDiTConfig(channels=4, patch=2, width=64, depth=3, heads=2, context_width=32, pooled_width=16,
+                    base_grid=8, dual_attention_layers=(0, 1))
 TINY = dict(tokens=20, autoencoder=VAEConfig((8, 16), layers=1, latent_channels=4, groups=4))
 TRAIN = TrainConfig(batch=2, rank=2)
 
@@ -31,7 +41,7 @@ def test_storages_are_counted_once_and_until_they_are_freed(device):
         a.add_(1)
         old.mul_(2).view(10, 100)
         assert (count.now, count.peak) == (400, 400)
-        b = (a + a).double()                                                         # 400 for a while, then 800
+        b = (a + a).double()                                             # 400 for a while, then 800
         assert (count.now, count.peak) == (1200, 1600)
         del a
         assert count.now == 1200                                                     # the view still holds it
@@ -44,55 +54,65 @@ def test_what_the_backward_pass_keeps_is_counted():
     with PeakMemory() as count:
         x = torch.zeros(1000, device="meta", requires_grad=True)
         y = x.exp().sum()
-        assert count.now == 8004                                                     # x, exp's result, the sum
+        assert count.now == 8004                                                    # x, exp's result, the sum
         y.backward()
         assert count.now == 8004                                                     # x, x.grad, the sum
 
 
 def test_attention_holds_no_scores_on_meta():
     q = torch.zeros(1, 2, 300, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with PeakMemory() as count:
-        flash(q, q, q).sum().backward()
-    assert q.grad.shape == q.shape and count.peak < 2 * 300 * 300                    # a byte for each score of the two heads
+    with flash_attention(), PeakMemory() as count:
+        attention(q, q, q).sum().backward()
+    assert q.grad.shape == q.shape and count.peak < 2 * 300 * 300     # a byte for each score of the two heads
 
 
 def kernel_of_the_cpu(q, k, v, bias=None, is_causal=False, scale=None):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=is_causal, scale=scale)[0]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, is_causal=is_causal, scale=scale)[0]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_dry_run_is_the_real_step(stage, checkpointing, monkeypatch):
-    """Byte for byte, in fp32 with one attention kernel for both; and torch's profiler, which sees all that kernels take, agrees to 0.5 %."""
-    run = lambda device: dry_run.__wrapped__(SMALL, TRAIN, 64, stage, checkpointing, **TINY, dtype=torch.float32, device=device)
+    """Byte for byte, in fp32 with one attention kernel for both. torch's profiler, which sees all that
+    kernels take, agrees to 0.5 %.
+    """
+    def run(device):
+        case = (SMALL, TRAIN, 64, stage, checkpointing)
+        return dry_run.__wrapped__(*case, **TINY, dtype=torch.float32, device=device)
+
     monkeypatch.setattr(memory, "flash", kernel_of_the_cpu)
-    gc.collect()                                                 # what earlier tests left must not be freed under the profiler's eyes
+    gc.collect()                          # what earlier tests left must not be freed while the profiler looks
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         real = run("cpu")
     assert run("meta") == real
 
-    sizes = [event.nbytes() for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-             if event.name() == "[memory]"]
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     assert max(accumulate(sizes)) == pytest.approx(sum(real[:4]), rel=5e-3)
 
     monkeypatch.undo()
-    assert 0 <= run("meta").activations - real.activations < 1000                    # flash attention keeps its random state too
+    assert 0 <= run("meta").activations - real.activations < 1000     # flash attention keeps its random state
 
 
 def test_parts_are_what_they_say():
     """rank (in + out) values for each adapted layer, L D for Y; weights in bf16, autoencoder in fp32."""
     one, two = (dry_run(SMALL, TRAIN, 64, stage, False, **TINY) for stage in (1, 2))
-    layers, values = 3 * 8 - 1, sum(p.numel() for p in MMDiT(SMALL).parameters()) + 16 * 16 * 64
+    layers, positions = 3 * 8 - 1, 16 * 16 * 64
+    values = sum(p.numel() for p in MMDiT(SMALL).parameters()) + positions
+    autoencoder = sum(p.numel() for p in VAE(TINY["autoencoder"]).parameters())
     assert one.adapters == 4 * (layers * 2 * (64 + 64) + 3 * 64) and two.adapters == 2 * one.adapters
-    assert 3 * one.adapters <= one.optimizer <= 3 * one.adapters + 4 * 100           # and a step counter a tensor
-    assert one.weights == two.weights == 2 * values + 4 * sum(p.numel() for p in VAE(TINY["autoencoder"]).parameters())
+    assert 3 * one.adapters <= one.optimizer <= 3 * one.adapters + 4 * 100       # and a step counter a tensor
+    assert one.weights == two.weights == 2 * values + 4 * autoencoder
     assert two.total == two.weights + two.adapters + two.optimizer + two.activations + OVERHEAD
     assert Memory(5, 1, 1, 1, 9).total == 14 + OVERHEAD
 
 
 def test_gradient_checkpointing_and_detaching_save_memory():
-    need = lambda checkpointing=False, **changes: dry_run(SMALL, replace(TRAIN, **changes), 64, 2, checkpointing, **TINY).activations
-    assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(detach=False)
+    def need(checkpointing=False, method=paper):
+        return dry_run(SMALL, TRAIN, 64, 2, checkpointing, **TINY, method=method).activations
+
+    assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(method=not_detached)
 
 
 @pytest.mark.parametrize("size, target", [(512, 12e9), pytest.param(1024, 24e9, marks=pytest.mark.slow)])
@@ -102,28 +122,30 @@ def test_stage_2_of_sd35_medium_fits(size, target):
 
 @pytest.mark.parametrize("free, expected", [
     (55, False), (54, True), (40, True),
-    (39, "stage 2 at 1024 px, batch 3 needs 40.0 GB with gradient checkpointing and the card has 39.0 GB; --batch 2 needs 30.0 GB"),
+    (39, "stage 2 at 1024 px, batch 3 needs 40.0 GB with gradient checkpointing and the card has 39.0 GB; "
+         "--batch 2 needs 30.0 GB"),
     (20, "--batch 1 needs 20.0 GB"),
     (19, "--batch 1 --size 896 needs 18.8 GB"),
     (12.4, "nothing smaller fits: the least, --batch 1 --size 256, needs 12.5 GB"),
 ])
 def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
-    """On a card of `free` GB, for a model that needs 10 GB and 10 more for each sample at 1024 px, 15 without checkpointing."""
+    """On a card of `free` GB, for a model that needs 10 GB, and 10 or 15 more a sample at 1024 px."""
     def model(config, train, size, checkpointing):
         sample = 10_000_000_000 if checkpointing else 15_000_000_000
         return Memory(10_000_000_000 - OVERHEAD, 0, 0, train.batch * sample * size // 1024, 0)
 
     monkeypatch.setattr(memory, "dry_run", model)
-    decide = lambda: fit(SD35_MEDIUM, TrainConfig(batch=3), 1024, int(free * 1e9))
+    case = (SD35_MEDIUM, TrainConfig(batch=3), 1024, int(free * 1e9))
     if isinstance(expected, bool):
-        assert decide() is expected
+        assert fit(*case) is expected
     else:
         with pytest.raises(InputError, match=re.escape(expected) + "$"):
-            decide()
+            fit(*case)
 
 
 def test_the_table_has_a_row_for_every_case(monkeypatch):
-    monkeypatch.setattr(memory, "dry_run", lambda *case: Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000))
+    same = Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000)
+    monkeypatch.setattr(memory, "dry_run", lambda *case: same)
     rows = [line for line in memory_table(SD35_MEDIUM).splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 16 and len({row.count("|") for row in rows}) == 1
     assert rows[3] == "| 1 | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 7.14 |"

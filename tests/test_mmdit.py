@@ -10,9 +10,11 @@ SMALL = dict(width=32, depth=3, heads=2, context_width=16, pooled_width=16)
 
 
 def inputs(batch=2, height=32, width=32, tokens=5):
+    """x_t, t, context and pooled, as MMDiT.forward takes them."""
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(shape, generator=generator)
-    return draw(batch, 3, height, width), torch.rand(batch, generator=generator), draw(batch, tokens, 16), draw(batch, 16)
+    x_t, t = torch.randn(batch, 3, height, width, generator=generator), torch.rand(batch, generator=generator)
+    context = torch.randn(batch, tokens, 16, generator=generator)
+    return x_t, t, context, torch.randn(batch, 16, generator=generator)
 
 
 @pytest.mark.parametrize("dual", [(), (0, 2)])
@@ -38,7 +40,7 @@ def test_dual_attention_and_qk_norm_are_where_the_config_says():
 
 
 def test_the_output_puts_every_value_on_its_pixel():
-    """The last layer's values of a token are its patch row by row, channels innermost; patches follow row by row."""
+    """A token's last values are the pixels of its patch, row by row, channels innermost."""
     model = MMDiT(MMDiTConfig(**SMALL))
     with torch.no_grad():
         model.final_linear.bias.copy_(torch.arange(48.0))
@@ -52,11 +54,18 @@ def test_the_output_puts_every_value_on_its_pixel():
 def test_joint_attention_is_one_softmax_over_both_streams():
     """Written out by hand: each token's query against the keys of all image and text tokens."""
     torch.manual_seed(0)
-    layer, x, c = JointAttention(8, 2, qk_norm=True, text_output=True), torch.randn(1, 4, 8), torch.randn(1, 3, 8)
-    split = lambda z: z.view(-1, 2, 4).transpose(0, 1)                               # [heads, tokens, 4]
-    unit = lambda z: z / z.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-    q, k, v = (torch.cat([split(getattr(layer.image, to)(x[0])), split(getattr(layer.text, to)(c[0]))], dim=1) for to in ("to_q", "to_k", "to_v"))
-    weights = (unit(q) @ unit(k).transpose(1, 2) / 2).softmax(-1)                    # sqrt(4) = 2
+    layer = JointAttention(8, 2, qk_norm=True, text_output=True)
+    x, c = torch.randn(1, 4, 8), torch.randn(1, 3, 8)
+
+    def both(name):
+        z = torch.cat([getattr(layer.image, name)(x[0]), getattr(layer.text, name)(c[0])])
+        return z.view(7, 2, 4).transpose(0, 1)                                          # [heads, tokens, 4]
+
+    def unit(z):
+        return z / z.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+
+    q, k, v = both("to_q"), both("to_k"), both("to_v")
+    weights = (unit(q) @ unit(k).transpose(1, 2) / 2).softmax(-1)                       # sqrt(4) = 2
     out = (weights @ v).transpose(0, 1).reshape(7, 8)
     x_out, c_out = layer(x, c)
     torch.testing.assert_close(x_out[0], layer.image.to_out(out[:4]))
@@ -72,7 +81,8 @@ def test_a_patch_changes_only_through_attention():
     x, t, context, pooled = inputs()
     other = x.clone()
     other[:, :, 8:12, 20:24] += 1
-    change = (pipe.mmdit(x, t, context, pooled) - pipe.mmdit(other, t, context, pooled)).abs().amax((0, 1)) > 1e-6
+    difference = pipe.mmdit(x, t, context, pooled) - pipe.mmdit(other, t, context, pooled)
+    change = difference.abs().amax((0, 1)) > 1e-6                                       # [H, W]
     assert change[8:12, 20:24].all() and change.sum() == 16
 
 
@@ -86,10 +96,10 @@ def test_non_square_pictures_use_the_middle_of_the_positions(pipe):
 def test_positions_tell_x_and_y_apart():
     grid = position_features(32, 8, 8)
     assert torch.equal(grid[0, 3, :16], grid[5, 3, :16]) and torch.equal(grid[2, 0, 16:], grid[2, 7, 16:])
-    assert torch.allclose(time_features(torch.zeros(1))[0, :128], torch.ones(128))              # cosines first
+    assert torch.allclose(time_features(torch.zeros(1))[0, :128], torch.ones(128))      # cosines first
 
 
-@pytest.mark.parametrize("shape, message", [((30, 32), "patches of 4"), ((64, 32), "exceeds")])
+@pytest.mark.parametrize("shape, message", [((30, 32), "patches of 4"), ((64, 32), "exceed the model's")])
 def test_pictures_that_do_not_fit_are_refused(pipe, shape, message):
     with pytest.raises(ValueError, match=message):
         pipe.mmdit(*inputs(height=shape[0], width=shape[1]))
@@ -100,11 +110,22 @@ def test_config_errors_state_both_numbers():
         MMDiTConfig(width=30, heads=4)
 
 
-def test_the_hook_sees_the_text_at_the_input_of_every_block(pipe):
-    x, t, context, pooled = inputs()
+def test_a_visit_stands_in_every_blocks_place(pipe):
+    """It gets the block and the block's inputs; what it returns goes on to the next block."""
     seen = []
-    pipe.mmdit(x, t, context, pooled, lambda l, c: seen.append((l, tuple(c.shape))) or c)
-    assert seen == [(0, (2, 5, 32)), (1, (2, 5, 32)), (2, (2, 5, 32))]
+
+    def watch(number, block, x, c, vec):
+        assert block is pipe.mmdit.blocks[number]
+        seen.append((number, tuple(x.shape), tuple(c.shape), tuple(vec.shape)))
+        return block(x, c, vec)
+
+    def overwrite(number, block, x, c, vec):
+        return block(x, torch.zeros_like(c), vec)
+
+    plain = pipe.mmdit(*inputs())
+    assert torch.equal(pipe.mmdit(*inputs(), watch), plain)
+    assert seen == [(number, (2, 64, 32), (2, 5, 32), (2, 32)) for number in range(3)]
+    assert not torch.allclose(pipe.mmdit(*inputs(), overwrite), plain)
 
 
 def test_a_sample_does_not_depend_on_its_batch(pipe):
@@ -115,7 +136,10 @@ def test_a_sample_does_not_depend_on_its_batch(pipe):
 
 def test_gradient_matches_finite_differences_in_float64():
     model = make_pipe(width=16, depth=2).mmdit.double()
-    x, t, context, pooled = (v.double() for v in inputs(batch=1, height=8, width=8))
+    x, t, context, pooled = (value.double() for value in inputs(batch=1, height=8, width=8))
     x.requires_grad_(True)
-    # The time features are fp32 by design; they do not depend on x.
-    assert torch.autograd.gradcheck(lambda x: model(x, t, context, pooled).square().mean(), (x,), eps=1e-5, atol=1e-4, nondet_tol=0)
+
+    def loss(x):                                 # time features are fp32 by design, but do not depend on x
+        return model(x, t, context, pooled).square().mean()
+
+    assert torch.autograd.gradcheck(loss, (x,), eps=1e-5, atol=1e-4, nondet_tol=0)

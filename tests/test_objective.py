@@ -1,12 +1,15 @@
-"""The identities of the method, each on random tensors in float64."""
+"""The identities of the method, each on random tensors in float64, by the very function that trains."""
 
 import math
 
 import pytest
 import torch
 
-from purecc_min.objective import cosine, inner, lambda_star, purecc_terms, total_loss, v_purecc
-from tinyflow.flow import squared_error
+from purecc_min.concept import Batch, Texts
+from purecc_min.methods import Thetas, from_parts, log_of
+from purecc_min.objective import cosine, inner, lambda_star, pcc_loss
+from tinyflow.flow import expand, squared_error
+from tinyflow.pipeline import Text
 
 SHAPE = (3, 2, 4, 4)
 
@@ -17,32 +20,80 @@ def draw():
     return lambda: torch.randn(SHAPE, generator=generator, dtype=torch.float64)
 
 
+def numbered_text(number: int) -> Text:
+    """A text that says its number and its rows, so that a stub can look up what to predict."""
+    rows = torch.arange(SHAPE[0])
+    return Text(torch.full((SHAPE[0], 1, 1), number), rows[:, None], torch.zeros(SHAPE[0], 1).bool())
+
+
+TEXTS = Texts(*(numbered_text(number) for number in range(4)))
+
+
+def predicts(**predictions):
+    """A theta that predicts what it is told for each text; it fails if it is asked for another text."""
+    def theta(x_t, t, text):
+        names = [Texts._fields[number] for number in text.context[:, 0, 0].tolist()]
+        return torch.stack([predictions[name][row] for name, row in zip(names, text.pooled[:, 0].tolist())])
+    return theta
+
+
+def step(v_complete, v_original, v_tar, v_null, v, eta=1.0):
+    theta_1, theta_2 = predicts(target=v_tar, null=v_null), predicts(complete=v_complete, base=v_original)
+    return pcc_loss(theta_1, theta_2, Batch(torch.zeros(SHAPE), torch.zeros(3), v, TEXTS), eta)
+
+
+def test_the_step_is_equations_8_to_15(draw):
+    v_complete, v_original, v_tar, v_null, v = (draw() for _ in range(5))
+    loss, terms = step(v_complete, v_original, v_tar, v_null, v, eta=0.5)
+    R_target, R_complete = v_tar - v_null, v_complete - v_original
+    lam = torch.stack([(c * r).sum() / (r * r).sum() for c, r in zip(R_complete, R_target)])
+    v_purecc = v_original + lam.view(3, 1, 1, 1) * R_target
+    torch.testing.assert_close((terms.R_target, terms.R_complete, terms.lam), (R_target, R_complete, lam))
+    torch.testing.assert_close(terms.v_purecc, v_purecc)
+    expected = (v_complete - v).square().mean() + 0.5 * (v_purecc - v_complete).square().mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    assert terms.loss_cc + 0.5 * terms.loss_purecc == loss
+
+
+def test_ablations_share_equations_10_to_15_with_the_paper(draw):
+    v_complete, v_original, v_tar, v_null, v = (draw() for _ in range(5))
+    loss, terms = step(v_complete, v_original, v_tar, v_null, v, eta=2.0)
+    again, log = from_parts(v_original, v_complete, v_tar - v_null, v, eta=2.0)
+    assert torch.equal(loss, again) and log == log_of(terms)
+    _, log = from_parts(v_original, v_complete, v_tar - v_null, v, eta=2.0, lam=torch.full((3,), 3.0))
+    expected = squared_error(v_original + 3 * (v_tar - v_null), v_complete)
+    assert log["lambda"] == 3 and log["loss_purecc"] == expected
+
+
 def test_lambda_star_minimises_equation_11(draw):
     R_complete, R_target = draw(), draw()
     lam = lambda_star(R_complete, R_target)
-    at = lambda l: (R_complete - v_purecc(torch.zeros_like(R_target), l, R_target)).square().flatten(1).sum(1)
+
+    def distance(lam):
+        return (R_complete - expand(lam, R_target) * R_target).square().flatten(1).sum(1)
+
     for other in (lam + 1e-3, lam - 1e-3):
-        assert (at(lam) < at(other)).all()
+        assert (distance(lam) < distance(other)).all()
 
 
 def test_lambda_star_is_per_sample_and_hits_its_known_values(draw):
-    R = draw()
-    scale = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(lambda_star(scale[:, None, None, None] * R, R), scale)            # 1 when equal; negative is allowed
-    orthogonal = draw()
-    orthogonal -= v_purecc(torch.zeros_like(R), lambda_star(orthogonal, R), R)
+    R, orthogonal = draw(), draw()
+    scale = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)  # 1 when both are equal; it may be negative
+    torch.testing.assert_close(lambda_star(expand(scale, R) * R, R), scale)
+    orthogonal -= expand(lambda_star(orthogonal, R), R) * R
     assert lambda_star(orthogonal, R).abs().max() < 1e-12
 
 
 def test_the_loss_is_the_squared_rejection(draw):
-    """With lambda* inserted, L_PureCC = ||R_c||^2 sin^2(angle) / (values a sample): nothing along the target direction is left."""
-    v_complete, v_original, R_target = draw(), draw(), draw()
-    terms = purecc_terms(v_complete, v_original, R_target)
+    """With lambda* put in, L_PureCC = |R_complete|^2 sin^2(angle): nothing along R_target is left."""
+    v_complete, v_original, v_tar, v_null, v = (draw() for _ in range(5))
+    _, terms = step(v_complete, v_original, v_tar, v_null, v)
     R = v_complete - v_original
-    sin_squared = 1 - cosine(R, R_target) ** 2
+    sin_squared = 1 - cosine(R, terms.R_target) ** 2
     expected = (inner(R, R) * sin_squared).mean() / math.prod(SHAPE[1:])
-    torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=0)
-    assert inner(terms.v_pure - v_complete, R_target).abs().max() < 1e-10
+    torch.testing.assert_close(terms.loss_purecc.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(log_of(terms)["rejection"], expected)
+    assert inner(terms.v_purecc - v_complete, terms.R_target).abs().max() < 1e-10
 
 
 def test_envelope_theorem_detaching_lambda_changes_no_gradient(draw):
@@ -51,31 +102,46 @@ def test_envelope_theorem_detaching_lambda_changes_no_gradient(draw):
     def gradient(detach):
         v = v_complete.clone().requires_grad_(True)
         lam = lambda_star(v - v_original, R_target)
-        loss = (v_purecc(v_original, lam.detach() if detach else lam, R_target) - v).square().mean()
-        return torch.autograd.grad(loss, v)[0]
+        v_purecc = v_original + expand(lam.detach() if detach else lam, R_target) * R_target
+        return torch.autograd.grad((v_purecc - v).square().mean(), v)[0]
 
     torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-10, atol=1e-14)
 
 
+def test_v_original_and_the_extractor_receive_no_gradient(draw):
+    """The paper does not say whether v_original does.
+
+    Here it does not; methods.not_detached is the other choice.
+    """
+    predictions = [draw().requires_grad_(True) for _ in range(4)]
+    loss, _ = step(*predictions, draw())
+    gradients = torch.autograd.grad(loss, predictions, allow_unused=True)
+    assert gradients[0].abs().max() > 1e-3 and gradients[1:] == (None, None, None)
+
+
 def test_an_attached_v_original_receives_the_opposite_gradient(draw):
-    v_complete, v_original, R_target = draw().requires_grad_(True), draw().requires_grad_(True), draw()
-    on_complete, on_original = torch.autograd.grad(purecc_terms(v_complete, v_original, R_target).loss, (v_complete, v_original))
+    v_complete, v_original = draw().requires_grad_(True), draw().requires_grad_(True)
+    R_target, v = draw(), draw()
+    _, log = from_parts(v_original, v_complete, R_target, v, eta=1.0)
+    on_complete, on_original = torch.autograd.grad(log["loss_purecc"], (v_complete, v_original))
     assert on_complete.abs().max() > 1e-3
     torch.testing.assert_close(on_original, -on_complete)
 
 
 def test_the_loss_never_pulls_along_the_target(draw):
-    v_complete, v_original, R_target = draw().requires_grad_(True), draw(), draw()
-    gradient, = torch.autograd.grad(purecc_terms(v_complete, v_original, R_target).loss, v_complete)
-    assert inner(gradient, R_target).abs().max() < 1e-8
+    v_complete = draw().requires_grad_(True)
+    _, terms = step(v_complete, draw(), draw(), draw(), draw())
+    gradient, = torch.autograd.grad(terms.loss_purecc, v_complete)
+    assert inner(gradient, terms.R_target).abs().max() < 1e-8 < gradient.abs().max()
 
 
 @pytest.mark.parametrize("a", [0.01, -3.0, 200.0])
 def test_scaling_the_target_scales_lambda_and_leaves_v_purecc(draw, a):
-    v_complete, v_original, R_target = draw(), draw(), draw()
-    one, scaled = purecc_terms(v_complete, v_original, R_target), purecc_terms(v_complete, v_original, a * R_target)
+    v_complete, v_original, R_target, v = draw(), draw(), draw(), draw()
+    _, one = step(v_complete, v_original, R_target, torch.zeros(SHAPE), v)
+    _, scaled = step(v_complete, v_original, a * R_target, torch.zeros(SHAPE), v)
     torch.testing.assert_close(scaled.lam, one.lam / a)
-    torch.testing.assert_close(scaled.v_pure, one.v_pure)
+    torch.testing.assert_close(scaled.v_purecc, one.v_purecc)
 
 
 def test_a_vanishing_target_gives_zero_and_no_nan(draw):
@@ -84,7 +150,7 @@ def test_a_vanishing_target_gives_zero_and_no_nan(draw):
     R_target.requires_grad_(True)
     lam = lambda_star(v_complete - v_original, R_target)
     assert lam[1] == 0 and lam[0] != 0
-    loss = (v_purecc(v_original, lam, R_target) - v_complete).square().mean()
+    loss = (v_original + expand(lam, R_target) * R_target - v_complete).square().mean()
     for gradient in torch.autograd.grad(loss, (v_complete, R_target)):
         assert gradient.isfinite().all()
     assert cosine(torch.zeros(SHAPE), torch.zeros(SHAPE)).tolist() == [0, 0, 0]
@@ -92,7 +158,11 @@ def test_a_vanishing_target_gives_zero_and_no_nan(draw):
 
 def test_gradient_matches_finite_differences(draw):
     v_original, R_target = draw(), draw()
-    mean_square = lambda v: (v_purecc(v_original, lambda_star(v - v_original, R_target), R_target) - v).square().mean()
+
+    def mean_square(v):
+        v_purecc = v_original + expand(lambda_star(v - v_original, R_target), R_target) * R_target
+        return (v_purecc - v).square().mean()
+
     assert torch.autograd.gradcheck(mean_square, (draw().requires_grad_(True),), eps=1e-6, atol=1e-8)
 
 
@@ -102,9 +172,5 @@ def test_bf16_predictions_are_compared_in_fp32():
     assert inner(ones, ones).item() == 257 and lambda_star(ones, ones).dtype == torch.float32
 
 
-def test_a_constant_lambda_replaces_lambda_star(draw):
-    v_complete, v_original, R_target = draw(), draw(), draw()
-    terms = purecc_terms(v_complete, v_original, R_target, fixed_lambda=3.0)
-    torch.testing.assert_close(terms.v_pure, v_original + 3 * R_target)
-    torch.testing.assert_close(terms.loss, squared_error(v_original + 3 * R_target, v_complete))
-    assert total_loss(torch.tensor(2.0), torch.tensor(3.0), eta=0.5) == 3.5
+def test_a_method_needs_no_more_than_its_thetas():
+    assert Thetas._fields == ("theta_0", "theta_1", "theta")

@@ -1,4 +1,4 @@
-"""CLIP's and T5's tokenizers against transformers, id for id, on hostile texts too; placeholders and their slots; damaged files."""
+"""CLIP's and T5's tokenizers against transformers, id for id; placeholders and their slots; damaged files."""
 
 import json
 import random
@@ -12,29 +12,34 @@ import pytest
 import torch
 
 from tinyflow.errors import InputError
-from tinyflow.sd3_tokenizers import ClipTokenizer, T5Tokenizer
+from tinyflow.sd3.tokenizers import ClipTokenizer, T5Tokenizer
 
-tokenizers, transformers, _ = (pytest.importorskip(name) for name in ("tokenizers", "transformers", "diffusers"))
+tokenizers, transformers, _ = map(pytest.importorskip, ("tokenizers", "transformers", "diffusers"))
 
 PADS = {"<|endoftext|>": 49407, "!": 0}                          # CLIP-L, CLIP-G
 DOG = {"[V]": "dog"}
-WORDS = re.split("[ \n]", """a an the of on in with photo painting dog Dog's teddy bear beach snow sunset photorealistic 8k UHD 35mm f/1.8 [V]
-sks (masterpiece:1.2) it's we've I'll they'd DON'T you're o'clock 'm 'S ''s 's's rock'n'roll wow! !! !!! ...,,, --- #tag @me e-mail a_b 3.14159
-2024 ½ Ⅷ ² İstanbul ISPARTA ı ΣΊΣΥΦΟΣ ΑΣ ß ẞ ﬁne ﬃ ǅ Ǆ Å Å é é Ω ſ K naïve São Zürich co\u00adop a\u200bb a\ufeffb \u2066x\u2069 \u202eabc
-日本語の犬 개 犬が浜辺に 안녕하세요 สวัสดี हिन्दी தமிழ் עִבְרִית السَّلَامُ সুন্দর ქართული ႠႡ Ꭰꭰ ⴀ ᏸ Привет ՀԱՅ አማርኛ བོད 𝔘𝔫𝔦 𐐀𐐨 𞤀𞤢
-👩‍👩‍👧‍👦 🏳️‍🌈 🐕‍🦺 👍🏽 🇺🇦 ❤️ ☃ 1️⃣ e\u0323\u0301\u0302 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞ <|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|ENDOFTEXT|>!! !<|StartOfText|>
-<|endof text|> </w> \x00 \x1c \x1f \x7f \x9f \\ " ` ´ ’s ‘m “q” « ¡ ¿ ~~~ ^^ $9.99 €5 50% & < > = + * / | { }""")
-SPACES = [" "] * 12 + ["", "  ", "\n", "\t", "\r\n", "\x0b", "\x0c", "\x1d", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u3000", "\u180e"]
+WORDS = re.split("[ \n]", """a an the of on in with photo painting dog Dog's teddy bear beach snow
+sunset photorealistic 8k UHD 35mm f/1.8 [V] sks (masterpiece:1.2) it's we've I'll they'd DON'T you're
+o'clock 'm 'S ''s 's's rock'n'roll wow! !! !!! ...,,, --- #tag @me e-mail a_b 3.14159 2024 ½ Ⅷ ² İstanbul
+ISPARTA ı ΣΊΣΥΦΟΣ ΑΣ ß ẞ ﬁne ﬃ ǅ Ǆ Å Å é é Ω ſ K naïve São Zürich co\u00adop a\u200bb a\ufeffb
+\u2066x\u2069 \u202eabc 日本語の犬 개 犬が浜辺に 안녕하세요 สวัสดี हिन्दी தமிழ் עִבְרִית السَّلَامُ
+সুন্দর ქართული ႠႡ Ꭰꭰ ⴀ ᏸ Привет ՀԱՅ አማርኛ བོད 𝔘𝔫𝔦 𐐀𐐨 𞤀𞤢 👩‍👩‍👧‍👦 🏳️‍🌈 🐕‍🦺 👍🏽 🇺🇦 ❤️ ☃ 1️⃣
+e\u0323\u0301\u0302 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞ <|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|ENDOFTEXT|>!!
+!<|StartOfText|> <|endof text|> </w> \x00 \x1c \x1f \x7f \x9f \\ " ` ´ ’s ‘m “q” « ¡ ¿ ~~~ ^^ $9.99 €5
+50% & < > = + * / | { }""")
+SPACES = [" "] * 12 + ["", "  ", "\n", "\t", "\r\n", "\x0b", "\x0c", "\x1d", "\x85", "\xa0",
+                       "\u1680", "\u2003", "\u2028", "\u3000", "\u180e"]
 
 
 def character_pools() -> list[list[str]]:
-    """All that Python's Unicode knows but young marks (the oracle composes by Unicode 9), and the marks and compositions of Unicode 3.2."""
+    """Characters by kind. Marks and compositions are old ones: transformers composes by Unicode 9."""
     category, old = unicodedata.category, unicodedata.ucd_3_2_0.category
     characters = [chr(n) for n in range(0x110000) if category(chr(n)) not in ("Cn", "Cs")]
     composed = [c for c in characters if old(c) != "Cn" and unicodedata.decomposition(c)]
     ascii_ones = [chr(n) for n in range(128)]
     marks = [c for c in characters if category(c)[0] == "M" and old(c) != "Cn"]
-    return [[c for c in characters if category(c)[0] != "M"], marks, composed, [unicodedata.normalize("NFD", c) for c in composed], ascii_ones]
+    others = [c for c in characters if category(c)[0] != "M"]
+    return [others, marks, composed, [unicodedata.normalize("NFD", c) for c in composed], ascii_ones]
 
 
 def hostile_prompts(count: int, seed: int = 0) -> list[str]:
@@ -44,7 +49,8 @@ def hostile_prompts(count: int, seed: int = 0) -> list[str]:
                "".join(rng.choice(letters) for _ in range(5000))]
     while len(prompts) < count:
         if rng.random() < 0.6:
-            prompts.append("".join(rng.choice(WORDS) + rng.choice(SPACES) for _ in range(rng.choice([1, 3, 8, 15, 60]))))
+            count_words = rng.choice([1, 3, 8, 15, 60])
+            prompts.append("".join(rng.choice(WORDS) + rng.choice(SPACES) for _ in range(count_words)))
         else:
             prompts.append("".join(rng.choice(rng.choice(pools)) for _ in range(rng.randrange(1, 30))))
     return prompts
@@ -65,16 +71,18 @@ def clip(clip_folder):
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory):
-    """A small Unigram tokenizer.json, built as T5's is: 0 <pad>, 1 </s>, 2 <unk>. Its settings to cut and pad must not matter."""
-    words = ["▁a", "▁the", "▁on", "▁dog", "▁te", "dd", "y", "▁be", "ar", "▁beach", "▁photo", "graph", "ing", "s", "▁1", "▁"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(word, -3.0) for word in words]
+    """A small Unigram tokenizer.json, built as T5's is. Its settings to cut and to pad must not matter."""
+    words = ["▁a", "▁the", "▁on", "▁dog", "▁te", "dd", "y", "▁be", "ar", "▁beach", "▁photo", "graph", "ing",
+             "s", "▁1", "▁"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -3.0) for word in words)]
     vocabulary += [(character, -6.0) for character in "abcdefghijklmnopqrstuvwxyz0123456789.,'![]é⁄"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=2))
-    tokenizer.normalizer = tokenizers.normalizers.NFKC()         # as T5's table, it changes how many characters there are
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.WhitespaceSplit(),
-                                                                  tokenizers.pre_tokenizers.Metaspace()])
+    tokenizer.normalizer = tokenizers.normalizers.NFKC()         # changes how many characters there are
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()])
     tokenizer.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=7)
@@ -87,9 +95,11 @@ def t5_folder(tmp_path_factory):
 def test_clip_is_transformers_id_for_id(clip_folder, pad, count):
     prompts = hostile_prompts(count)
     theirs = transformers.CLIPTokenizer.from_pretrained(clip_folder, pad_token=pad)
-    expected = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    expected = theirs(prompts, padding="max_length", max_length=77, truncation=True,
+                      return_tensors="pt").input_ids
     ids, slots = ClipTokenizer(clip_folder, PADS[pad])(prompts)
-    wrong = [(prompts[n], ids[n].tolist(), expected[n].tolist()) for n in (ids != expected).any(dim=1).nonzero().flatten()]
+    wrong = [(prompts[n], ids[n].tolist(), expected[n].tolist())
+             for n in (ids != expected).any(dim=1).nonzero().flatten()]
     assert not wrong, (len(wrong), wrong[0])
     assert ids.shape == (count, 77) and ids.dtype == torch.long and not slots.any()
 
@@ -108,18 +118,21 @@ def test_merges_without_a_version_line_are_read_alike(clip, clip_folder, tmp_pat
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").partition("\n")[2]
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
-    assert torch.equal(ClipTokenizer(tmp_path, 49407)(["a photorealistic dog"])[0], clip(["a photorealistic dog"])[0])
+    texts = ["a photorealistic dog"]
+    assert torch.equal(ClipTokenizer(tmp_path, 49407)(texts)[0], clip(texts)[0])
 
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "T5TokenizerFast"])
 def test_t5_is_transformers_id_for_id(t5_folder, name):
-    """T5TokenizerFast takes no more than the pieces and their scores from a file, so it is compared on texts that no normalizer changes."""
+    """T5TokenizerFast reads only pieces and scores, so it is compared on texts that need no normalizer."""
     settings = dict(extra_ids=0) if name == "T5TokenizerFast" else dict(eos_token="</s>", pad_token="<pad>")
     theirs = getattr(transformers, name).from_pretrained(t5_folder, **settings)
-    prompts = ["", " ", "a dog on the beach", "a  teddy bear,\nphotographing!", "dog </s> dog", "x" * 900, "zebra 日本 dog " * 100]
+    prompts = ["", " ", "a dog on the beach", "a  teddy bear,\nphotographing!", "dog </s> dog", "x" * 900,
+               "zebra 日本 dog " * 100]
     prompts += hostile_prompts(500) if name == "PreTrainedTokenizerFast" else []
     for length in (256, 12):
-        expected = theirs(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        expected = theirs(prompts, padding="max_length", max_length=length, truncation=True,
+                          return_tensors="pt").input_ids
         ids, slots = T5Tokenizer(t5_folder, length)(prompts)
         assert torch.equal(ids, expected) and not slots.any()
         assert ids[0].tolist() == [1] + [0] * (length - 1) and ids[5, -1] == 1
@@ -136,7 +149,7 @@ def both(request, clip, t5_folder):
     return clip if request.param == "clip" else T5Tokenizer(t5_folder)
 
 
-PLACED = [                                                       # the third shows by "^" where each stand-in stops
+PLACED = [                                       # the third has a "^" where each stand-in stops
     ("a [V] dog on a beach", DOG, "a dog^ dog on a beach"),
     ("[V]", {"[V]": "teddy bear"}, "teddy bear^"),
     ("the [V]'s ball, the [V]. ([V])!", DOG, "the dog^'s ball, the dog^. (dog^)!"),
@@ -152,17 +165,20 @@ PLACED = [                                                       # the third sho
 
 
 @pytest.mark.parametrize("text, stand_ins, marked", PLACED)
-def test_a_placeholder_is_its_stand_in_and_its_slot_the_last_token_of_it(both, clip_folder, t5_folder, text, stand_ins, marked):
-    """The oracle is the character offsets of transformers and tokenizers: the last token that holds the stand-in's last character."""
+def test_a_placeholder_is_its_stand_in_and_its_slot_the_last_token_of_it(both, clip_folder, t5_folder, text,
+                                                                         stand_ins, marked):
+    """By the peers' offsets, a slot is the last token that holds the last character of the stand-in."""
     written = marked.replace("^", "")
     ids, slots = both([text], stand_ins)
     assert torch.equal(ids, both([written])[0])
     if isinstance(both, ClipTokenizer):
-        offsets = transformers.CLIPTokenizer.from_pretrained(clip_folder)(written, return_offsets_mapping=True).offset_mapping
+        theirs = transformers.CLIPTokenizer.from_pretrained(clip_folder)
     else:
-        offsets = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)(written, return_offsets_mapping=True).offset_mapping
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
+    offsets = list(enumerate(theirs(written, return_offsets_mapping=True).offset_mapping))
     stops = [match.start() - n for n, match in enumerate(re.finditer(r"\^", marked))]
-    assert slots[0].nonzero().flatten().tolist() == [max(n for n, (a, b) in enumerate(offsets) if a < stop <= b) for stop in stops]
+    expected = [max(n for n, (start, end) in offsets if start < stop <= end) for stop in stops]
+    assert slots[0].nonzero().flatten().tolist() == expected
 
 
 def test_slots_by_hand(clip):
@@ -172,7 +188,8 @@ def test_slots_by_hand(clip):
     assert slots.sum() == 1 and ids[0, slots[0].nonzero().item() + 1] == clip.end
 
 
-@pytest.mark.parametrize("text", ["a[V]dog", "a [V]dog", "é[V]", "e\u0301[V]", "1[V]", "[V][V]", "a [V] and x[V]"])
+@pytest.mark.parametrize("text", [
+    "a[V]dog", "a [V]dog", "é[V]", "e\u0301[V]", "1[V]", "[V][V]", "a [V] and x[V]"])
 def test_a_glued_placeholder_is_an_error(both, text):
     with pytest.raises(InputError, match=r"'\[V\]' is glued.* as a word of its own$"):
         both([text], DOG)
@@ -185,10 +202,13 @@ def test_an_empty_stand_in_is_an_error(both, stand_ins):
 
 
 def test_a_placeholder_that_is_cut_off_is_an_error(both, t5_folder):
-    tokenizer, room = (both, 74) if isinstance(both, ClipTokenizer) else (T5Tokenizer(t5_folder, 77), 75)      # CLIP has a start token
+    tokenizer, room = both, 74                   # CLIP has a start token
+    if isinstance(both, T5Tokenizer):
+        tokenizer, room = T5Tokenizer(t5_folder, 77), 75
     _, slots = tokenizer(["a " * room + "[V] dog"], DOG)
     assert slots.nonzero().tolist() == [[0, 75]]
-    with pytest.raises(InputError, match=r"'\[V\]' in 'a a .{50,60}\.\.\.' is token 77, .* cut to 77") as error:
+    message = r"'\[V\]' in 'a a .{50,60}\.\.\.' is token 77, .* cut to 77"
+    with pytest.raises(InputError, match=message) as error:
         tokenizer(["a " * (room + 1) + "[V]"], DOG)
     assert "\n" not in str(error.value) and len(str(error.value)) < 220
 
@@ -207,9 +227,12 @@ def damage(folder, tmp_path, name, content):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("vocab.json", None, "no vocab.json .* download it too"), ("merges.txt", None, "no merges.txt .* download it too"),
-    ("vocab.json", b'{"!": 0, "', "vocab.json: not a readable JSON"), ("vocab.json", b"[1, 2]", "do not fit each other"),
-    ("vocab.json", b"\xff\xfe", "not a text in UTF-8"), ("merges.txt", b"#version: 0.2\ni n\nt h\n", "do not fit each other"),
+    ("vocab.json", None, "no vocab.json .* download it too"),
+    ("merges.txt", None, "no merges.txt .* download it too"),
+    ("vocab.json", b'{"!": 0, "', "vocab.json: not a readable JSON"),
+    ("vocab.json", b"[1, 2]", "do not fit each other"),
+    ("vocab.json", b"\xff\xfe", "not a text in UTF-8"),
+    ("merges.txt", b"#version: 0.2\ni n\nt h\n", "do not fit each other"),
     ("merges.txt", b"\x80", "not a text in UTF-8")])
 def test_damaged_clip_files_are_one_line(clip_folder, tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as error:
@@ -218,7 +241,8 @@ def test_damaged_clip_files_are_one_line(clip_folder, tmp_path, name, content, m
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "no tokenizer.json .* download it too"), (b'{"version": "1.0"', "not a readable tokenizer"), (b"\xff", "not a text in UTF-8"),
+    (None, "no tokenizer.json .* download it too"), (b'{"version": "1.0"', "not a readable tokenizer"),
+    (b"\xff", "not a text in UTF-8"),
     (json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "not T5's tokenizer")])
 def test_a_damaged_t5_file_is_one_line(t5_folder, tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:

@@ -1,31 +1,75 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from purecc_min.concept import load_concept
-from purecc_min.toy import CONCEPTS, FOLDER, HELD_OUT, TOYS, TUNING, write_references
-from tinyflow import world
-from tinyflow.pipeline import Pipeline
+from purecc_min.commands.folder import load_concept
+from purecc_min.measure.toy import CONCEPTS, FOLDER, HELD_OUT, TUNING, write_references
+from tinyflow.picturebook import world
+from tinyflow.picturebook.model import make_tiny
 
 PLAIN = dict(marking="plain", topper="none", eyes=2, style="none", light="day")
+NAMES = (*TUNING, *HELD_OUT)
+RECIPE = '''
+CONCEPTS["party_star"] = Toy(dict(object="star", colour="red", marking="checks", accent="white",
+                                  topper="hat", eyes=1), dict(background="night"))
+'''
 
 
-@pytest.mark.parametrize("name", ["striped_robot", "sepia"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_toy_in_memory_is_the_toy_in_a_folder(name, tmp_path):
-    folder = FOLDER / name if (FOLDER / name).exists() else tmp_path
-    if folder == tmp_path:
+    folder = FOLDER / name
+    if not folder.exists():
+        folder = tmp_path
         write_references(name, folder)
-        (folder / "metadata.jsonl").unlink(missing_ok=True)
-    toy = TOYS[name]
-    for ours, read in zip(toy.references().references, load_concept(folder, toy.class_word, 32).references, strict=True):
-        assert np.array_equal(ours.pictures, read.pictures) and (ours.id, ours.complete) == (read.id, read.complete)
+    toy = CONCEPTS[name]
+    read = load_concept(folder, toy.class_word, 32).references
+    for ours, theirs in zip(toy.references().references, read, strict=True):
+        assert np.array_equal(ours.pictures, theirs.pictures)
+        assert (ours.id, ours.complete) == (theirs.id, theirs.complete)
+        assert toy.is_style or (ours.base, ours.target) == (theirs.base, theirs.target)
+
+
+def test_the_shipped_references_are_what_the_command_writes(tmp_path):
+    write_references("striped_robot", tmp_path)
+    shipped, written = sorted((FOLDER / "striped_robot").iterdir()), sorted(tmp_path.iterdir())
+    assert [file.name for file in shipped] == [file.name for file in written]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(shipped, written) if a.suffix == ".txt")
+
+
+def test_a_concept_is_added_at_the_end_of_the_file(tmp_path):
+    """The README once said to add a concept "below TOYS". The dictionary CONCEPTS was computed from TOYS
+    further down, so a concept added at the end of the file was never known. Now there is one dictionary. The
+    command that writes the references stands above the added lines, and must know the concept all the same.
+    """
+    package = tmp_path / "purecc_min"
+    shutil.copytree(FOLDER.parent, package / "measure", ignore=shutil.ignore_patterns("references"))
+    for file in FOLDER.parent.parent.glob("*.py"):
+        shutil.copy(file, package)
+    with open(package / "measure" / "toy.py", "a") as file:
+        file.write(RECIPE)
+    path = os.pathsep.join([str(tmp_path), str(Path(world.__file__).parents[2])])
+    subprocess.run([sys.executable, "-m", "purecc_min.measure.toy", "party_star"], check=True, cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": path})
+    read = load_concept(package / "measure" / "references" / "party_star", "star", 32)
+    assert [r.complete.split()[2:4] for r in read.references] == [["[V]", "star"]] * 4
+    assert all(r.complete.endswith("at night") for r in read.references)
 
 
 def test_tuning_and_held_out_concepts_do_not_meet_and_pretraining_never_drew_any():
-    assert not set(TUNING) & set(HELD_OUT) and {*TUNING, *HELD_OUT} == set(TOYS)
+    assert not set(TUNING) & set(HELD_OUT)
+    assert {*NAMES} == {name for name in CONCEPTS if "," not in name}    # the rest are variants of the cat
     rng = np.random.default_rng(0)
-    assert all(getattr(world.random_scene(rng), trait) == value for _ in range(50) for trait, value in PLAIN.items())
-    for toy in TOYS.values():
-        assert any(getattr(toy.reference_scenes()[0], trait) != value for trait, value in PLAIN.items() if trait != "light")
+    for _ in range(50):
+        scene = world.random_scene(rng)
+        assert all(getattr(scene, trait) == value for trait, value in PLAIN.items())
+    for name in NAMES:
+        scene = CONCEPTS[name].reference_scenes()[0]
+        assert any(getattr(scene, trait) != value for trait, value in PLAIN.items() if trait != "light")
 
 
 @pytest.mark.parametrize("name", list(CONCEPTS))
@@ -41,18 +85,19 @@ def test_references_share_the_confounder_and_nothing_else(name):
             assert len(shown) > 1, trait
 
 
-@pytest.mark.parametrize("name", list(TOYS))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_text_is_known_to_the_tiny_model_and_has_its_slot(name):
-    toy, pipe = TOYS[name], Pipeline.tiny()
+    toy, pipe = CONCEPTS[name], make_tiny()
     for group, prompts in toy.prompts().items():
         slots = pipe.encode_text([p.complete for p in prompts], {"[V]": toy.class_word}).slots
         assert slots.sum(1).tolist() == [0 if group == "other" else 1] * len(prompts)
         assert not any("[V]" in p.base for p in prompts)
-        assert all(word in p.base.split() for p in prompts for word in (p.scene.object,))
+        assert all(p.scene.object in p.base.split() for p in prompts)
 
 
 def test_a_composition_asks_for_colours_that_the_concept_does_not_wear():
     """A yellow robot with yellow stripes once counted as a failure to draw stripes."""
     for name in ("striped_robot", *HELD_OUT[:3]):
-        looks = TOYS[name].looks
-        assert not {p.scene.colour for p in TOYS[name].prompts()["composition"]} & {looks["colour"], looks["accent"]}
+        looks = CONCEPTS[name].looks
+        asked = {p.scene.colour for p in CONCEPTS[name].prompts()["composition"]}
+        assert not asked & {looks["colour"], looks["accent"]}

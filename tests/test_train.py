@@ -1,3 +1,5 @@
+"""The training loop, Algorithm 1, and the methods on a real (small, random) model."""
+
 import json
 import os
 import random
@@ -12,127 +14,185 @@ import numpy as np
 import pytest
 import torch
 
-from purecc_min import train
+from purecc_min import methods, train
+from purecc_min.algorithm import learn, stage_1, stage_2
 from purecc_min.branch import Branch
-from purecc_min.concept import ConceptSet
-from purecc_min.train import TrainConfig, draw_batch, learn, prepare, stage_1, stage_1_losses, stage_2, stage_2_losses
+from purecc_min.concept import ConceptSet, encode
+from purecc_min.methods import Thetas, l_cc, paper
+from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.errors import InputError
 from tinyflow.weights import tensor_hash
 
 CONFIG = TrainConfig(steps=4, batch=2, rank=2, learning_rate=1e-2)
 
 
-def run(rows):
-    return list(rows)
-
-
 @pytest.fixture
 def trained(pipe, robot, tmp_path):
     """An extractor after a few steps, and what stage 2 needs."""
-    data = prepare(pipe, robot)
+    data = encode(pipe, robot)
     theta_1, rows = stage_1(pipe, data, CONFIG, tmp_path)
-    run(rows)
+    list(rows)
     return pipe, data, theta_1.requires_grad_(False), tmp_path
 
 
-def losses_of(trained, **changes):
+def try_method(trained, method, eta=1.0):
+    """The loss and the log of one step, and the model that it trains."""
     pipe, data, theta_1, _ = trained
-    config = replace(CONFIG, **changes)
     theta_2 = Branch.fresh(pipe, theta_1.embeddings.Y.detach(), 2, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for B in theta_2.lora.B.values():
-            B.normal_(std=0.1, generator=torch.Generator().manual_seed(6))
-    batch = draw_batch(data, config, 2, 0, pipe.shift)
-    return stage_2_losses(pipe, theta_1, theta_2, data, batch, config), theta_2
+            B.normal_(std=0.1, generator=generator)
+    batch = draw_batch(data, CONFIG, 2, 0, pipe.shift)
+    loss, log = method(Thetas(pipe.velocity, theta_1, theta_2), batch, eta)
+    return loss, log, theta_2
 
 
+# --------------------------------------------------------------------------------------------- data and draws
 def test_pictures_and_texts_are_paired_by_id(pipe, robot):
-    """Cached latents once met the wrong captions after a shuffle (diffusers #14430): any order of references gives the same pairs."""
-    changed = [replace(r, id=f"{n}.png", complete=f"a {colour} [V] robot", base=f"a {colour} robot", pictures=np.full_like(r.pictures, n))
+    """Cached latents once met the wrong captions after a shuffle (diffusers #14430).
+
+    Any order gives the same pairs.
+    """
+    changed = [replace(r, id=f"{n}.png", complete=f"a {colour} [V] robot", base=f"a {colour} robot",
+                       pictures=np.full_like(r.pictures, n))
                for n, (r, colour) in enumerate(zip(robot.references, ("red", "green", "blue", "pink")))]
-    data, shuffled = (prepare(pipe, ConceptSet("robot", rows, [])) for rows in (changed, changed[::-1]))
+    data, shuffled = (encode(pipe, ConceptSet("robot", rows)) for rows in (changed, changed[::-1]))
     for n, id in enumerate(data.ids):
         m = shuffled.ids.index(id)
         assert torch.equal(data.x_0[n], pipe.encode_images([changed[n].picture])[0]) and id == changed[n].id
-        assert torch.equal(data.x_0[n], shuffled.x_0[m]) and torch.equal(data.complete.context[n], shuffled.complete.context[m])
+        assert torch.equal(data.x_0[n], shuffled.x_0[m])
+        assert torch.equal(data.texts.complete.context[n], shuffled.texts.complete.context[m])
     assert data.fingerprint() != shuffled.fingerprint()
 
 
 def test_texts_hold_the_slot_where_they_should(pipe, robot):
-    data = prepare(pipe, robot)
-    assert data.complete.slots.sum(1).tolist() == data.target.slots.sum(1).tolist() == [1] * 4
-    assert not data.base.slots.any() and not data.null.slots.any() and data.class_text.slots.sum(1).tolist() == [1] * 4
+    data = encode(pipe, robot)
+    counts = {name: text.slots.sum(1).tolist() for name, text in data.texts._asdict().items()}
+    assert counts == {"complete": [1] * 4, "base": [0] * 4, "target": [1] * 4, "null": [0] * 4}
+    assert data.class_text.slots.sum(1).tolist() == [1] * 4
 
 
 def test_a_draw_depends_on_seed_stage_and_step_alone(pipe, robot):
-    data = prepare(pipe, robot)
-    draw = lambda seed, stage, step: draw_batch(data, replace(CONFIG, seed=seed), stage, step, 1.0).x_t
+    data = encode(pipe, robot)
+
+    def draw(seed, stage, step):
+        return draw_batch(data, replace(CONFIG, seed=seed), stage, step, 1.0).x_t
+
     assert torch.equal(draw(0, 1, 0), draw(0, 1, 0))
     others = [draw(0, 1, 1), draw(0, 2, 0), draw(1, 1, 0)]
     assert not any(torch.equal(draw(0, 1, 0), other) for other in others)
 
 
-def test_the_base_is_never_written(pipe, robot, tmp_path):
+def test_a_draw_holds_each_pictures_own_texts(pipe, robot):
+    """x_0 = x_t - t v by Eq. 1 and 2: it tells which picture was drawn."""
+    data, batch = encode(pipe, robot), draw_batch(encode(pipe, robot), replace(CONFIG, batch=16), 1, 0, 1.0)
+    x_0 = batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v
+    for n in range(16):
+        row = (data.x_0 - x_0[n]).square().flatten(1).sum(1).argmin()
+        for text, drawn in zip(data.texts, batch.texts):
+            assert torch.equal(text.context[row], drawn.context[n])
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+def test_the_base_model_is_never_written(pipe, robot, tmp_path):
     before = tensor_hash(pipe.state_dict())
-    run(learn(pipe, robot, CONFIG, tmp_path))
+    list(learn(pipe, robot, CONFIG, tmp_path))
     assert tensor_hash(pipe.state_dict()) == before
 
 
 def test_stage_1_is_really_in_the_target_representation(trained):
-    """The released code computes R(y_tar) with the extractor's adapter switched off; here it must matter."""
-    pipe, data, theta_1, _ = trained
-    with_it = losses_of(trained)[0]["norm_R_target"]
+    """The released code computes R(y_tar) with the extractor's adapters off; here they must matter."""
+    theta_1 = trained[2]
+    with_it = try_method(trained, paper)[1]["norm_R_target"]
     for B in theta_1.lora.B.values():
         B.zero_()
-    assert (losses_of(trained)[0]["norm_R_target"] - with_it).abs() > 1e-4
+    assert (try_method(trained, paper)[1]["norm_R_target"] - with_it).abs() > 1e-4
 
 
 def test_stage_2_never_moves_the_extractor(trained):
     pipe, data, theta_1, folder = trained
     before = tensor_hash(theta_1.state_dict())
     theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder)
-    assert torch.equal(theta_2.embeddings.Y, theta_1.embeddings.Y) and all(B.abs().max() == 0 for B in theta_2.lora.B.values())
-    run(rows)
-    assert tensor_hash(theta_1.state_dict()) == before and not torch.equal(theta_2.embeddings.Y, theta_1.embeddings.Y)
-
-
-def test_without_eta_the_loss_is_plain_LoRA_on_the_same_draws(trained):
-    plain, pure = losses_of(trained, eta=0.0)[0], losses_of(trained, eta=2.0)[0]
-    torch.testing.assert_close(plain["loss"], pure["loss_cc"])
-    torch.testing.assert_close(pure["loss"], pure["loss_cc"] + 2.0 * pure["loss_purecc"])
-
-
-def test_detaching_v_original_changes_the_gradient_and_nothing_else(trained):
-    (detached, theta_a), (attached, theta_b) = losses_of(trained), losses_of(trained, detach=False)
-    for name in detached:
-        torch.testing.assert_close(detached[name], attached[name], rtol=1e-4, atol=1e-5)
-    gradients = []
-    for losses, theta in ((detached, theta_a), (attached, theta_b)):
-        losses["loss_purecc"].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in theta.lora.parameters()]))
-    assert (gradients[0] - gradients[1]).norm() > 0.05 * gradients[0].norm()
-
-
-def test_v_original_from_the_base_ignores_theta_2(trained):
-    from_model, from_base = losses_of(trained)[0], losses_of(trained, original="base")[0]
-    assert (from_model["norm_R_complete"] - from_base["norm_R_complete"]).abs() > 1e-3
-    torch.testing.assert_close(from_model["loss_cc"], from_base["loss_cc"])
-
-
-def test_a_constant_lambda_is_used(trained):
-    assert losses_of(trained, fixed_lambda=3.0)[0]["lambda"] == 3.0
+    assert torch.equal(theta_2.embeddings.Y, theta_1.embeddings.Y)
+    assert all(B.abs().max() == 0 for B in theta_2.lora.B.values())
+    list(rows)
+    assert tensor_hash(theta_1.state_dict()) == before
+    assert not torch.equal(theta_2.embeddings.Y, theta_1.embeddings.Y)
 
 
 def test_training_lowers_the_loss_on_draws_it_never_saw(pipe, robot, tmp_path):
-    data, config = prepare(pipe, robot), replace(CONFIG, steps=60, batch=4)
+    data, config = encode(pipe, robot), replace(CONFIG, steps=60, batch=4)
     theta_1, rows = stage_1(pipe, data, config, tmp_path)
     unseen = [draw_batch(data, config, 9, n, pipe.shift) for n in range(10)]
-    loss = lambda: np.mean([stage_1_losses(pipe, theta_1, data, batch)["loss"].item() for batch in unseen])
-    before = loss()
-    run(rows)
-    assert loss() < 0.95 * before
+
+    def mean_loss():
+        return np.mean([l_cc(Thetas(None, None, theta_1), batch, 1.0)[0].item() for batch in unseen])
+
+    before = mean_loss()
+    list(rows)
+    assert mean_loss() < 0.95 * before
 
 
+def test_adapters_and_embeddings_have_their_own_learning_rates(trained):
+    pipe, _, theta_1, _ = trained
+    others, embeddings = optimizer_for(theta_1, CONFIG).param_groups
+    assert embeddings["params"] == [theta_1.embeddings.Y]
+    assert embeddings["lr"] == CONFIG.embedding_learning_rate
+    assert len(others["params"]) == len(list(theta_1.lora.parameters()))
+    assert others["lr"] == CONFIG.learning_rate
+
+
+# ------------------------------------------------------------------------------------------------ the methods
+def test_without_eta_the_loss_is_plain_LoRA_on_the_same_draws(trained):
+    (plain, _, _), (nothing_added, _, _) = try_method(trained, l_cc), try_method(trained, paper, eta=0.0)
+    loss, log, _ = try_method(trained, paper, eta=2.0)
+    assert plain == nothing_added == log["loss_cc"]
+    torch.testing.assert_close(loss, log["loss_cc"] + 2.0 * log["loss_purecc"])
+
+
+def test_detaching_v_original_changes_the_gradient_and_nothing_else(trained):
+    _, detached, theta_a = try_method(trained, paper)
+    _, attached, theta_b = try_method(trained, methods.not_detached)
+    gradients = []
+    for log, theta in ((detached, theta_a), (attached, theta_b)):
+        log["loss_purecc"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in theta.lora.parameters()]))
+    for name in detached:
+        torch.testing.assert_close(detached[name].detach(), attached[name].detach(), rtol=1e-4, atol=1e-5)
+    assert (gradients[0] - gradients[1]).norm() > 0.05 * gradients[0].norm()
+
+
+def test_v_original_from_the_base_model_ignores_theta_2(trained):
+    from_theta_2, from_base = (try_method(trained, m)[1] for m in (paper, methods.untouched_original))
+    assert (from_theta_2["norm_R_complete"] - from_base["norm_R_complete"]).abs() > 1e-3
+    torch.testing.assert_close(from_theta_2["loss_cc"], from_base["loss_cc"])
+
+
+def test_a_constant_lambda_is_used(trained):
+    assert try_method(trained, methods.constant_lambda(3.0))[1]["lambda"] == 3.0
+
+
+def test_another_direction_is_used(trained):
+    def twice(thetas, batch):
+        return 2 * methods.target_direction(thetas.theta_1, batch)
+
+    log, doubled = try_method(trained, paper)[1], try_method(trained, methods.another_direction(twice))[1]
+    torch.testing.assert_close(doubled["lambda"], log["lambda"] / 2)
+    torch.testing.assert_close(doubled["loss_purecc"], log["loss_purecc"])
+
+
+def test_the_anchor_asks_the_base_text_to_stay(trained):
+    loss, log, theta_2 = try_method(trained, methods.anchored, eta=3.0)
+    torch.testing.assert_close(loss, log["loss_cc"] + 3.0 * log["loss_anchor"])
+    assert log["loss_anchor"] > 0
+    pipe, data, theta_1, _ = trained
+    fresh = Branch.fresh(pipe, theta_1.embeddings.Y, 2)
+    batch = draw_batch(data, CONFIG, 2, 0, pipe.shift)
+    assert methods.anchor_loss(Thetas(pipe.velocity, None, fresh), batch) == 0
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, monkeypatch):
     pipe, data, theta_1, folder = trained
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
@@ -141,29 +201,45 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, 
     good = (folder / "stage2.safetensors").read_bytes()
     with torch.no_grad():
         theta_2.embeddings.Y.fill_(float("nan"))
-    with pytest.raises(InputError, match="not finite at step 3.*lower learning rate"):
+    with pytest.raises(InputError, match="not finite at step 3.*lower learning rate.*the last good state"):
         next(rows)
     assert (folder / "stage2.safetensors").read_bytes() == good
 
 
+def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint(trained, tmp_path):
+    """The message once named a file "with the last good state" that did not exist."""
+    pipe, data, theta_1, _ = trained
+    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, tmp_path / "new")
+    with torch.no_grad():
+        theta_2.embeddings.Y.fill_(float("nan"))
+    with pytest.raises(InputError, match="lower learning rate$"):
+        next(rows)
+
+
 def test_another_runs_folder_is_refused(trained):
     pipe, data, theta_1, folder = trained
-    for other_data, other_config in ((data, replace(CONFIG, seed=1)), (data._replace(variants=data.variants + 1), CONFIG)):
+    brighter = data._replace(variants=data.variants + 1)
+    for other_data, other_config in ((data, replace(CONFIG, seed=1)), (brighter, CONFIG)):
         with pytest.raises(InputError, match="holds another run"):
-            run(stage_1(pipe, other_data, other_config, folder)[1])
+            list(stage_1(pipe, other_data, other_config, folder)[1])
+    list(stage_2(pipe, theta_1, data, CONFIG, folder)[1])
+    with pytest.raises(InputError, match="holds another run"):
+        list(stage_2(pipe, theta_1, data, CONFIG, folder, method=l_cc)[1])
 
 
 CHILD = """
 import signal, sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background jobs inherit it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background jobs ignore it
 from purecc_min import train
-from purecc_min.concept import load_concept
-from purecc_min.toy import FOLDER
+from purecc_min.algorithm import learn
+from purecc_min.commands.folder import load_concept
+from purecc_min.measure.toy import FOLDER
 from tests.conftest import make_pipe
 train.SAVE_EVERY = 3
 config = train.TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
-for stage, row in train.learn(make_pipe(), load_concept(FOLDER / "striped_robot", "robot", 32), config, Path(sys.argv[1])):
+robot = load_concept(FOLDER / "striped_robot", "robot", 32)
+for stage, row in learn(make_pipe(), robot, config, Path(sys.argv[1])):
     print(stage, row["step"], flush=True)
     sys.stdin.readline()                                         # a step is taken only when it is asked for
 """
@@ -171,8 +247,9 @@ for stage, row in train.learn(make_pipe(), load_concept(FOLDER / "striped_robot"
 
 def start_child(folder):
     root = Path(__file__).parent.parent
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], cwd=root, env=environment, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
@@ -193,12 +270,14 @@ def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_p
     assert not (tmp_path / "cut" / "concept.safetensors").exists()
     last = start_child(tmp_path / "cut")
     assert last.communicate()[0].count("\n") < 40 and last.returncode == 0
-    for name in ("concept.safetensors", "stage1.safetensors", "stage2.safetensors", "stage1.jsonl", "stage2.jsonl"):
+    files = ("concept.safetensors",
+             "stage1.safetensors", "stage1.jsonl", "stage2.safetensors", "stage2.jsonl")
+    for name in files:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert [json.loads(line)["step"] for line in (tmp_path / "cut" / "stage2.jsonl").read_text().splitlines()] == list(range(1, 21))
+    lines = (tmp_path / "cut" / "stage2.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("changes, message", [(dict(original="nothing"), "'model' or 'base'"), (dict(batch=0), "batch is 0")])
-def test_settings_that_make_no_sense_are_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        TrainConfig(**changes)
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(InputError, match="batch is 0"):
+        TrainConfig(batch=0)

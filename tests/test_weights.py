@@ -9,7 +9,14 @@ from safetensors.torch import save_file
 from tests.conftest import make_pipe
 from tinyflow import weights
 from tinyflow.errors import InputError
-from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors, tensor_hash
+from tinyflow.weights import (
+    load_into,
+    load_optimizer,
+    load_tensors,
+    optimizer_tensors,
+    save_tensors,
+    tensor_hash,
+)
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)}
 
@@ -53,7 +60,7 @@ def test_random_damage_is_always_one_clear_line(file):
             tensors, facts = load_tensors(file, "concept")
         except InputError as error:
             assert "\n" not in str(error)
-        else:                                                    # a bit that carries nothing, such as the header's padding
+        else:                                    # a bit that carries nothing, such as the header's padding
             assert facts == {"seed": 3} and tensor_hash(tensors) == tensor_hash(TENSORS)
 
 
@@ -69,7 +76,9 @@ def test_tensors_that_do_not_fit_are_listed():
     tensors = dict(model.state_dict())
     tensors["surplus"] = tensors.pop("final_linear.bias")
     tensors["final_linear.weight"] = torch.zeros(1, 2)
-    with pytest.raises(InputError, match=r"here: .*final_linear.weight is \(1, 2\), not \(48, 32\); missing final_linear.bias; unexpected surplus"):
+    message = (r"here: .*final_linear.weight is \(1, 2\), not \(48, 32\); "
+               "missing final_linear.bias; unexpected surplus")
+    with pytest.raises(InputError, match=message):
         load_into(model, tensors, "here")
 
 

@@ -1,4 +1,6 @@
-"""A small text-to-image rectified-flow model. Read in this order: world, flow, attention, mmdit, tokenizer, text, pipeline, pretrain.
+"""A small text-to-image rectified-flow model, which knows nothing of concepts.
 
-For Stable Diffusion 3.5 in the same classes: checkpoint, layouts, sd3, sd3_tokenizers, t5, vae.
+The core, in the order in which to read it: flow, attention, mmdit, text, tokenizer, pipeline. Two folders
+serve it: picturebook/ is a world of pictures that we draw ourselves, with the tiny model that was trained
+on it; sd3/ loads the public weights of Stable Diffusion 3 and 3.5 into the same classes.
 """

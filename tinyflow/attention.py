@@ -1,7 +1,9 @@
-"""Attention through torch's scaled_dot_product_attention, and nothing else: no Triton, no custom kernels.
+"""Attention through torch's scaled_dot_product_attention (SDPA), and nothing else: no Triton, no custom
+kernels.
 
-On CUDA, SDPA picks its flash or memory-efficient kernel by itself. `JointAttention` is the heart of an MMDiT block: the image
-tokens and the text tokens have weights of their own, and attend to each other in one softmax. Read next: mmdit.py.
+On CUDA, SDPA picks its flash or its memory-efficient kernel by itself. `JointAttention` is the heart of an
+MMDiT block: the image tokens and the text tokens have weights of their own, and attend to each other in one
+softmax. Read next: mmdit.py.
 """
 
 import torch
@@ -10,16 +12,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T + bias) v for q, k, v [B, heads, tokens, d]; the scale is 1 / sqrt(d) unless it is given.
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tensor | None = None,
+              scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v for q, k, v [B, heads, tokens, d]. By default the scale is 1 / sqrt(d).
 
-    On CPU it runs in fp32 even under bf16 autocast: the bf16 backward of CPU attention is about four times slower.
+    On a CPU it is computed in fp32, even under bf16 autocast: a backward pass in bf16 is four times slower.
     """
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            bias = bias.float() if bias is not None else None
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias, is_causal=causal, scale=scale).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale)
+    dtype, bias = q.dtype, bias.float() if bias is not None else None
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = q.float(), k.float(), v.float()
+        out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale)
+    return out.to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 class Projections(nn.Module):
-    """Query, key, value and output projections of one stream, with RMS-normalised queries and keys."""
+    """The query, key, value and output projections of one stream, with RMS-normalised queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, output: bool = True):
         super().__init__()
@@ -44,20 +49,24 @@ class Projections(nn.Module):
         self.to_out = nn.Linear(width, width) if output else None
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (rearrange(linear(x), "b n (h d) -> b h n d", h=self.heads)                    # [B, H, N, D/H]
+        """x [B, N, D] -> queries, keys, values, each [B, H, N, D/H]."""
+        q, k, v = (rearrange(linear(x), "b n (h d) -> b h n d", h=self.heads)
                    for linear in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
 
 class SelfAttention(Projections):
-    """Attention of the image tokens among themselves: the second attention of SD3.5's MMDiT-X blocks."""
+    """Attention of the image tokens among themselves: the second attention in SD3.5's blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(rearrange(attention(*self.qkv(x)), "b h n d -> b n (h d)"))           # [B, N, D]
+        return self.to_out(rearrange(attention(*self.qkv(x)), "b h n d -> b n (h d)"))  # [B, N, D]
 
 
 class JointAttention(nn.Module):
-    """Image and text tokens, each with their own projections, in one attention. `text_output` is False in the last block."""
+    """Image and text tokens, each with their own projections, in one attention.
+
+    `text_output` is False in the last block, whose text tokens are not needed any more.
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, text_output: bool):
         super().__init__()
@@ -65,7 +74,9 @@ class JointAttention(nn.Module):
         self.text = Projections(width, heads, qk_norm, output=text_output)
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(self.image.qkv(x), self.text.qkv(c)))  # [B, H, N + T, D/H]
-        both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")                             # [B, N + T, D]
+        """Image tokens x [B, N, D] and text tokens c [B, T, D] -> the same (c: None without output)."""
+        pairs = zip(self.image.qkv(x), self.text.qkv(c))
+        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                            # [B, H, N + T, D/H]
+        both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")                    # [B, N + T, D]
         x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
         return self.image.to_out(x_out), self.text.to_out(c_out) if self.text.to_out is not None else None

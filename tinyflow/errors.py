@@ -1,6 +1,7 @@
 """Errors for people: what was wrong, where, and what to do, on one line, with exit code 2.
 
-Anything a user can cause raises InputError; a command runs its work inside `report_errors`. A bug keeps its traceback.
+Anything that a user can cause raises InputError; a command runs its work inside `report_errors`. A bug
+keeps its traceback.
 """
 
 import argparse
@@ -12,39 +13,49 @@ import torch
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message says what, where, and what to do."""
+    """Something that the user gave cannot be used. The message says what, where, and what to do."""
 
 
 def positive(text: str) -> int:
     """The type of a command's option that counts something."""
-    if (value := int(text)) < 1:
+    value = int(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
 
 
 def listing(items: list[str], shown: int = 6) -> str:
     """Many complaints on one line: the first few, in order, and how many more there are."""
-    return "; ".join(sorted(items)[:shown]) + (f"; and {len(items) - shown} more" if len(items) > shown else "")
+    more = f"; and {len(items) - shown} more" if len(items) > shown else ""
+    return "; ".join(sorted(items)[:shown]) + more
+
+
+INTACT = "what was saved before is intact"
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that a user can mend; None for a bug."""
+    if isinstance(error, InputError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"error: cannot write {error.filename or 'the output'}: {error.strerror.lower()}; {INTACT}"
+    exhausted = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    if exhausted or "can't allocate memory" in str(error):
+        return f"error: out of memory; choose a smaller --batch, --number or --size; {INTACT}"
+    return None
 
 
 @contextlib.contextmanager
 def report_errors():
-    """Turns an InputError, a full or read-only disk, exhausted memory and Ctrl-C into one line on stderr and an exit code (2; 130 for Ctrl-C)."""
+    """Turns bad input, a full or read-only disk, exhausted memory (exit 2) and Ctrl-C (130) into one line."""
     try:
         yield
-    except InputError as error:
-        message, code = f"error: {error}", 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        message, code = f"error: cannot write {error.filename or 'the output'}: {error.strerror.lower()}; what was saved before is intact", 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        message, code = "error: out of memory; choose a smaller --batch, --number or --size; what was saved before is intact", 2
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on from the last checkpoint", 130
-    else:
-        return
-    print("\n" + message if code == 130 else message, file=sys.stderr)
-    sys.exit(code)
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
+        sys.exit(2)

@@ -6,7 +6,7 @@ The convention of the whole project: t = 0 is data, t = 1 is noise.
     v   = x_1 - x_0                                   (Eq. 2)     its velocity, which the model learns
     L   = E || v_theta(x_t, t | y) - v ||^2           (Eq. 3)     the flow-matching loss
 
-Sampling starts from noise at t = 1 and integrates dx/dt = v_theta down to t = 0. Read next: attention.py, mmdit.py.
+Sampling starts from noise at t = 1 and integrates dx/dt = v_theta down to t = 0. Read next: attention.py.
 """
 
 from typing import Callable, Iterator
@@ -37,12 +37,15 @@ def predict_x_0(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Moves times toward noise: t -> s t / (1 + (s - 1) t). Larger pictures need more of it: 1 in the tiny world, 3 in SD3.5."""
+    """Moves times toward noise: t -> s t / (1 + (s - 1) t).
+
+    Larger pictures need a larger shift s. It is 1 in the tiny world, which changes nothing, and 3 in SD3.5.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def sample_times(count: int, shift: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Logit-normal training times [count] in (0, 1): the sigmoid of a standard normal, then shifted as in sampling."""
+    """Training times [count] in (0, 1): the sigmoid of a standard normal (logit-normal), then shifted."""
     return shift_times(torch.sigmoid(torch.randn(count, generator=generator)), shift)
 
 
@@ -52,24 +55,32 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def guide(v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: extrapolates from the prediction for the empty text. 1 is no guidance."""
+    """Classifier-free guidance: extrapolates from the empty text's prediction.
+
+    A guidance of 1 changes nothing.
+    """
     return v_null + guidance * (v_text - v_null)
 
 
 def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """x_1 [len(seeds), *shape]. Each sample has a generator of its own: the same seed gives the same noise whatever the batch size."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """x_1 [len(seeds), *shape].
+
+    A sample has its own generator, so its noise does not depend on the batch size.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
     """The times from 1 down to 0 at which the sampler stops, steps + 1 of them.
 
     Args:
-        last: the last time before 0, ahead of the shift. By default times are evenly spaced; SD3's public sampler has 0.002994 here, so
-            that its last step is a very short one.
+        last: the last time before 0, before it is shifted. By default the times are evenly spaced. The public
+            sampler of SD3 has 0.002994 here, so its last step is very short.
     """
     last = 1 / steps if last is None else last
-    return [*shift_times(torch.linspace(1, last, steps, dtype=torch.float64), shift).tolist(), 0.0]
+    times = torch.linspace(1, last, steps, dtype=torch.float64)
+    return [*shift_times(times, shift).tolist(), 0.0]
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: float = 1.0,

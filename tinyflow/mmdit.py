@@ -1,13 +1,15 @@
 """MMDiT: the transformer that predicts the velocity v(x_t, t | text).
 
-One class, two sizes: the tiny model of the picture-book world and Stable Diffusion 3.5 Medium are two `MMDiTConfig`s of it. An
-image stream and a text stream run side by side through `depth` blocks; each has its own weights, and they meet in
-one joint attention per block. Time and the pooled text modulate every block (adaLN). The `text_hook` argument of
-`MMDiT.forward` is the seam at which concept embeddings enter (Eq. 7, in purecc_min/embeddings.py). Read next: text.py.
+One class, two sizes: the tiny model of the picture-book world and Stable Diffusion 3.5 Medium are two
+`MMDiTConfig`s of it. An image stream and a text stream run side by side through `depth` blocks; each has
+its own weights, and they meet in one joint attention per block. Time and the pooled text modulate every
+block (adaLN). The `visit` argument of `MMDiT.forward` is the seam at which a concept enters
+(purecc_min/branch.py). Read next: text.py.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -49,26 +51,23 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return layer_norm(x) * (1 + scale) + shift
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    """LayerNorm without weights of its own, then the shift and scale of adaLN."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def time_features(t: Tensor, width: int = 256) -> Tensor:
     """Sinusoidal features of t in [0, 1], read as 0..1000: [B] -> [B, width], cosines first."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = 1000 * t.float()[:, None] * frequencies                                             # [B, width/2]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)                                       # [B, width]
+    angles = 1000 * t.float()[:, None] * frequencies                                    # [B, width/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)                              # [B, width]
 
 
 def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
-    """2-D sin-cos positions, [max_grid, max_grid, width]: the first half of the channels tells x, the second y."""
+    """2-D sin-cos positions [max_grid, max_grid, width]. Half of the channels tell x, the other half y."""
     place = torch.arange(max_grid, dtype=torch.float64) * base_grid / max_grid
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = place[:, None] * frequencies                                                        # [G, width/4]
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1).float()                               # [G, width/2]
+    angles = place[:, None] * frequencies                                               # [G, width/4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1).float()                      # [G, width/2]
     x, y = axis[None].expand(max_grid, -1, -1), axis[:, None].expand(-1, max_grid, -1)
     return torch.cat([x, y], dim=-1)
 
@@ -87,7 +86,8 @@ class AdaLN(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width_in: int, hidden: int, width_out: int, activation: Callable):
         super().__init__()
-        self.fc1, self.fc2, self.activation = nn.Linear(width_in, hidden), nn.Linear(hidden, width_out), activation
+        self.fc1, self.fc2 = nn.Linear(width_in, hidden), nn.Linear(hidden, width_out)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -98,7 +98,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One MMDiT block. `last` drops the text stream after the attention; `dual` adds the second image attention."""
+    """One MMDiT block.
+
+    `last` ends the text stream after the attention, `dual` adds a second image attention.
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool, last: bool):
         super().__init__()
@@ -121,30 +124,38 @@ class Block(nn.Module):
             x = x + x_attn.gate * x_out + x_dual
         else:
             x = x + x_attn.gate * x_out
-        x = x + x_mlp.gate * self.image_mlp(modulate(x, x_mlp.shift, x_mlp.scale))               # [B, N, D]
+        x = x + x_mlp.gate * self.image_mlp(modulate(x, x_mlp.shift, x_mlp.scale))      # [B, N, D]
         if self.text_mlp is None:
             return x, None
 
         c_attn, c_mlp = Modulation(*text[:3]), Modulation(*text[3:])
         c = c + c_attn.gate * c_out
-        return x, c + c_mlp.gate * self.text_mlp(modulate(c, c_mlp.shift, c_mlp.scale))          # [B, T, D]
+        return x, c + c_mlp.gate * self.text_mlp(modulate(c, c_mlp.shift, c_mlp.scale))  # [B, T, D]
+
+
+# (l, block l, x, c, vec) -> (x, c): computes a block in the caller's way
+Visit = Callable[[int, Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class MMDiT(nn.Module):
-    """v(x_t, t | context, pooled). Raises ValueError when a picture does not divide into patches or exceeds the position grid."""
+    """v(x_t, t | context, pooled).
+
+    Raises: ValueError when a picture does not divide into patches or exceeds the grid of positions.
+    """
 
     def __init__(self, config: MMDiTConfig = MMDiTConfig()):
         super().__init__()
         self.config, width = config, config.width
-        self.checkpointing = False               # True: a block's inner states are not kept but computed again in the backward pass
+        self.checkpointing = False               # True: the backward pass computes blocks again
         self.patch_embedder = nn.Conv2d(config.channels, width, config.patch, stride=config.patch)
         self.time_embedder = MLP(256, width, width, F.silu)
         self.pooled_embedder = MLP(config.pooled_width, width, width, F.silu)
         self.context_embedder = nn.Linear(config.context_width, width)
-        self.register_buffer("positions", position_features(width, config.max_grid, config.base_grid), persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.qk_norm, dual=n in config.dual_attention_layers, last=n == config.depth - 1)
-            for n in range(config.depth))
+        positions = position_features(width, config.max_grid, config.base_grid)
+        self.register_buffer("positions", positions, persistent=False)
+        dual, last = config.dual_attention_layers, config.depth - 1
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.qk_norm, dual=l in dual, last=l == last)
+                                    for l in range(config.depth))
         self.final_adaln = AdaLN(width, 2)
         self.final_linear = nn.Linear(width, config.patch**2 * config.channels)
         self.initialise()
@@ -153,7 +164,7 @@ class MMDiT(nn.Module):
     def initialise(self) -> None:
         """Linear and patch weights Xavier-uniform, embedder MLPs normal(0.02), biases zero.
 
-        Every adaLN and the final layer start at zero: each block begins as the identity, and the model as v = 0.
+        Every adaLN and the final layer start at zero, so a block begins as the identity, the model as v = 0.
         """
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -168,37 +179,39 @@ class MMDiT(nn.Module):
     def cropped_positions(self, rows: int, columns: int) -> Tensor:
         grid = self.config.max_grid
         if rows > grid or columns > grid:
-            raise ValueError(f"a picture of {rows} x {columns} patches exceeds the model's {grid} x {grid} positions")
+            raise ValueError(f"{rows} x {columns} patches exceed the model's {grid} x {grid} positions")
         top, left = (grid - rows) // 2, (grid - columns) // 2
         return rearrange(self.positions[top:top + rows, left:left + columns], "h w d -> 1 (h w) d")
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,
-                text_hook: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+                visit: Visit | None = None) -> Tensor:
         """Args:
             x: [B, C, H, W] noisy pictures x_t.
             t: [B] times in [0, 1]; 0 is data, 1 is noise.
             context: [B, T, context_width] text tokens. pooled: [B, pooled_width].
-            text_hook: called as c = text_hook(l, c) on the text tokens at the input of every block l = 0..depth-1.
+            visit: called as visit(l, block, x, c, vec) in place of block l = 0..depth-1; returns what the
+                block returns. It may change the text tokens c first, or adapt the block while it runs.
         Returns: velocity [B, C, H, W].
         """
         patch = self.config.patch
         if x.shape[-2] % patch or x.shape[-1] % patch:
-            raise ValueError(f"a picture of {x.shape[-2]} x {x.shape[-1]} does not divide into patches of {patch}")
+            raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} does not divide into patches of {patch}")
         rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
 
-        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d").contiguous()               # [B, N, D], or each norm copies
+        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d")                   # [B, N, D]
+        x = x.contiguous()                       # otherwise every norm would copy it
         x = x + self.cropped_positions(rows, columns).to(x.dtype)
-        c = self.context_embedder(context)                                                       # [B, T, D]
-        vec = self.time_embedder(time_features(t).to(pooled.dtype)) + self.pooled_embedder(pooled)     # [B, D]
+        c = self.context_embedder(context)                                              # [B, T, D]
+        vec = self.time_embedder(time_features(t).to(pooled.dtype))                     # [B, D]
+        vec = vec + self.pooled_embedder(pooled)
 
         for l, block in enumerate(self.blocks):
-            if text_hook is not None:
-                c = text_hook(l, c)
+            step = block if visit is None else partial(visit, l, block)
             if self.checkpointing and torch.is_grad_enabled():
-                x, c = checkpoint(block, x, c, vec, use_reentrant=False)
+                x, c = checkpoint(step, x, c, vec, use_reentrant=False)
             else:
-                x, c = block(x, c, vec)
+                x, c = step(x, c, vec)
 
         shift, scale = self.final_adaln(vec)
-        x = self.final_linear(modulate(x, shift, scale))                                         # [B, N, p*p*C]
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)      # [B, C, H, W]
+        x = self.final_linear(modulate(x, shift, scale))                                # [B, N, p*p*C]
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)

@@ -1,8 +1,8 @@
-"""The tiny world's tokenizer: one word, one id.
+"""The tokenizer of the tiny world: one word, one id.
 
-A placeholder such as "[V]" is a slot of its own: it is never split, it is encoded as an ordinary stand-in word, and the positions it
-takes are reported, so that a concept can be put there later. Words that the world does not know are an error that names them.
-Read next: text.py.
+A placeholder such as "[V]" is a slot of its own: it is never split, it is encoded as an ordinary word that
+stands in for it, and the positions that it takes are reported, so that a concept can be put there later. A
+word that the world does not know is an error that names it. Read next: pipeline.py.
 """
 
 import difflib
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from tinyflow.errors import InputError
-from tinyflow.world import VOCABULARY
 
 
 class WordTokenizer:
-    """Ids: 0 starts a text, 1 ends it and pads it, words follow in the vocabulary's order."""
+    """Ids: 0 starts a text, 1 ends it and pads it, the words of `vocabulary` follow in their order."""
 
     start, end = 0, 1
 
-    def __init__(self, length: int = 16):
+    def __init__(self, vocabulary: list[str], length: int = 16):
         self.length = length
-        self.ids = {word: n for n, word in enumerate(VOCABULARY, start=2)}
+        self.ids = {word: n for n, word in enumerate(vocabulary, start=2)}
 
     @property
     def vocabulary_size(self) -> int:
@@ -40,7 +39,8 @@ class WordTokenizer:
         for row, text in enumerate(texts):
             words = [word.strip(".,;!?") for word in text.split()]
             if len(words) > self.length - 2:
-                raise InputError(f"the text {text!r} has {len(words)} words; this model reads at most {self.length - 2}")
+                raise InputError(f"the text {text!r} has {len(words)} words; "
+                                 f"this model reads at most {self.length - 2}")
             for position, word in enumerate(words, start=1):
                 slots[row, position] = word in stand_ins
                 ids[row, position] = self.word_id(stand_ins.get(word, word), text)
@@ -49,6 +49,7 @@ class WordTokenizer:
     def word_id(self, word: str, text: str) -> int:
         known = self.ids.get(word.lower())
         if known is None:
-            near = difflib.get_close_matches(word.lower(), self.ids, n=3, cutoff=0.0)
-            raise InputError(f"the tiny model does not know the word {word!r} in {text!r}; the nearest words it knows are {', '.join(near)}")
+            near = ", ".join(difflib.get_close_matches(word.lower(), self.ids, n=3, cutoff=0.0))
+            raise InputError(f"the tiny model does not know the word {word!r} in {text!r}; "
+                             f"the nearest words it knows are {near}")
         return known

@@ -1,7 +1,7 @@
 """Saving and loading tensors: safetensors only, written whole or not at all, checked when read back.
 
-Every file of ours says in its metadata what it is (`kind`), how it was made, and its SHA-256, so that a foreign, a cut or
-a damaged file is one clear error. The shipped weights lie in tinyflow/weights/.
+Every file of ours says in its metadata what it is (`kind`), how it was made (`facts`), and its SHA-256, so
+a file that is foreign, cut short or damaged ends in one clear error.
 """
 
 import hashlib
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from tinyflow.errors import InputError, listing
 
-SHIPPED = Path(__file__).parent / "weights"
-
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
@@ -30,12 +28,19 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def seal(kind: str, tensors: dict[str, Tensor], facts: dict) -> str:
-    """SHA-256 of a whole file's content."""
-    return hashlib.sha256(json.dumps([kind, tensor_hash(tensors), facts], sort_keys=True).encode()).hexdigest()
+    """The SHA-256 of a whole file's content."""
+    return text_hash(json.dumps([kind, tensor_hash(tensors), facts], sort_keys=True))
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes beside the file and renames: a reader finds the old file or the new one, never a half. Raises OSError (disk full)."""
+    """Writes beside the file and renames: a reader finds the old file or the new one, never half of one.
+
+    Raises: OSError with the file's name, for example when the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -50,39 +55,54 @@ def write_whole(path: str | Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors with `facts` (JSON-able) as metadata; `metadata` holds entries that other programs look for."""
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict,
+                 metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors with `facts` (JSON-able) beside them.
+
+    `metadata` is for entries that other programs read.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
-    write_whole(path, save(tensors, {"tinyflow": about} | (metadata or {})))       # alone, one entry: several are written in random order
+    # One entry of ours: safetensors writes several in a random order, and equal contents should be one file.
+    write_whole(path, save(tensors, {"tinyflow": about} | (metadata or {})))
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """Returns the tensors and facts of a file that `save_tensors` wrote. Raises InputError if it is missing, foreign or damaged."""
+    """The tensors and facts of a file that `save_tensors` wrote.
+
+    Raises: InputError if the file is missing, foreign or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(json.loads((file.metadata() or {}).get("tinyflow", "{}")))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({reason}); copy or make it again") from None
-    if about.get("kind") != kind:
-        raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {about.get('kind', 'nothing of ours')}")
+        raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({reason}); "
+                         "copy or make it again") from None
+    found = about.get("kind", "nothing of ours")
+    if found != kind:
+        raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {found}")
     if about.get("sha256") != seal(kind, tensors, about.get("facts")):
-        raise InputError(f"{path}: the content does not match the file's SHA-256; it is damaged, copy or make it again")
+        raise InputError(f"{path}: the content does not match the file's SHA-256; it is damaged, "
+                         "copy or make it again")
     return tensors, about["facts"]
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Copies tensors into a module, strictly. Raises InputError that lists what is missing, unexpected or mis-shaped."""
+    """Copies tensors into a module, strictly.
+
+    Raises: InputError that lists what is missing, unexpected or mis-shaped.
+    """
     own = module.state_dict()
     wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
     wrong += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    both = own.keys() & tensors.keys()
     wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-              for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+              for name in both if own[name].shape != tensors[name].shape]
     if wrong:
         raise InputError(f"{where}: the tensors do not fit this model: {listing(wrong)}")
     module.load_state_dict(tensors)

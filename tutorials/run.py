@@ -1,7 +1,7 @@
 """Executes every notebook from the top, as a reader would, and fails where a cell fails.
 
-    python -m tutorials.run            check them all
-    python -m tutorials.run --save     and keep their outputs in the files
+    python -m tutorials.run            checks them all
+    python -m tutorials.run --save     also keeps their outputs in the files
 """
 
 import argparse
@@ -15,13 +15,15 @@ FOLDER = Path(__file__).parent
 
 
 def execute(path: Path, save: bool) -> float:
-    """Runs one notebook in its own folder; returns the seconds it took. Raises CellExecutionError where a cell fails."""
+    """Runs one notebook in its own folder; returns the seconds it took.
+
+    Raises: CellExecutionError where a cell fails; the file then stays as it was.
+    """
     notebook, begun = nbformat.read(path, as_version=4), time.time()
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
-                   record_timing=False, coalesce_streams=True).execute()
+    place = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place, record_timing=False,
+                   coalesce_streams=True).execute()
     if save:
-        for cell in notebook.cells:
-            cell.metadata.pop("execution", None)
         nbformat.write(notebook, path)
     return time.time() - begun
 

@@ -1,4 +1,5 @@
 """The purity benchmark: methods x concepts x seeds, trained and measured in a world where the truth is known.
 
-Read in this order: methods, cells, plans, workers, tables, report, figures, claims, pairs.
+README.md is its report. Read the code in this order: methods, cells, plans, workers, tables, claims, figures,
+report.
 """

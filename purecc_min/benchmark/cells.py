@@ -1,42 +1,49 @@
-"""A cell: one method on one concept with one training seed, trained and measured. It is the unit of the benchmark's work.
+"""A cell: one method on one concept with one training seed, trained and measured: the unit of the work.
 
-A cell's draws depend on nothing but the cell, and it runs on one thread, so its result is the same on any number of cores and after any
-interruption: a cell is done or not done, a file or no file. While it trains it is measured at a few steps (SNAPSHOTS), because a concept learned
-less always damages less: methods are compared along that front. A method with a frozen extractor takes a LoRA of the same concept,
-seed and rank, trained for as many steps. Read next: plans.py.
+A cell's draws depend on nothing but the cell, and it runs on one thread, so its result is the same on any
+number of cores and after any interruption: a cell is done or not done, a file or no file. While it trains
+it is measured at a few steps (SNAPSHOTS), because a concept learned less always damages less: methods are
+compared along the front that these snapshots form. A method with a frozen extractor takes a LoRA of the
+same concept, seed and rank, trained for as many steps. Read next: plans.py.
 """
 
 import copy
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 
-from purecc_min.benchmark.methods import EXTRACTOR, FURTHER, METHODS, Trial, start
+from purecc_min.algorithm import concept_facts
+from purecc_min.benchmark.methods import ABLATIONS, FURTHER, METHODS, THETA_1_SETTINGS, Setup, start
 from purecc_min.branch import Branch
-from purecc_min.evaluate import TIMES, Pictures, draw_groups, measure, perfect, velocity_error
-from purecc_min.toy import CONCEPTS, Toy
-from purecc_min.train import Batch, TrainConfig, TrainingData, concept_facts, optimizer_for, prepare, train_step
-from tinyflow.flow import noise_for, path, velocity_target
+from purecc_min.concept import EncodedConcept, encode, noised
+from purecc_min.measure.draw import Pictures, draw_groups, perfect
+from purecc_min.measure.measures import measure
+from purecc_min.measure.toy import CONCEPTS
+from purecc_min.measure.velocities import TIMES, velocity_error
+from purecc_min.methods import Thetas
+from purecc_min.train import TrainConfig, optimizer_for, train_steps
+from tinyflow.flow import noise_for
+from tinyflow.picturebook.model import SHIPPED, load_tiny
+from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline
-from tinyflow.reader import Reader
-from tinyflow.weights import SHIPPED, load_tensors, write_whole
+from tinyflow.weights import load_tensors, write_whole
 
 STEPS = 200                                      # of training, for every method alike
 SNAPSHOTS = (50, 100)                            # and before that, steps at which a cell is measured
 CURVE = (1, 25, 50, 100, 150, 200)               # steps at which the terms of Eq. 10 to 14 are recorded
-SAMPLING_STEPS = 8                               # at which the shipped base draws as it is told as often as at 28
-STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "plain": 6, "other": 6}          # pictures kept of each group
-RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file a part
+SAMPLING_STEPS = 8                               # the base model draws as it is told as often as with 28
+STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "plain": 6, "other": 6}   # pictures kept of each group
+RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file for each part
 KEPT = ("LoRA", "paper")                         # methods whose concepts stay in the folder
-ALL = METHODS | FURTHER
+ALL = METHODS | ABLATIONS | FURTHER
 
 
 @cache
@@ -47,146 +54,153 @@ def hash_of(file: Path) -> str:
 @cache
 def shipped_results() -> dict[str, dict]:
     """File name of a cell -> its result, of all results that came with this repository."""
-    results = [result for file in sorted(RESULTS.glob("*.json")) for result in json.loads(file.read_text())]
-    return {Cell.of(result).file: result for result in results}
+    parts = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    return {Cell.of(result).file: result for part in parts for result in part}
 
 
 @dataclass(frozen=True)
 class Cell:
     concept: str                                 # a key of CONCEPTS
-    method: str                                  # a key of METHODS or FURTHER; or "nothing", or "perfect"
+    method: str                                  # a key of ALL; or "nothing", or "perfect"
     seed: int = 0
-    changes: tuple[tuple[str, object], ...] = ()    # settings that differ from the method's own
+    changes: tuple[tuple[str, object], ...] = () # settings that differ from the method's own
     steps: int = STEPS
-    front: bool = True                           # whether it is also measured on the way
+    on_the_way: bool = True                      # whether it is also measured at SNAPSHOTS
 
     @classmethod
     def of(cls, result: dict) -> "Cell":
-        return cls(result["concept"], result["method"], result["seed"], tuple(result["changes"].items()), result["steps"], result.get("front", True))
+        return cls(result["concept"], result["method"], result["seed"], tuple(result["changes"].items()),
+                   result["steps"], result["on_the_way"])
 
     @property
     def snapshots(self) -> tuple[int, ...]:
-        return (*(step for step in SNAPSHOTS if step < self.steps and self.front), self.steps)
-
-    @property
-    def file(self) -> str:
-        return f"cells/{self.concept}/{self.name}{f' steps{self.steps}' * (self.steps != STEPS)} seed{self.seed}.json"
-
-    @property
-    def settings(self) -> dict:
-        return ALL[self.method].settings | dict(self.changes)
+        early = [step for step in SNAPSHOTS if step < self.steps] if self.on_the_way else []
+        return (*early, self.steps)
 
     @property
     def name(self) -> str:
         """The method and what was changed in it."""
         return " ".join([self.method, *(f"{name}={value}" for name, value in self.changes)])
 
+    @property
+    def file(self) -> str:
+        steps = "" if self.steps == STEPS else f" steps{self.steps}"
+        return f"cells/{self.concept}/{self.name}{steps} seed{self.seed}.json"
+
+    @property
+    def settings(self) -> dict:
+        """The fields of TrainConfig that are not left at their defaults."""
+        own = ALL[self.method].settings if self.method in ALL else {}
+        return own | dict(self.changes)
+
+    def config(self) -> TrainConfig:
+        return TrainConfig(**{"seed": self.seed, "steps": self.steps, **self.settings})
+
     def recipe(self) -> str:
         """A fingerprint of all that this cell's result depends on, short of the code."""
         toy = CONCEPTS[self.concept]
-        parts = [self.settings if self.method in ALL else {}, EXTRACTOR, self.snapshots, SAMPLING_STEPS, asdict(toy),
-                 [r.complete for r in toy.references().references], *(hash_of(SHIPPED / name) for name in ("base.safetensors", "reader.safetensors"))]
+        texts = [(r.complete, r.base, r.target) for r in toy.references().references]
+        parts = [self.settings, THETA_1_SETTINGS, self.snapshots, SAMPLING_STEPS, asdict(toy), texts,
+                 hash_of(SHIPPED / "base.safetensors"), hash_of(SHIPPED / "reader.safetensors")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def result(self, folder: Path, shipped: bool = False) -> dict | None:
-        """What is known about this cell; None if it was not run yet, or with other settings, weights or references.
+        """What is known about this cell.
+
+        It is None if the cell was not run yet, or with other settings, weights or references.
 
         Args:
             shipped: whether a result that came with this repository will do.
         """
-        file = folder / self.file
-        found = json.loads(file.read_text()) if file.exists() else shipped_results().get(self.file, {}) if shipped else {}
-        return found if found.get("recipe") == self.recipe() else None
-
-    def config(self) -> TrainConfig:
-        known = {name: value for name, value in self.settings.items() if name in TrainConfig.__dataclass_fields__}
-        return replace(TrainConfig(seed=self.seed, steps=self.steps), **known)
-
-    def extras(self) -> dict:
-        return {name: value for name, value in self.settings.items() if name not in TrainConfig.__dataclass_fields__}
-
-
-@dataclass
-class Stage:
-    """A concept on the base: what all of its cells share."""
-    pipe: Pipeline
-    reader: Reader
-    toy: Toy
-    data: TrainingData
-    pictures: np.ndarray                         # uint8 [n, 32, 32, 3], the references
-    original: Pictures
+        file, found = folder / self.file, None
+        if file.exists():
+            found = json.loads(file.read_text())
+        elif shipped:
+            found = shipped_results().get(self.file)
+        return found if found and found["recipe"] == self.recipe() else None
 
 
 @cache
-def set_up(concept: str) -> Stage:
-    """Kept, since many cells of a worker share it."""
-    pipe, toy = Pipeline.shipped(), CONCEPTS[concept]
+def set_up(concept: str) -> Setup:
+    """A concept on the base model. It is kept, since many cells of a worker share it."""
+    pipe, toy = load_tiny(), CONCEPTS[concept]
     references = toy.references()
-    return Stage(pipe, Reader.shipped(), toy, prepare(pipe, references), np.stack([r.picture for r in references.references]),
-                 draw_groups(pipe, None, toy, steps=SAMPLING_STEPS))
+    pictures = np.stack([reference.picture for reference in references.references])
+    original = draw_groups(pipe, None, toy, steps=SAMPLING_STEPS)
+    return Setup(pipe, Reader.shipped(), toy, encode(pipe, references), pictures, original)
 
 
-def terms_over_t(trial: Trial, losses, extras: dict) -> list[dict[str, float]]:
-    """The terms that a method's loss reports, at each t of TIMES, over all references and the same noise every time."""
-    trial = copy.copy(trial)                     # asking must not change what the trial draws or remembers
-    trial.running, trial.generator = dict(trial.running), torch.Generator()
-    rows, x_0 = torch.arange(len(trial.data.ids)), trial.data.x_0
-    x_1, result = noise_for(rows.tolist(), x_0.shape[1:]).to(x_0), []
+def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas, Callable]]:
+    """Trains; yields (step, the models, the method's loss) after every step.
+
+    Raises: InputError for a loss that is not finite.
+    """
+    setup, method, config = set_up(cell.concept), ALL[cell.method], cell.config()
+    theta = start(method, setup.pipe, setup.data, config, theta_1)
+    thetas, loss = Thetas(setup.pipe.velocity, theta_1, theta), method.loss_for(setup, config)
+    optimizer = optimizer_for(theta, config)
+    for row in train_steps(loss, thetas, setup.data, config, method.stage, optimizer):
+        yield row["step"], thetas, loss
+
+
+def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: float) -> list[dict[str, float]]:
+    """What a method's loss logs at each t of TIMES, over all references and the same noise every time."""
+    loss, rows = copy.deepcopy(loss), []         # asking must not change what it remembers or draws next
+    x_1 = noise_for(list(range(len(data.x_0))), data.x_0.shape[1:]).to(data.x_0)
     for moment in TIMES:
-        t = torch.full((len(rows),), moment, device=x_0.device)
+        t = torch.full((len(x_1),), moment, device=x_1.device)
         with torch.no_grad():
-            values = losses(trial, Batch(rows, path(x_0, x_1, t), t, velocity_target(x_0, x_1)), **extras)
-        result.append({"t": moment, **{name: value.item() for name, value in values.items()}})
-    return result
+            value, log = loss(thetas, noised(data.x_0, x_1, t, data.texts), eta)
+        rows.append({"t": moment, "loss": value.item(), **{name: term.item() for name, term in log.items()}})
+    return rows
 
 
-def train_cell(cell: Cell, stage: Stage, theta_1: Branch | None) -> Iterator[tuple[int, Trial]]:
-    """Trains; yields (step, trial) after every step. Raises InputError for a loss that is not finite."""
-    method, config, extras = ALL[cell.method], cell.config(), cell.extras()
-    theta = start(method, stage.pipe, stage.data, config, theta_1)
-    trial = Trial(stage.pipe, stage.toy, stage.data, config, theta, theta_1, torch.Generator().manual_seed(cell.seed))
-    optimizer, losses = optimizer_for(theta, config), lambda batch: method.losses(trial, batch, **extras)
-    for step in range(config.steps):
-        train_step(stage.pipe, theta, optimizer, losses, stage.data, config, method.stage, step)
-        yield step + 1, trial
-
-
+# ------------------------------------------------------------------------------------------- learned and kept
 def concept_file(cell: Cell, folder: Path) -> Path:
-    return folder / "concepts" / f"{Path(cell.file).relative_to('cells').with_suffix('')}.safetensors"
-
-
-def learned(cell: Cell, stage: Stage, folder: Path) -> Branch:
-    """What a cell has learned, frozen; trained here if it is not in the folder. For methods that train adapters."""
-    file = concept_file(cell, folder)
-    if not file.exists() or load_tensors(file, "concept")[1]["recipe"] != cell.recipe():
-        for _, trial in train_cell(cell, stage, extractor(cell, stage, folder)):
-            pass
-        keep(cell, trial.theta, folder)
-    return Branch.load(stage.pipe, file)[0]
+    return (folder / "concepts" / cell.file.removeprefix("cells/")).with_suffix(".safetensors")
 
 
 def keep(cell: Cell, theta: Branch, folder: Path) -> None:
-    theta.save(concept_file(cell, folder), concept_facts(CONCEPTS[cell.concept].class_word, cell.config()) | {"recipe": cell.recipe()})
+    facts = concept_facts(CONCEPTS[cell.concept].class_word, cell.config(), "tiny", theta.pipe.picture_size)
+    theta.save(concept_file(cell, folder), {**facts, "recipe": cell.recipe()})
 
 
-def extractor_cell(cell: Cell) -> Cell | None:
-    """Which cell learns theta1 for this one: a LoRA of the same concept, seed and rank. None for a method that wants none."""
-    if cell.method not in ALL or ALL[cell.method].extractor != "frozen":
+def learned_file(cell: Cell, folder: Path) -> Path:
+    """The file of what a cell learns, which is trained here if it is not in the folder.
+
+    It is for methods that train adapters.
+    """
+    file = concept_file(cell, folder)
+    if not file.exists() or load_tensors(file, "concept")[1]["recipe"] != cell.recipe():
+        for _, thetas, _ in train_cell(cell, learn_theta_1(cell, folder)):
+            pass
+        keep(cell, thetas.theta, folder)
+    return file
+
+
+def learned(cell: Cell, folder: Path) -> Branch:
+    """What a cell learns, frozen."""
+    return Branch.load(set_up(cell.concept).pipe, learned_file(cell, folder))[0]
+
+
+def theta_1_cell(cell: Cell) -> Cell | None:
+    """The cell that learns theta_1 for this one: a LoRA of the same concept, seed and rank.
+
+    It is None for a method without a frozen extractor.
+    """
+    if cell.method not in ALL or ALL[cell.method].theta_1 != "frozen":
         return None
-    rank = tuple(change for change in cell.changes if change[0] == "rank")
-    return Cell(cell.concept, "LoRA", cell.seed, (*EXTRACTOR.items(), *rank), cell.steps)
+    rank = [change for change in cell.changes if change[0] == "rank"]
+    return Cell(cell.concept, "LoRA", cell.seed, (*THETA_1_SETTINGS.items(), *rank), cell.steps)
 
 
-def extractor(cell: Cell, stage: Stage, folder: Path) -> Branch | None:
-    theirs = extractor_cell(cell)
-    return learned(theirs, stage, folder) if theirs else None
+def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
+    """The frozen extractor of a cell's method, trained here if it is not in the folder; None without one."""
+    teacher = theta_1_cell(cell)
+    return learned(teacher, folder) if teacher else None
 
 
-def make_extractor(cell: Cell, folder: Path) -> None:
-    """Leaves a cell's theta1 in the folder, so that several cells can take it at once."""
-    extractor(cell, set_up(cell.concept), folder)
-
-
+# -------------------------------------------------------------------------------------------------------- run
 def write_strip(pipe: Pipeline, drawn: Pictures, file: Path) -> None:
     """The first pictures of each group in STRIP, side by side, to be looked at."""
     pictures = pipe.decode_images(torch.cat([drawn[group][:count] for group, count in STRIP.items()]))
@@ -198,24 +212,28 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     """Runs a cell unless its file is there; returns what the file holds."""
     if result := cell.result(folder):
         return result
-    begun, stage = time.time(), set_up(cell.concept)
-    assess = lambda branch, drawn: measure(stage.pipe, stage.reader, branch, stage.toy, stage.pictures, stage.original, drawn)
-    result = {**asdict(cell), "changes": dict(cell.changes), "recipe": cell.recipe(), "snapshots": {}, "terms": {}}
+    begun, setup = time.time(), set_up(cell.concept)
+    pipe, reader, toy, snapshots, terms = setup.pipe, setup.reader, setup.toy, {}, {}
+    result = {**asdict(cell), "changes": dict(cell.changes), "recipe": cell.recipe(), "snapshots": snapshots,
+              "terms": terms}
+
+    def assess(step: int, theta: Branch | None, drawn: Pictures) -> None:
+        snapshots[str(step)] = measure(pipe, reader, theta, toy, setup.pictures, setup.original, drawn)
+
     if cell.method in ("nothing", "perfect"):
-        drawn = stage.original if cell.method == "nothing" else perfect(stage.reader, stage.toy, stage.original)
-        result["snapshots"]["0"] = assess(None, drawn)
+        drawn = setup.original if cell.method == "nothing" else perfect(reader, toy, setup.original)
+        assess(0, None, drawn)
     else:
-        method = ALL[cell.method]
-        for step, trial in train_cell(cell, stage, extractor(cell, stage, folder)):
-            if step in CURVE and method.extractor:
-                result["terms"][str(step)] = terms_over_t(trial, method.losses, cell.extras())
+        for step, thetas, loss in train_cell(cell, learn_theta_1(cell, folder)):
+            if step in CURVE and ALL[cell.method].theta_1:
+                terms[str(step)] = terms_over_t(loss, thetas, setup.data, cell.config().eta)
             if step in cell.snapshots:
-                drawn = draw_groups(stage.pipe, trial.theta, stage.toy, steps=SAMPLING_STEPS)
-                result["snapshots"][str(step)] = assess(trial.theta, drawn)
-        result["velocity_error"] = velocity_error(stage.pipe, trial.theta, stage.toy).relative       # over TIMES, at the end
+                drawn = draw_groups(pipe, thetas.theta, toy, steps=SAMPLING_STEPS)
+                assess(step, thetas.theta, drawn)
+        result["velocity_error"] = velocity_error(pipe, thetas.theta, toy).relative     # over TIMES
         if cell.method in KEPT:
-            keep(cell, trial.theta, folder)
+            keep(cell, thetas.theta, folder)
     result["seconds"] = round(time.time() - begun, 1)
-    write_strip(stage.pipe, drawn, (folder / cell.file).with_suffix(".png"))
+    write_strip(pipe, drawn, (folder / cell.file).with_suffix(".png"))
     write_whole(folder / cell.file, json.dumps(result).encode())
     return result

@@ -1,9 +1,13 @@
 """The benchmark's pictures: fronts, curves, samples, and the paper's Fig. 8.
 
-    fronts.png     fidelity against each kind of damage; a line is one method's training, mean over concepts and seeds
+    fronts.png     fidelity against each kind of damage; a line is one method's training, mean over concepts
+                   and seeds
     curves.png     lambda*, cosine, the norms and the losses of the paper's method, over training and over t
-    samples.png    what each method draws, on the seed that is typical for the paper's method (its similarity is the median)
-    figure8.png    x_0 as predicted by v_original, v_complete and v_PureCC over training
+    samples-*.png  what each method draws of a concept, on the seed that is typical for the paper's method:
+                   the one with the median similarity
+    figure8.png    the pictures to which v_original, v_complete and v_PureCC lead, over training
+
+Read next: report.py.
 """
 
 from pathlib import Path
@@ -12,40 +16,51 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from purecc_min.benchmark.cells import CURVE, STRIP, Cell, extractor, set_up, train_cell
-from purecc_min.benchmark.tables import Results, final, front, grouped, name_of
-from purecc_min.evaluate import TIMES
-from purecc_min.objective import purecc_terms
-from purecc_min.sheet import sheet
-from purecc_min.train import Batch, stage_2_predictions, target_representation
-from tinyflow import world
-from tinyflow.flow import noise_for, path, predict_x_0, velocity_target
+from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, set_up, train_cell
+from purecc_min.benchmark.methods import Setup
+from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
+from purecc_min.concept import TOKEN, Batch, Texts
+from purecc_min.measure.velocities import TIMES
+from purecc_min.objective import pcc_loss
+from tinyflow.flow import euler, noise_for
+from tinyflow.picturebook.sheet import sheet
+from tinyflow.pipeline import Velocity
 
-PANELS = ("class leak", "class drift", "confounder unsaid", "outside change", "drift", "path KL", "retention, held out", "composition")
-PAPER, INK = "#faf8f3", "#34303c"
+PANELS = ("class leak", "class drift", "confounder unsaid", "outside change", "drift", "path KL",
+          "retention, held out", "composition")
+CURVES = {"lambda": "lambda*", "norm_R_complete": "|R(y_complete, y_base)|", "norm_R_target": "|R(y_tar)|",
+          "cosine": "their cosine", "loss_purecc": "L_PureCC", "loss_cc": "L_CC"}
+SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("plain", 0),
+         ("plain", 1), ("other", 0), ("other", 1))     # (group, number) of the pictures in samples.png
+FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
+PAGE, INK = "#faf8f3", "#34303c"
 COLOURS = ("#b9bac4", "#8d99ae", "#c9ada7", "#2e86ab", "#3a9d5d", "#e4572e", "#e9a23b", "#7d5ba6")
-LOOK = {"figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "font.size": 9, "axes.edgecolor": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "figure.constrained_layout.use": True,
-        "legend.frameon": False, "savefig.bbox": "tight", "savefig.dpi": 110}
+LOOK = {"figure.facecolor": PAGE, "axes.facecolor": PAGE, "savefig.facecolor": PAGE, "font.size": 9,
+        "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.titlelocation": "left", "figure.constrained_layout.use": True, "legend.frameon": False,
+        "savefig.bbox": "tight", "savefig.dpi": 110}
 
 
 @plt.rc_context(LOOK)
 def fronts(results: Results, file: Path) -> None:
     nothing = {r["concept"]: final(r) for r in results if r["method"] == "nothing"}
-    names = list(dict.fromkeys(name_of(r) for r in results if r["method"] not in ("nothing", "perfect")))
+    names = list(dict.fromkeys(name_of(r) for r in results if r["method"] not in ENDS))
     figure, axes = plt.subplots(3, 3, figsize=(11, 9.5))
-    for axis, panel in zip(axes.flat, PANELS):
-        for colour, name in zip(COLOURS, names):
-            runs = [[nothing[r["concept"]], *(values for _, values in front(r))] for r in results if name_of(r) == name]
-            x, y = (np.mean([[values[measure] for values in run] for run in runs], axis=0) for measure in ("fidelity", panel))
-            axis.plot(x, y, "o-", color=colour, markersize=3.5, label=name,
-                      **(dict(linewidth=2.2, zorder=3) if name in ("LoRA", "paper") else dict(linewidth=1.2)))
-        axis.set(title=panel, xlabel="fidelity: original 0, perfect 1", xlim=(0, 1.02))
-    axis = axes[-1, -1]
     for colour, name in zip(COLOURS, names):
-        axis.plot(TIMES, np.mean([r["velocity_error"] for r in results if name_of(r) == name], axis=0), "o-", color=colour, markersize=3.5)
-    axis.set(title="velocity error at the end", xlabel="t", yscale="log")
+        own = [r for r in results if name_of(r) == name]
+        runs = [[nothing[r["concept"]], *(values for _, values in front(r))] for r in own]
+        fidelity = np.mean([[values["fidelity"] for values in run] for run in runs], axis=0)
+        width = 2.2 if name in ("LoRA", "paper") else 1.2
+        look = dict(color=colour, linewidth=width, zorder=1 + width, markersize=3.5, label=name)
+        for axis, panel in zip(axes.flat, PANELS):
+            damage = np.mean([[values[panel] for values in run] for run in runs], axis=0)
+            axis.plot(fidelity, damage, "o-", **look)
+            axis.set(title=panel, xlabel="fidelity: original 0, perfect 1", xlim=(0, 1.02))
+        errors = np.mean([r["velocity_error"] for r in own], axis=0)
+        axes[-1, -1].plot(TIMES, errors, "o-", **look)
+    axes[-1, -1].set(title="velocity error at the end", xlabel="t", yscale="log")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(file)
     plt.close(figure)
@@ -55,14 +70,13 @@ def fronts(results: Results, file: Path) -> None:
 def curves(results: Results, file: Path) -> None:
     runs = [r["terms"] for r in results if name_of(r) == "paper"]
     steps = [step for step in CURVE if str(step) in runs[0]]
-    value = lambda name: np.array([[[row[name] for row in terms[str(step)]] for step in steps] for terms in runs])     # [runs, steps, times]
-    panels = [("lambda", "lambda*"), ("norm_R_complete", "|R(y_complete, y_base)|"), ("norm_R_target", "|R(y_tar)|"), ("cosine", "their cosine"),
-              ("loss_purecc", "L_PureCC"), ("loss_cc", "L_CC")]
     figure, axes = plt.subplots(2, 6, figsize=(18, 5.6))
-    for column, (name, title) in enumerate(panels):
-        values = value(name)
-        over = (values.mean(2), steps, "training step, mean over t"), (values[:, -1], TIMES, "t, at the last step")
-        for axis, (along, ticks, label) in zip(axes[:, column], over):
+    for column, (name, title) in enumerate(CURVES.items()):
+        values = [[[row[name] for row in terms[str(step)]] for step in steps] for terms in runs]
+        values = np.array(values)                # [runs, steps, times]
+        over_training = values.mean(2), steps, "training step, mean over t"
+        over_t = values[:, -1], TIMES, "t, at the last step"
+        for axis, (along, ticks, label) in zip(axes[:, column], (over_training, over_t)):
             axis.plot(ticks, along.T, color="#e4572e", alpha=0.15, linewidth=0.8)
             axis.plot(ticks, along.mean(0), "o-", color="#e4572e", markersize=3.5)
             axis.axhline(0, color=INK, linewidth=0.5)
@@ -72,49 +86,63 @@ def curves(results: Results, file: Path) -> None:
     plt.close(figure)
 
 
-def strip_of(cell: Cell, folder: Path) -> list[np.ndarray]:
-    """The pictures that a cell has left, in the order of STRIP."""
-    strip = np.asarray(Image.open((folder / cell.file).with_suffix(".png")))
-    return np.split(strip, sum(STRIP.values()), axis=1)
-
-
-def typical_seed(results: Results, concept: str, name: str = "paper") -> int:
-    """The seed with the median similarity."""
-    runs = sorted((final(r)["similarity"], r["seed"]) for r in results if name_of(r) == name and r["concept"] == concept)
+def typical_seed(results: Results, concept: str) -> int:
+    """The seed with which the paper's method has its median similarity."""
+    papers = [r for r in results if name_of(r) == "paper" and r["concept"] == concept]
+    runs = sorted((final(r)["similarity"], r["seed"]) for r in papers)
     return runs[len(runs) // 2][1]
 
 
 def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
-    """A row a method: three [V] prompts, one that says nothing but the noun, one in another colour, two of the class, two of other objects."""
-    seed, stage = typical_seed(results, concept), set_up(concept)
-    starts = dict(zip(STRIP, np.cumsum([0, *STRIP.values()])))
-    shown = [starts[group] + n for group, n in (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("plain", 0),
-                                                ("plain", 1), ("other", 0), ("other", 1))]
-    groups = stage.toy.prompts()
-    texts = [p.complete for p in groups["concept"][:3]] + [groups["unsaid"][0].complete, groups["composition"][0].complete]
-    texts += [p.base for p in groups["concept"][:2] + groups["other"][:2]]
-    typical = [r for r in results if r["concept"] == concept and (r["seed"] == seed or r["method"] in ("nothing", "perfect"))]
-    rows = [("references", list(stage.pictures))]
-    rows += [(title, [strip_of(Cell.of(group[0]), folder)[n] for n in shown]) for title, group in grouped(typical).items()]
-    sheet(rows, [(1, texts)], side=112).save(file)
+    """A row for each method, with the pictures in SHOWN."""
+    seed, setup = typical_seed(results, concept), set_up(concept)
+    starts, prompts = dict(zip(STRIP, np.cumsum([0, *STRIP.values()]))), setup.toy.prompts()
+    prompts["plain"] = [prompt._replace(complete=prompt.base) for prompt in prompts["concept"]]
+    rows = [("references", list(setup.pictures))]
+    typical = [r for r in results if r["concept"] == concept and (r["seed"] == seed or r["method"] in ENDS)]
+    for title, (result, *_) in grouped(typical).items():
+        strip = np.asarray(Image.open((folder / Cell.of(result).file).with_suffix(".png")))
+        pictures = np.split(strip, sum(STRIP.values()), axis=1)
+        rows.append((title, [pictures[starts[group] + n] for group, n in SHOWN]))
+    sheet(rows, [(1, [prompts[group][n].complete for group, n in SHOWN])], side=112).save(file)
 
 
-def figure_8(cell: Cell, folder: Path, file: Path, time: float = 0.6) -> None:
-    """Trains the paper's method once more and predicts x_0 from three velocities, at a noised picture of a scene that no reference shows."""
-    stage = set_up(cell.concept)
-    scene = next(p for p in stage.toy.prompts()["concept"] if p.scene.background == "beach")
-    data = stage.data._replace(complete=stage.pipe.encode_text([scene.complete], {"[V]": stage.toy.class_word}),
-                               base=stage.pipe.encode_text([scene.base]), target=stage.data.target[[0]], null=stage.data.null[[0]])
-    x_0 = stage.pipe.encode_images(world.render(scene.scene)[0][None])
-    x_1, t = noise_for([0], x_0.shape[1:]), torch.tensor([time])
-    batch = Batch(torch.tensor([0]), path(x_0, x_1, t), t, velocity_target(x_0, x_1))
-    columns = []
-    for step, trial in train_cell(cell, stage, extractor(cell, stage, folder)):
+def unseen_texts(setup: Setup) -> Texts:
+    """The texts of a scene that no reference shows, with a big object, which is easier to look at."""
+    prompts, pipe, texts = setup.toy.prompts()["concept"], setup.pipe, setup.data.texts
+    shown = {scene.background for scene in setup.toy.reference_scenes()}
+    unseen = [p for p in prompts if p.scene.background not in shown and p.scene.size == "big"] or prompts
+    complete = pipe.encode_text([unseen[0].complete], {TOKEN: setup.toy.class_word})
+    return Texts(complete, pipe.encode_text([unseen[0].base]), texts.target[[0]], texts.null[[0]])
+
+
+@torch.no_grad()
+def follow(name: str, theta_1: Velocity, theta_2: Velocity, texts: Texts, x_1: Tensor,
+           steps: int = 28) -> Tensor:
+    """The picture x_0 to which one of FIELDS leads from the noise x_1, both [B, C, H, W].
+
+    The field is computed anew at every x_t on the way, v_purecc with the lambda* of that x_t and t. There is
+    no guidance: these are the velocities of Eq. 9 and 13 themselves.
+    """
+    def field(x_t: Tensor, t: Tensor) -> Tensor:
+        batch = Batch(x_t, t, torch.zeros_like(x_t), texts)      # v only enters the loss, which is not used
+        _, terms = pcc_loss(theta_1, theta_2, batch, eta=1.0)
+        return getattr(terms, name)
+
+    for _, x_0 in euler(field, x_1, steps):
+        pass
+    return x_0
+
+
+def figure_8(cell: Cell, folder: Path, file: Path) -> None:
+    """Trains the paper's method once more and follows its three velocities from one noise."""
+    setup = set_up(cell.concept)
+    texts, x_1 = unseen_texts(setup), noise_for([0], setup.data.x_0.shape[1:])
+    pictures, steps = {label: [] for label in FIELDS.values()}, []
+    for step, thetas, _ in train_cell(cell, learn_theta_1(cell, folder)):
         if step in CURVE:
-            with torch.no_grad():
-                v_complete, v_original = stage_2_predictions(stage.pipe, trial.theta, data, batch, trial.config)
-                terms = purecc_terms(v_complete, v_original, target_representation(stage.pipe, trial.theta_1, data, batch))
-            columns.append(stage.pipe.decode_images(torch.cat([predict_x_0(batch.x_t, t, v) for v in (v_original, v_complete, terms.v_pure)])))
-    steps = [f"step {step}" for step in CURVE if step <= cell.steps]
-    rows = [(label, [column[n] for column in columns]) for n, label in enumerate(("v_original", "v_complete", "v_PureCC"))]
-    sheet(rows, [(0, steps)], side=96).save(file)
+            steps.append(f"step {step}")
+            for name, label in FIELDS.items():
+                x_0 = follow(name, thetas.theta_1, thetas.theta, texts, x_1)
+                pictures[label].append(setup.pipe.decode_images(x_0)[0])
+    sheet(list(pictures.items()), [(0, steps)], side=96).save(file)

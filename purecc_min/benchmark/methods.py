@@ -1,260 +1,308 @@
-"""The methods: each is the loss of one step, what that loss trains, and its tuned settings.
+"""The benchmark's methods: for each the loss of one step, what that loss trains, and its tuned settings.
 
-To add one, write a function (trial, batch) -> {"loss": ...} and an entry in METHODS: `python -m purecc_min.benchmark --methods NAME` runs it.
-A trial offers the predictions of the model in training (`custom`), of the untouched base (`base`) and of the extractor, and scenes that
-the base imagines. Texts are named as in the paper: complete, base, target, null. METHODS are the paper's method, its authors' code, and
-what people use instead; FURTHER are experiments of ours with the same pieces. Read next: cells.py, where a trial is run.
+The losses are those of purecc_min/methods.py, and beside them, here, the ones that only experiments want.
+METHODS are the paper's method, its authors' code, and what people use instead; ABLATIONS are the paper's
+method with one part replaced; FURTHER are experiments of ours with the same pieces. README.md shows how to
+add a method. Read next: cells.py, where a method is run.
 """
 
 import contextlib
 import copy
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purecc_min.branch import TOKEN, Branch
+from purecc_min.branch import Branch
+from purecc_min.concept import TOKEN, Batch, EncodedConcept, Texts, noised
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states
-from purecc_min.objective import inner, lambda_star, representation
-from purecc_min.toy import Toy
-from purecc_min.train import Batch, TrainConfig, TrainingData, pcc_losses, stage_2_losses, stage_2_predictions, target_representation
-from tinyflow import world
-from tinyflow.flow import path, squared_error, velocity_target
-from tinyflow.pipeline import Pipeline, Text
+from purecc_min.measure.draw import Pictures
+from purecc_min.measure.toy import Toy
+from purecc_min.methods import (
+    Loss,
+    Thetas,
+    anchor_loss,
+    anchored,
+    another_direction,
+    constant_lambda,
+    from_parts,
+    l_cc,
+    not_detached,
+    paper,
+    predictions,
+    target_direction,
+    untouched_original,
+)
+from purecc_min.objective import inner, lambda_star
+from purecc_min.train import TrainConfig, generator_for
+from tinyflow.flow import sample_times, squared_error
+from tinyflow.picturebook import world
+from tinyflow.picturebook.reader import Reader
+from tinyflow.pipeline import Pipeline, Text, in_one_batch
 
-IMAGINED = 32                                    # scenes that the base imagines
-
-
-class WholeModel(Branch):
-    """Every weight of a copy of the base's MMDiT in place of adapters, and Y."""
-
-    def __init__(self, mmdit: nn.Module, embeddings: ConceptEmbeddings):
-        nn.Module.__init__(self)
-        self.mmdit, self.embeddings = copy.deepcopy(mmdit).requires_grad_(True), embeddings
-
-    @contextlib.contextmanager
-    def attached(self, pipe: Pipeline):
-        base, pipe.mmdit = pipe.mmdit, self.mmdit
-        try:
-            yield
-        finally:
-            pipe.mmdit = base
-
-
-class Joint(Branch):
-    """theta2 with an extractor that is trained along with it."""
-
-    def __init__(self, theta_2: Branch, theta_1: Branch):
-        super().__init__(theta_2.lora, theta_2.embeddings)
-        self.theta_1 = theta_1
-
-
-@dataclass
-class Trial:
-    """One run: everything that a loss may want."""
-    pipe: Pipeline
-    toy: Toy
-    data: TrainingData
-    config: TrainConfig
-    theta: Branch                                # what is trained
-    theta_1: Branch | None                       # the frozen extractor, for methods that want one
-    generator: torch.Generator = field(default_factory=torch.Generator)
-    running: dict[int, Tensor] = field(default_factory=dict)
-
-    def custom(self, batch: Batch, text: str) -> Tensor:
-        """v_theta(x_t | text) of the model in training, with its gradient."""
-        return self.theta.velocity(self.pipe, batch.x_t, batch.t, getattr(self.data, text)[batch.rows])
-
-    @torch.no_grad()
-    def base(self, batch: Batch, text: str) -> Tensor:
-        """v(x_t | text) of the untouched base."""
-        return self.pipe.velocity(batch.x_t, batch.t, getattr(self.data, text)[batch.rows])
-
-    @torch.no_grad()
-    def extractor(self, batch: Batch, text: str) -> Tensor:
-        return self.theta_1.velocity(self.pipe, batch.x_t, batch.t, getattr(self.data, text)[batch.rows])
-
-    @cached_property
-    def imagined(self) -> "Trial":
-        """The same trial, with scenes that the base draws for base texts in place of the references."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        draw = lambda options: list(options)[torch.randint(len(options), (1,), generator=generator).item()]
-        scenes = [world.Scene(draw(world.OBJECTS) if self.toy.is_style else self.toy.class_word, draw(world.COLOURS), draw(world.SIZES),
-                              draw(world.PLACES), draw(world.BACKGROUND_WORDS)) for _ in range(IMAGINED)]
-        encode = lambda texts: self.pipe.encode_text(list(texts), {TOKEN: self.toy.class_word})
-        complete, base = (encode(texts) for texts in list(zip(*map(self.toy.prompt, scenes)))[1:])
-        x_0 = torch.cat([self.pipe.sample(base[rows], (10_000 + rows).tolist(), steps=10) for rows in torch.arange(IMAGINED).split(16)])
-        several = lambda text: text[[0] * IMAGINED]
-        data = TrainingData([str(n) for n in range(IMAGINED)], x_0[:, None], complete, base, several(self.data.target), several(self.data.null), base)
-        return replace(self, data=data)
-
-    def imagine(self) -> tuple["Trial", Batch]:
-        """A batch of imagined scenes, and the trial in which their texts are found."""
-        count, x_0 = self.config.batch, self.imagined.data.x_0
-        rows = torch.randint(IMAGINED, (count,), generator=self.generator)
-        t = torch.sigmoid(torch.randn(count, generator=self.generator)).to(x_0)
-        x_1 = torch.randn((count, *x_0.shape[1:]), generator=self.generator).to(x_0)
-        return self.imagined, Batch(rows, path(x_0[rows], x_1, t), t, velocity_target(x_0[rows], x_1))
-
-
-# ---------------------------------------------------------------------------------------------- what people use
-def flow_matching(trial: Trial, batch: Batch) -> dict[str, Tensor]:
-    """L_CC alone (Eq. 3)."""
-    loss = squared_error(trial.custom(batch, "complete"), batch.v)
-    return {"loss": loss}
-
-
-def prior_preservation(trial: Trial, batch: Batch, weight: float) -> dict[str, Tensor]:
-    """DreamBooth's second term: L_CC on the base's own pictures of the class."""
-    imagined, class_batch = trial.imagine()
-    prior = squared_error(imagined.custom(class_batch, "base"), class_batch.v)
-    return {"loss": squared_error(trial.custom(batch, "complete"), batch.v) + weight * prior}
-
-
-def anchored(trial: Trial, batch: Batch, weight: float) -> dict[str, Tensor]:
-    """The base text must predict what it predicted before ("differential output preservation")."""
-    anchor = squared_error(trial.custom(batch, "base"), trial.base(batch, "base"))
-    return {"loss": squared_error(trial.custom(batch, "complete"), batch.v) + weight * anchor}
-
-
-# ------------------------------------------------------------------------------------------------ the paper's
-def paper(trial: Trial, batch: Batch) -> dict[str, Tensor]:
-    """Eq. 8 to 15 as they are written."""
-    return stage_2_losses(trial.pipe, trial.theta_1, trial.theta, trial.data, batch, trial.config)
-
-
-def along(direction: Callable[[Trial, Batch], Tensor], least: float | None = None) -> Callable[[Trial, Batch], dict[str, Tensor]]:
-    """Eq. 9 to 15 with another R(y_tar), or with lambda* not below `least`."""
-    def losses(trial: Trial, batch: Batch) -> dict[str, Tensor]:
-        v_complete, v_original = stage_2_predictions(trial.pipe, trial.theta, trial.data, batch, trial.config)
-        R_target, lam = direction(trial, batch), trial.config.fixed_lambda
-        if least is not None:
-            lam = lambda_star(representation(v_complete, v_original), R_target).detach().clamp(min=least)
-        return pcc_losses(v_complete, v_original, R_target, batch.v, trial.config, lam)
-    return losses
-
-
-def against_null(trial: Trial, batch: Batch) -> Tensor:
-    """Eq. 8 itself."""
-    return target_representation(trial.pipe, trial.theta_1, trial.data, batch)
-
-
-@torch.no_grad()
-def without_adapters(trial: Trial, batch: Batch) -> Tensor:
-    """Eq. 8 as the authors' code computes it: the extractor's adapters are off, so stage 1 reaches the loss through Y alone."""
-    v_tar, v_null = (trial.pipe.velocity(batch.x_t, batch.t, getattr(trial.data, text)[batch.rows], fill=trial.theta_1.embeddings)
-                     for text in ("target", "null"))
-    return representation(v_tar, v_null)
-
-
-def against_class(trial: Trial, batch: Batch) -> Tensor:
-    """What the extractor's "[V] robot" says that the base's "robot" does not."""
-    word = trial.pipe.encode_text([trial.toy.class_word])[[0] * len(batch.rows)]
-    with torch.no_grad():
-        return representation(trial.extractor(batch, "target"), trial.pipe.velocity(batch.x_t, batch.t, word))
-
-
-def against_base_text(trial: Trial, batch: Batch) -> Tensor:
-    """What the extractor's complete text says that the base's base text does not."""
-    return representation(trial.extractor(batch, "complete"), trial.base(batch, "base"))
-
-
-def merged_stages(trial: Trial, batch: Batch) -> dict[str, Tensor]:
-    """Table 2: one stage, in which the extractor learns on L_CC while theta2 learns from it."""
-    theta_1 = trial.theta.theta_1
-    loss_1 = squared_error(theta_1.velocity(trial.pipe, batch.x_t, batch.t, trial.data.complete[batch.rows]), batch.v)
-    losses = stage_2_losses(trial.pipe, theta_1, trial.theta, trial.data, batch, trial.config)
-    return losses | {"loss": losses["loss"] + loss_1}
-
-
-# --------------------------------------------------------------------------------------------------- and further
-def lambda_of_t(trial: Trial, batch: Batch, bins: int = 10, decay: float = 0.9) -> dict[str, Tensor]:
-    """One lambda* for each tenth of t, from running means of Eq. 12's two inner products, in place of one for each sample."""
-    v_complete, v_original = stage_2_predictions(trial.pipe, trial.theta, trial.data, batch, trial.config)
-    R_target = against_null(trial, batch)
-    products = torch.stack([inner(representation(v_complete, v_original), R_target), inner(R_target, R_target)], dim=1).detach()  # [B, 2]
-    keys = (batch.t * bins).long().tolist()
-    for key, both in zip(keys, products):
-        trial.running[key] = torch.lerp(both, trial.running.get(key, both), decay)
-    lam = torch.stack([trial.running[key][0] / trial.running[key][1] for key in keys])
-    return pcc_losses(v_complete, v_original, R_target, batch.v, trial.config, lam)
-
-
-def anchored_paper(trial: Trial, batch: Batch, weight: float) -> dict[str, Tensor]:
-    """Anchoring and rejection together."""
-    losses, anchor = paper(trial, batch), squared_error(trial.custom(batch, "base"), trial.base(batch, "base"))
-    return losses | {"loss": losses["loss"] + weight * anchor}
-
-
-def imagined_scenes(trial: Trial, batch: Batch, weight: float) -> dict[str, Tensor]:
-    """No reference picture at all: Eq. 14 with lambda 1 where the base draws its own pictures, the base text anchored."""
-    imagined, scenes = trial.imagine()
-    v_original, direction = imagined.base(scenes, "base"), against_class(imagined, scenes)
-    both = imagined.theta.velocity(trial.pipe, torch.cat([scenes.x_t] * 2), torch.cat([scenes.t] * 2),
-                                   Text.cat([imagined.data.complete[scenes.rows], imagined.data.base[scenes.rows]]))
-    v_complete, v_base = both.chunk(2)
-    return {"loss": squared_error(v_complete, v_original + trial.config.fixed_lambda * direction) + weight * squared_error(v_base, v_original)}
+IMAGINED = 32                                    # scenes that the base model imagines
+BINS, DECAY = 10, 0.9                            # of "lambda* of t"
 
 
 @dataclass(frozen=True)
+class Setup:
+    """A concept on the base model: what all of its cells share."""
+    pipe: Pipeline
+    reader: Reader
+    toy: Toy
+    data: EncodedConcept
+    pictures: np.ndarray                         # uint8 [n, 32, 32, 3], the references
+    original: Pictures                           # what the base model draws
+
+
+# ------------------------------------------------------------------------------------ branches of other kinds
+class NoAdapters(nn.Module):
+    """In place of a LoRA, in a branch that has Y alone."""
+
+    def attached(self, l: int, block: nn.Module):
+        return contextlib.nullcontext()
+
+
+class WholeModel(Branch):
+    """Y and every weight of a copy of the base model's MMDiT, in place of adapters."""
+
+    def __init__(self, pipe: Pipeline, embeddings: ConceptEmbeddings):
+        super().__init__(copy.deepcopy(pipe), NoAdapters(), embeddings)
+        self.mmdit = self.pipe.mmdit.requires_grad_(True)
+
+
+class Joint(Branch):
+    """theta_2 with an extractor that is trained along with it."""
+
+    def __init__(self, theta_2: Branch, theta_1: Branch):
+        super().__init__(theta_2.pipe, theta_2.lora, theta_2.embeddings)
+        self.theta_1 = theta_1
+
+
+# -------------------------------------------------------------- losses on scenes that the base model imagines
+class Imagining:
+    """Scenes that the base model draws itself, for random base texts. Two losses are made from them."""
+
+    def __init__(self, setup: Setup, config: TrainConfig):
+        pipe, toy = setup.pipe, setup.toy
+        generator = torch.Generator().manual_seed(config.seed)
+
+        def choose(options) -> str:
+            return list(options)[torch.randint(len(options), (1,), generator=generator).item()]
+
+        prompts = []
+        for _ in range(IMAGINED):
+            noun = choose(world.OBJECTS) if toy.is_style else toy.class_word
+            scene = world.Scene(noun, choose(world.COLOURS), choose(world.SIZES), choose(world.PLACES),
+                                choose(world.BACKGROUND_WORDS))
+            prompts.append(toy.prompt(scene))
+        stand_ins, rows = {TOKEN: toy.class_word}, [0] * IMAGINED
+        base = pipe.encode_text([prompt.base for prompt in prompts], stand_ins)
+        complete = pipe.encode_text([prompt.complete for prompt in prompts], stand_ins)
+        self.texts = Texts(complete, base, setup.data.texts.target[rows], setup.data.texts.null[rows])
+        self.x_0 = torch.cat([pipe.sample(base[some], (10_000 + some).tolist(), steps=10)
+                              for some in torch.arange(IMAGINED).split(16)])
+        self.word = pipe.encode_text([toy.class_word])
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def draw(self, count: int) -> Batch:
+        """Random scenes at random times, with random noise."""
+        rows = torch.randint(IMAGINED, (count,), generator=self.generator)
+        t = sample_times(count, generator=self.generator).to(self.x_0)
+        x_1 = torch.randn((count, *self.x_0.shape[1:]), generator=self.generator).to(self.x_0)
+        return noised(self.x_0[rows], x_1, t, self.texts.rows(rows))
+
+
+class PriorPreservation(Imagining):
+    """DreamBooth's second term: L_CC on the base model's own pictures of the class."""
+
+    def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        x_t, t, v, texts = self.draw(len(batch.t))
+        loss_prior = squared_error(thetas.theta(x_t, t, texts.base), v)
+        return l_cc(thetas, batch, eta)[0] + eta * loss_prior, {"loss_prior": loss_prior}
+
+
+class ImaginedScenes(Imagining):
+    """Eq. 14 with lambda 1 where the base model draws its own pictures, with the base text anchored.
+
+    No reference picture is used.
+    """
+
+    def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        scenes = self.draw(len(batch.t))
+        x_t, t, texts = scenes.x_t, scenes.t, scenes.texts
+        with torch.no_grad():
+            v_original = thetas.theta_0(x_t, t, texts.base)
+        v_purecc = v_original + beyond(thetas, scenes, texts.target, self.word[[0] * len(t)])
+        v_complete, v_base = in_one_batch(thetas.theta, x_t, t, texts.complete, texts.base)
+        return squared_error(v_complete, v_purecc) + eta * squared_error(v_base, v_original), {}
+
+
+# -------------------------------------------------------------- the paper's loss with one part of it replaced
+@torch.no_grad()
+def beyond(thetas: Thetas, batch: Batch, said: Text, known: Text) -> Tensor:
+    """What `said` means to the extractor beyond what `known` means to the base model, [B, C, H, W]."""
+    return thetas.theta_1(batch.x_t, batch.t, said) - thetas.theta_0(batch.x_t, batch.t, known)
+
+
+def beyond_base_text(thetas: Thetas, batch: Batch) -> Tensor:
+    """What the complete text means beyond the base text, in place of R(y_tar)."""
+    return beyond(thetas, batch, batch.texts.complete, batch.texts.base)
+
+
+def against_class_word(setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
+    """The paper's loss, with R(y_tar) measured against the class word in place of the empty text."""
+    word = setup.pipe.encode_text([setup.toy.class_word])
+
+    def direction(thetas: Thetas, batch: Batch) -> Tensor:
+        return beyond(thetas, batch, batch.texts.target, word[[0] * len(batch.t)])
+    return another_direction(direction)
+
+
+def released(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The paper's loss as its authors' code computes it.
+
+    The extractor's adapters are off, so stage 1 reaches the loss through Y alone. lambda is 1, and nothing is
+    detached.
+    """
+    texts, Y_alone = batch.texts, Branch(thetas.theta_1.pipe, NoAdapters(), thetas.theta_1.embeddings)
+    R_target = target_direction(Y_alone, batch)
+    v_complete, v_original = in_one_batch(thetas.theta, batch.x_t, batch.t, texts.complete, texts.base)
+    return from_parts(v_original, v_complete, R_target, batch.v, eta, lam=torch.ones_like(batch.t))
+
+
+def merged_stages(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """Table 2: one stage, in which the extractor learns on L_CC while theta_2 learns from it."""
+    theta_1 = thetas.theta.theta_1
+    loss_1, _ = l_cc(thetas._replace(theta=theta_1), batch, eta)
+    loss, log = paper(thetas._replace(theta_1=theta_1), batch, eta)
+    return loss + loss_1, log
+
+
+def lambda_at_least(least: float) -> Callable[[Thetas, Batch, float], Loss]:
+    """The paper's loss with lambda* raised to `least` where it is below."""
+    def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        R_target = target_direction(thetas.theta_1, batch)
+        v_original, v_complete = predictions(thetas, batch)
+        lam = lambda_star(v_complete - v_original, R_target).detach().clamp(min=least)
+        return from_parts(v_original, v_complete, R_target, batch.v, eta, lam)
+    return loss
+
+
+class LambdaOfT:
+    """The paper's loss with one lambda* for each tenth of t in place of one for each sample.
+
+    It is the quotient of running means of the two inner products in Eq. 12.
+    """
+
+    def __init__(self, setup: Setup, config: TrainConfig):
+        self.running: dict[int, Tensor] = {}     # the tenth of t -> the means of both products, [2]
+
+    def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        R_target = target_direction(thetas.theta_1, batch)
+        v_original, v_complete = predictions(thetas, batch)
+        R_complete = (v_complete - v_original).detach()
+        products = torch.stack([inner(R_complete, R_target), inner(R_target, R_target)], dim=1)     # [B, 2]
+        tenths = (batch.t * BINS).long().tolist()
+        for tenth, new in zip(tenths, products):
+            self.running[tenth] = torch.lerp(new, self.running.get(tenth, new), DECAY)
+        means = torch.stack([self.running[tenth] for tenth in tenths])                  # [B, 2]
+        return from_parts(v_original, v_complete, R_target, batch.v, eta, means[:, 0] / means[:, 1])
+
+
+def anchored_paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The paper's loss and, with weight 1, the anchor."""
+    loss, log = paper(thetas, batch, eta)
+    return loss + anchor_loss(thetas, batch), log
+
+
+# ------------------------------------------------------------------------------------------------ the methods
+@dataclass(frozen=True)
 class Method:
     about: str                                   # what it is, in words
-    losses: Callable[..., dict[str, Tensor]]     # (trial, batch, **the settings that are not TrainConfig's)
-    settings: dict = field(default_factory=dict) # chosen on the tuning tasks among `tries`
+    loss: Callable                               # (thetas, batch, eta) -> (loss, log): purecc_min/methods.py
+    settings: dict = field(default_factory=dict) # for TrainConfig: the best of `tries` on the tuning concepts
     tries: tuple[dict, ...] = ()
     trains: str = "adapters"                     # and Y; or "embeddings" alone, or the whole "model" and Y
-    extractor: str = ""                          # "frozen": of stage 1; "joint": trained along
+    theta_1: str = ""                            # "frozen": the extractor of stage 1; "joint": trained along
+    made_anew: bool = False                      # True: `loss` makes a run's own loss, loss(setup, config)
 
     @property
     def stage(self) -> int:
-        """Whose draws it uses (Algorithm 1): stage 2 follows an extractor."""
-        return 2 if self.extractor == "frozen" else 1
+        """The stage of Algorithm 1 whose draws it uses: stage 2 follows a frozen extractor."""
+        return 2 if self.theta_1 == "frozen" else 1
+
+    def loss_for(self, setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
+        return self.loss(setup, config) if self.made_anew else self.loss
+
+
+def follows(about: str, loss: Callable, made_anew: bool = False, **settings) -> Method:
+    """A method that follows a frozen extractor, at the learning rate that won for the paper's."""
+    return Method(about, loss, RATES[2] | settings, theta_1="frozen", made_anew=made_anew)
 
 
 RATES = tuple(dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3))
 WHOLE_RATES = tuple(dict(learning_rate=rate) for rate in (5e-5, 1e-4, 2e-4))
-AS_RELEASED = dict(fixed_lambda=1.0, detach=False, eta=2.0)
-EXTRACTOR = dict(learning_rate=2e-3)             # of the LoRA that is the frozen extractor of all methods that have one
+Y_RATES = tuple(dict(embedding_learning_rate=rate) for rate in (0.02, 0.1, 0.5))
+PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
+RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
+ANCHOR_TRIES = (RATES[1] | dict(eta=1.0), RATES[1] | dict(eta=5.0), RATES[2] | dict(eta=1.0))
+THETA_1_SETTINGS = dict(learning_rate=2e-3)      # of the LoRA that is the frozen extractor of every method
 METHODS = {
-    "DreamBooth": Method("L_CC on every weight of a copy", flow_matching, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
-    "DreamBooth + prior": Method("and on the base's own pictures of the class", prior_preservation, WHOLE_RATES[2] | dict(weight=1.0),
-                                 tuple(rate | dict(weight=1.0) for rate in WHOLE_RATES), trains="model"),
-    "embeddings alone": Method("L_CC on Y", flow_matching, dict(embedding_learning_rate=0.5),
-                               tuple(dict(embedding_learning_rate=rate) for rate in (0.02, 0.1, 0.5)), trains="embeddings"),
-    "LoRA": Method("L_CC on adapters and Y", flow_matching, RATES[2], RATES),
-    "LoRA + anchor": Method("and the base text predicts what it predicted before (DOP)", anchored, dict(learning_rate=4e-3, weight=1.0),
-                            (dict(learning_rate=2e-3, weight=1.0), dict(learning_rate=2e-3, weight=5.0), dict(learning_rate=4e-3, weight=1.0))),
-    "paper": Method("PureCC as the paper writes it", paper, RATES[2], RATES, extractor="frozen"),
-    "released": Method("PureCC as its authors' code does it: lambda 1, the extractor's adapters off, nothing detached, eta 2",
-                       along(without_adapters), RATES[2] | AS_RELEASED, tuple(rate | AS_RELEASED for rate in RATES), extractor="frozen"),
-    "merged stages": Method("PureCC with an extractor that is trained in the same stage", merged_stages, RATES[2], RATES, extractor="joint"),
+    "DreamBooth": Method("L_CC on every weight of a copy", l_cc, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
+    "DreamBooth + prior": Method("DreamBooth, and L_CC on the base model's own pictures of the class",
+                                 PriorPreservation, PRIOR_TRIES[2], PRIOR_TRIES, trains="model",
+                                 made_anew=True),
+    "embeddings alone": Method("L_CC on Y", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
+    "LoRA": Method("L_CC on adapters and Y", l_cc, RATES[2], RATES),
+    "LoRA + anchor": Method("LoRA, and the base text predicts what it predicted before (DOP)",
+                            anchored, ANCHOR_TRIES[2], ANCHOR_TRIES),
+    "paper": Method("PureCC as the paper writes it", paper, RATES[2], RATES, theta_1="frozen"),
+    "released": Method("PureCC as its authors' code does it", released, RELEASED_TRIES[2], RELEASED_TRIES,
+                       theta_1="frozen"),
+    "merged stages": Method("PureCC with an extractor that is trained in the same stage", merged_stages,
+                            RATES[2], RATES, theta_1="joint"),
+}
+ABLATIONS = {
+    "paper, lambda 1": follows("lambda 1 in place of lambda* (Table 3)", constant_lambda(1.0)),
+    "paper, lambda 3": follows("lambda 3 in place of lambda* (Table 3)", constant_lambda(3.0)),
+    "paper, lambda 5": follows("lambda 5 in place of lambda* (Table 3)", constant_lambda(5.0)),
+    "paper, eta 0.5": follows("eta 0.5 (Table 6)", paper, eta=0.5),
+    "paper, eta 1.5": follows("eta 1.5 (Table 6)", paper, eta=1.5),
+    "paper, eta 2": follows("eta 2 (Table 6)", paper, eta=2.0),
+    "not detached": follows("the gradient goes through v_original", not_detached),
+    "untouched v_original": follows("v_original from the base model, in Eq. 10 and Eq. 13",
+                                    untouched_original),
 }
 FURTHER = {
-    "not detached": Method("the paper's, with the gradient through v_original", paper, dict(learning_rate=4e-3, detach=False), extractor="frozen"),
-    "untouched v_original": Method("v_original from the base, in Eq. 10 and Eq. 13", paper, dict(learning_rate=4e-3, original="base"),
-                                   extractor="frozen"),
-    "R against the class word": Method("Eq. 8 with the base's class word in place of null", along(against_class), dict(learning_rate=4e-3),
-                                       extractor="frozen"),
-    "R against the base text": Method("Eq. 8 with complete text and the base's base text", along(against_base_text), dict(learning_rate=4e-3),
-                                      extractor="frozen"),
-    "lambda* at least 0": Method("negative lambda* cut off", along(against_null, least=0.0), dict(learning_rate=4e-3), extractor="frozen"),
-    "lambda* at least 1": Method("lambda* raised to 1", along(against_null, least=1.0), dict(learning_rate=4e-3), extractor="frozen"),
-    "lambda* of t": Method("one lambda* for each tenth of t", lambda_of_t, dict(learning_rate=4e-3), extractor="frozen"),
-    "anchor + paper": Method("the paper's, with the base text anchored", anchored_paper, dict(learning_rate=4e-3, weight=1.0), extractor="frozen"),
-    "imagined scenes": Method("Eq. 14 at lambda 1 on scenes that the base imagines, R against the class word, the base text anchored",
-                              imagined_scenes, dict(learning_rate=4e-3, fixed_lambda=1.0, weight=1.0), extractor="frozen"),
+    "R against the class word": follows("Eq. 8 with the base model's class word in place of the empty text",
+                                        against_class_word, made_anew=True),
+    "R against the base text": follows("Eq. 8 with the complete text and the base model's base text",
+                                       another_direction(beyond_base_text)),
+    "lambda* at least 0": follows("negative lambda* cut off", lambda_at_least(0.0)),
+    "lambda* at least 1": follows("lambda* raised to 1", lambda_at_least(1.0)),
+    "lambda* of t": follows("one lambda* for each tenth of t", LambdaOfT, made_anew=True),
+    "anchor + paper": follows("the paper's loss, and the base text anchored", anchored_paper),
+    "imagined scenes": follows("Eq. 14 at lambda 1 on scenes that the base model imagines, R against the "
+                               "class word, the base text anchored", ImaginedScenes, made_anew=True),
 }
 
 
-def start(method: Method, pipe: Pipeline, data: TrainingData, config: TrainConfig, theta_1: Branch | None) -> Branch:
-    """What the method trains, before the first step. With a frozen extractor Y starts as a copy of its Y, otherwise from the class word."""
-    generator = torch.Generator().manual_seed((config.seed * 10 + method.stage) * 10**7 - 1)
-    Y = class_word_states(pipe, data.x_0, data.class_text, generator) if theta_1 is None else theta_1.embeddings.Y.detach()
+def start(method: Method, pipe: Pipeline, data: EncodedConcept, config: TrainConfig,
+          theta_1: Branch | None) -> Branch:
+    """What the method trains, before the first step.
+
+    Y starts as a copy of the frozen extractor's Y if there is one, otherwise from the class word.
+    """
+    generator = generator_for(config.seed, method.stage, step=-1)
+    Y = class_word_states(pipe, data, generator) if theta_1 is None else theta_1.embeddings.Y.detach()
     if method.trains == "model":
-        return WholeModel(pipe.mmdit, ConceptEmbeddings(Y))
-    theta = Branch.fresh(pipe, Y, config.rank, generator)
+        return WholeModel(pipe, ConceptEmbeddings(Y))
     if method.trains == "embeddings":
-        theta.lora.requires_grad_(False)
-    return Joint(theta, Branch.fresh(pipe, Y, config.rank, generator)) if method.extractor == "joint" else theta
+        return Branch(pipe, NoAdapters(), ConceptEmbeddings(Y))
+    theta = Branch.fresh(pipe, Y, config.rank, generator)
+    if method.theta_1 == "joint":
+        theta = Joint(theta, Branch.fresh(pipe, Y, config.rank, generator))
+    return theta

@@ -4,7 +4,7 @@
     PART/table.md                       the tables that the command prints
     main/*.png                          figures.py says what they show
 
-Read next: figures.py.
+Read next: README.md, the report on the shipped results.
 """
 
 import csv
@@ -28,12 +28,12 @@ from purecc_min.benchmark.tables import (
     terms_table,
     tuning_table,
 )
-from purecc_min.evaluate import MEASURES
+from purecc_min.measure.measures import MEASURES
 from tinyflow.weights import write_whole
 
 
 def write_data(results: Results, part: str, folder: Path) -> None:
-    """results.json keeps everything to five digits, results.csv a row for each snapshot."""
+    """results.json keeps everything to five digits, results.csv has a row for each snapshot."""
     rounded = json.loads(json.dumps(results), parse_float=lambda number: float(f"{float(number):.5g}"))
     write_whole(folder / part / "results.json", json.dumps(rounded, separators=(",", ":")).encode())
     names, text = [*MEASURES, "fidelity"], io.StringIO()
@@ -41,12 +41,14 @@ def write_data(results: Results, part: str, folder: Path) -> None:
     table.writerow(["concept", "method", "seed", "step", *names])
     for result in results:
         for step, values in front(result):
-            table.writerow([result["concept"], name_of(result), result["seed"], step, *(f"{values[n]:.5g}" if n in values else "" for n in names)])
+            numbers = [f"{values[name]:.5g}" if name in values else "" for name in names]
+            table.writerow([result["concept"], name_of(result), result["seed"], step, *numbers])
     write_whole(folder / part / "results.csv", text.getvalue().encode())
 
 
 def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
-    results = [result for cell in cells if (result := cell.result(folder, shipped))]
+    """The results of those cells that were run. shipped: or that came with this repository."""
+    results = list(filter(None, [cell.result(folder, shipped) for cell in cells]))
     add_fidelity(results)
     return results
 
@@ -55,30 +57,42 @@ def draw_figures(results: Results, folder: Path) -> None:
     """The pictures that need what the cells of this folder have left."""
     out = folder / "main"
     curves(results, out / "curves.png")
-    for concept in dict.fromkeys(r["concept"] for r in results):
+    for concept in dict.fromkeys(result["concept"] for result in results):
         samples(results, folder, out / f"samples-{concept}.png", concept)
-    papers = [r for r in results if name_of(r) == "paper"]
-    seed = typical_seed(results, papers[0]["concept"])
-    figure_8(Cell.of(next(r for r in papers if r["seed"] == seed)), folder, out / "figure8.png")
+    concept, steps = results[0]["concept"], results[0]["steps"]
+    typical = Cell(concept, "paper", typical_seed(results, concept), steps=steps)
+    figure_8(typical, folder, out / "figure8.png")
+
+
+def main_text(results: Results) -> str:
+    """The main part's four tables."""
+    with_stopped = results + stopped_early(results)
+    return "\n\n".join([methods_table(grouped(with_stopped)), measures_table(with_stopped),
+                        equal_fidelity(results), terms_table(results)])
+
+
+def by_concept(results: Results) -> str:
+    """One table for all concepts, for the parts that compare within a concept."""
+    groups = {}
+    for result in results:
+        own = grouped([other for other in results if other["concept"] == result["concept"]])
+        groups |= {f"{result['concept']} | {title}": group for title, group in own.items()}
+    return methods_table(groups, first="concept | method")
 
 
 def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) -> str:
-    """Writes a part's tables, data and pictures into folder/part; returns the tables."""
+    """Writes a part's tables, data and pictures into folder/part; returns the tables.
+
+    Args:
+        shipped: whether results that came with this repository fill the gaps; their pictures are not there.
+    """
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
-    if part == "tuning":
-        text = tuning_table(results)
-    elif part == "main":
-        with_stopped = results + stopped_early(results)
-        text = "\n\n".join([methods_table(grouped(with_stopped)), measures_table(with_stopped), equal_fidelity(results), terms_table(results)])
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table}
+    text = tables.get(part, by_concept)(results)
+    write_whole(folder / part / "table.md", (text + "\n").encode())
+    if part == "main":
         fronts(results, folder / part / "fronts.png")
         if not shipped:
             draw_figures(results, folder)
-    elif part == "claims":
-        text = claims_table(results)
-    else:
-        groups = {(concept, title): group for concept in dict.fromkeys(r["concept"] for r in results)
-                  for title, group in grouped([r for r in results if r["concept"] == concept]).items()}
-        text = methods_table({" | ".join(key): group for key, group in groups.items()}, first="concept | method")
-    write_whole(folder / part / "table.md", (text + "\n").encode())
     return text

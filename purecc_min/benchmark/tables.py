@@ -1,28 +1,37 @@
-"""From cells to tables: means over concepts, 95 % intervals over training seeds, comparisons at equal fidelity.
+"""From cells to tables: means over concepts, 95 % intervals over training seeds, and equal fidelity.
 
-FIDELITY is the similarity to the references on the scale from the original model (0) to the perfect method (1). Methods are also compared where they
-are equally faithful: a method's damage at a given similarity is read off its front, the snapshots of one training run, linearly
-between two of them. SCORE chose the hyper-parameters, on the tuning concepts alone, and is used for nothing else: the harmonic mean of
-fidelity and of what was preserved. Read next: claims.py.
+FIDELITY is the similarity to the references on the scale from the original model (0) to the perfect method
+(1). Methods are also compared where they are equally faithful: a method's damage at a given similarity is
+read off its front, the snapshots of one training run, linearly between two of them. The SCORE chose the
+settings, on the tuning concepts alone, and is used for nothing else: it is the harmonic mean of fidelity
+and of what was preserved. Read next: claims.py.
 """
-
-from collections import defaultdict
 
 import numpy as np
 
 from purecc_min.benchmark.cells import ALL, Cell
-from purecc_min.evaluate import DAMAGES, MEASURES, show
+from purecc_min.measure.measures import DAMAGES, MEASURES, show
+from purecc_min.measure.toy import TUNING
 
-STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}    # 97.5 % quantile by degrees of freedom
-HEADLINE = ("sees concept", "fidelity", "confounder contradicted", "confounder unsaid", "class leak", "retention, seen", "retention, held out",
-            "layout", "outside change", "drift", "path KL", "composition")
+# the 97.5 % quantile of Student's t, by degrees of freedom
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+ENDS = ("nothing", "perfect")                    # of the scale
+HEADLINE = ("sees concept", "fidelity", "confounder contradicted", "confounder unsaid", "class leak",
+            "retention, seen", "retention, held out", "layout", "outside change", "drift", "path KL",
+            "composition")
 Results = list[dict]
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval of the mean (Student's t); the latter is nan for a single value."""
+    """Mean and half-width of its 95 % interval (Student's t); the latter is nan for a single value."""
     spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(np.mean(values)), float(STUDENT_T.get(len(values) - 1, 1.96) * spread)
+
+
+def mean_by_seed(pairs: list[tuple[int, float]]) -> list[float]:
+    """(training seed, value), one for each concept -> the mean over concepts, one value for each seed."""
+    seeds = sorted({seed for seed, _ in pairs})
+    return [float(np.mean([value for own, value in pairs if own == seed])) for seed in seeds]
 
 
 def name_of(result: dict) -> str:
@@ -38,11 +47,16 @@ def final(result: dict) -> dict[str, float]:
     return front(result)[-1][1]
 
 
+def seed_means(results: Results, measure: str) -> list[float]:
+    """A measure's mean over concepts at the end of training, one value for each seed."""
+    return mean_by_seed([(result["seed"], final(result)[measure]) for result in results])
+
+
 def add_fidelity(results: Results) -> None:
     """Puts "fidelity" into every snapshot of a concept of which both ends of the scale are there."""
-    ends = {(r["concept"], r["method"]): final(r)["similarity"] for r in results if r["method"] in ("nothing", "perfect")}
+    ends = {(r["concept"], r["method"]): final(r)["similarity"] for r in results if r["method"] in ENDS}
     for result in results:
-        low, high = (ends.get((result["concept"], end)) for end in ("nothing", "perfect"))
+        low, high = (ends.get((result["concept"], end)) for end in ENDS)
         if low is not None and high is not None:
             for values in result["snapshots"].values():
                 values["fidelity"] = (values["similarity"] - low) / (high - low)
@@ -50,30 +64,35 @@ def add_fidelity(results: Results) -> None:
 
 def score(values: dict[str, float]) -> float:
     """Harmonic mean of fidelity and preservation, 0 to 1. Pixel changes count fully from 0.1 on."""
-    cut = lambda value: min(1.0, max(0.0, value))
     damages = [values[name] for name in ("confounder contradicted", "confounder unsaid", "class leak")]
     damages += [-values["retention, seen"], -values["retention, held out"], 1 - values["layout"]]
     damages += [values[name] / 0.1 for name in ("class drift", "outside change", "drift")]
-    fidelity, preserved = cut(values["fidelity"]), 1 - float(np.mean([cut(damage) for damage in damages]))
-    return 2 * fidelity * preserved / (fidelity + preserved) if fidelity else 0.0
+    fidelity = np.clip(values["fidelity"], 0, 1)
+    preserved = 1 - np.clip(damages, 0, 1).mean()
+    return float(2 * fidelity * preserved / (fidelity + preserved)) if fidelity else 0.0
 
 
+# --------------------------------------------------------------------------------------------- equal fidelity
 def at_similarity(result: dict, similarity: float, nothing: dict[str, float]) -> dict[str, float] | None:
-    """The measures where this run's front first reaches a similarity, the original model being its start; None if it never does."""
+    """The measures where this run's front first reaches a similarity; None if it never does.
+
+    The front starts with the original model, whose measures are `nothing`.
+    """
     before = nothing
     for after in (nothing, *(values for _, values in front(result))):
         if after["similarity"] >= similarity:
             way = after["similarity"] - before["similarity"]
             part = (similarity - before["similarity"]) / way if way else 0.0
-            return {name: before[name] + part * (after[name] - before[name]) for name in after if name in before}
+            return {name: value + part * (after[name] - value)
+                    for name, value in before.items() if name in after}
         before = after
     return None
 
 
 def pairs_at_equal_fidelity(results: Results, method: str, reference: str) -> list[tuple[dict, dict, dict]]:
-    """(a run, its measures, the reference's) for each concept and seed, both where they are as similar to the references as both ever become.
+    """(a run, its measures, the reference's) for each concept and seed, read where both are equally similar.
 
-    That is the lower of the two ends: one of the runs is stopped early there.
+    That is the lower of their two last similarities: one of the runs is stopped early there.
     """
     nothing = {r["concept"]: final(r) for r in results if r["method"] == "nothing"}
     others = {(r["concept"], r["seed"]): r for r in results if name_of(r) == reference}
@@ -82,91 +101,104 @@ def pairs_at_equal_fidelity(results: Results, method: str, reference: str) -> li
         other = others.get((run["concept"], run["seed"]))
         if name_of(run) == method and other:
             level = min(final(run)["similarity"], final(other)["similarity"])
-            pairs.append((run, *(at_similarity(r, level, nothing[run["concept"]]) for r in (run, other))))
+            start = nothing[run["concept"]]
+            pairs.append((run, at_similarity(run, level, start), at_similarity(other, level, start)))
     return pairs
 
 
 def stopped_early(results: Results) -> Results:
-    """LoRA where it first is as similar to the references as the paper's method at its end (or at its own end, if it never is)."""
+    """LoRA where it first is as similar to the references as the paper's method at its end.
+
+    Where it never is, it is taken at its own end.
+    """
     pairs = pairs_at_equal_fidelity(results, "LoRA", "paper")
     return [{**run, "changes": {"stopped": "early"}, "snapshots": {"0": values}} for run, values, _ in pairs]
 
 
-def seed_means(results: Results, measure: str) -> list[float]:
-    """A measure's mean over concepts, one value a seed."""
-    by_seed = defaultdict(list)
-    for result in results:
-        by_seed[result["seed"]].append(final(result)[measure])
-    return [float(np.mean(values)) for values in by_seed.values()]
-
-
-def cell_text(name: str, values: list[float]) -> str:
+# ----------------------------------------------------------------------------------------------------- tables
+def plus_minus(name: str, values: list[float], signed: bool = False) -> str:
+    """The mean of a measure's values with its interval. signed: they are differences, so "+" is shown."""
     mean, half = mean_and_interval(values)
-    if np.isnan(half):
-        return show(name, mean)
-    return f"{show(name, mean)} ± {show('', half) if name != 'path KL' else f'{half:.1f}'}"
+    digits = 1 if "KL" in name else 3
+    text = f"{mean:+.{digits}f}" if signed else show(name, mean)
+    return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def entry(group: Results, name: str) -> str:
+    """A measure's mean over concepts, as text; empty if some of the cells lack the measure."""
+    known = all(name in final(result) for result in group)
+    return plus_minus(name, seed_means(group, name)) if known else ""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def grouped(results: Results) -> dict[str, Results]:
-    """By method and change, in the order of METHODS and FURTHER, the ends of the scale first."""
-    groups, order = defaultdict(list), ["nothing", "perfect", *ALL]
-    for result in sorted(results, key=lambda r: (order.index(r["method"]), str(r["changes"]))):
-        groups[name_of(result)].append(result)
-    return groups
+    """By method and change, in the order of ALL, the ends of the scale first."""
+    order = [*ENDS, *ALL]
+    ordered = sorted(results, key=lambda result: (order.index(result["method"]), str(result["changes"])))
+    names = dict.fromkeys(map(name_of, ordered))
+    return {name: [result for result in ordered if name_of(result) == name] for name in names}
 
 
-def measures_table(results: Results, names=(*MEASURES, "fidelity")) -> str:
-    """Measures as rows, methods as columns."""
+def measures_table(results: Results) -> str:
+    """Measures as rows, methods as columns. A measure that some cells lack is left out."""
     groups = grouped(results)
-    rows = [[name, *(cell_text(name, seed_means(group, name)) for group in groups.values())] for name in names
-            if all(name in final(r) for r in results)]
+    names = [name for name in (*MEASURES, "fidelity") if all(name in final(result) for result in results)]
+    rows = [[name, *(entry(group, name) for group in groups.values())] for name in names]
     return markdown(["measure", *groups], rows)
 
 
-def methods_table(groups: dict[str, Results], first: str = "method", names=HEADLINE) -> str:
-    """Methods as rows, the main measures as columns."""
-    return markdown([*first.split(" | "), *names], [[title, *(cell_text(name, seed_means(group, name)) if all(name in final(r) for r in group) else ""
-                                                for name in names)] for title, group in groups.items()])
+def methods_table(groups: dict[str, Results], first: str = "method") -> str:
+    """Methods as rows, the main measures as columns.
+
+    Args:
+        groups: what stands in the first cells of a row, several with " | " between them -> its results.
+        first: the headings of these cells, in the same way.
+    """
+    rows = [[title, *(entry(group, name) for name in HEADLINE)] for title, group in groups.items()]
+    return markdown([*first.split(" | "), *HEADLINE], rows)
 
 
 def equal_fidelity(results: Results, reference: str = "paper") -> str:
-    """Every method's measures minus the reference's, at equal fidelity: mean over concepts, 95 % interval over seeds."""
+    """Every method's measures minus the reference's, at equal fidelity.
+
+    They are means over concepts, with intervals over seeds.
+    """
     names, rows = (*DAMAGES, "retention, held out", "layout", "mask IoU", "composition"), []
-    for title in grouped([r for r in results if r["method"] in ALL]):
-        pairs = pairs_at_equal_fidelity(results, title, reference)
-        if title == reference:
-            continue
-        by_seed = defaultdict(list)
-        for run, own, other in pairs:
-            by_seed[run["seed"]].append({"at fidelity": own["fidelity"], **{name: own[name] - other[name] for name in names}})
-        cells = []
-        for name in ("at fidelity", *names):
-            mean, half = mean_and_interval([float(np.mean([values[name] for values in some])) for some in by_seed.values()])
-            digits = 1 if name == "path KL" else 3
-            interval = "" if np.isnan(half) else f" ± {half:.{digits}f}"
-            cells.append(f"{mean:.2f}" if name == "at fidelity" else f"{mean:+.{digits}f}{interval}")
-        rows.append([title, *cells])
+    for title in grouped([r for r in results if r["method"] in ALL and name_of(r) != reference]):
+        pairs, cells = pairs_at_equal_fidelity(results, title, reference), []
+        for name in names:
+            differences = [(run["seed"], own[name] - other[name]) for run, own, other in pairs]
+            cells.append(plus_minus(name, mean_by_seed(differences), signed=True))
+        level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in pairs]))
+        rows.append([title, f"{level:.2f}", *cells])
     return markdown([f"method minus {reference}", "at fidelity", *names], rows)
 
 
-def terms_table(results: Results, name: str = "paper") -> str:
-    """The terms of Eq. 10 to 15 at a few steps: means over t, concepts and seeds."""
-    runs = [r["terms"] for r in results if name_of(r) == name]
-    rows = []
+def terms_table(results: Results) -> str:
+    """The terms of Eq. 10 to 15 of the paper's method at a few steps: means over t, concepts and seeds."""
+    runs, rows = [result["terms"] for result in results if name_of(result) == "paper"], []
+    names = ("lambda", "negative", "cosine", "norm_R_complete", "norm_R_target", "loss_cc", "loss_purecc",
+             "rejection", "loss")
     for step in runs[0]:
-        mean = lambda term, step=step: float(np.mean([[row[term] for row in terms[step]] for terms in runs]))
-        rows.append([step, f"{mean('lambda'):.3f}", f"{mean('negative'):.0%}", f"{mean('cosine'):.2f}", f"{mean('norm_R_complete'):.2f}",
-                     f"{mean('norm_R_target'):.2f}", f"{mean('loss_cc'):.4f}", f"{mean('loss_purecc'):.4f}",
-                     f"{mean('rejection') / mean('loss_purecc'):.1%}", f"{mean('loss_purecc') / mean('loss'):.1%}"])
-    return markdown(["step", "lambda*", "negative", "cosine", "norm of R(y_complete, y_base)", "norm of R(y_tar)", "L_CC", "L_PureCC",
-                     "rejection in L_PureCC", "L_PureCC in the loss"], rows)
+        mean = {name: np.mean([[row[name] for row in terms[step]] for terms in runs]) for name in names}
+        rows.append([step, f"{mean['lambda']:.3f}", f"{mean['negative']:.0%}", f"{mean['cosine']:.2f}",
+                     f"{mean['norm_R_complete']:.2f}", f"{mean['norm_R_target']:.2f}",
+                     f"{mean['loss_cc']:.4f}", f"{mean['loss_purecc']:.4f}",
+                     f"{mean['rejection'] / mean['loss_purecc']:.1%}",
+                     f"{mean['loss_purecc'] / mean['loss']:.1%}"])
+    return markdown(["step", "lambda*", "negative", "cosine", "norm of R(y_complete, y_base)",
+                     "norm of R(y_tar)", "L_CC", "L_PureCC", "rejection in L_PureCC", "L_PureCC in the loss"],
+                    rows)
 
 
 def tuning_table(results: Results) -> str:
-    groups = grouped([r for r in results if r["method"] not in ("nothing", "perfect")])
-    rows = [[name, *(f"{score(final(r)):.3f}" for r in group), f"{np.mean([score(final(r)) for r in group]):.3f}"] for name, group in groups.items()]
-    return markdown(["method and settings", *(r["concept"] for r in next(iter(groups.values()))), "mean score"], rows)
+    """The score of every try on each tuning concept."""
+    groups, rows = grouped([r for r in results if r["method"] not in ENDS]), []
+    for name, group in groups.items():
+        scores = [score(final(result)) for result in group]
+        rows.append([name, *(f"{value:.3f}" for value in (*scores, np.mean(scores)))])
+    return markdown(["method and settings", *TUNING, "mean score"], rows)

@@ -1,0 +1,68 @@
+"""The base models on which a concept can be learned, with the settings that suit them.
+
+    tiny             the picture-book model, shipped with this project
+    sd3.5-medium     Stable Diffusion 3.5 Medium, the paper's base model, from its public weights
+    sd3-medium       its predecessor, by the same code
+
+All are one class, tinyflow.pipeline.Pipeline, and are trained by the same lines.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from purecc_min.train import TrainConfig
+from tinyflow.errors import InputError
+from tinyflow.picturebook.model import load_tiny
+from tinyflow.pipeline import Pipeline, choose_device
+from tinyflow.sd3.load import load_sd3
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    public: bool                                 # its weights are downloaded, not shipped
+    training: TrainConfig                        # for the public ones, the paper's settings
+    size: int                                    # pixels a side of a picture
+    variants: int                                # of each reference picture: itself, random crops and flips
+
+
+PAPERS = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
+PUBLIC = BaseModel(True, PAPERS, size=512, variants=8)
+BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(), size=32, variants=1),
+               "sd3.5-medium": PUBLIC,
+               "sd3-medium": PUBLIC}
+
+
+def check_base_model(name: str, weights: Path | None, size: int) -> None:
+    """Raises InputError if weights are missing or given in vain, or if `size` does not suit the model."""
+    model = BASE_MODELS[name]
+    if model.public and weights is None:
+        raise InputError(f"the base model {name} is downloaded, not shipped: say where it is with "
+                         "--weights DIR (tinyflow/sd3/README.md)")
+    if not model.public and weights is not None:
+        raise InputError(f"--weights is for public weights, and the base model is {name}; "
+                         "leave it out, or say --base sd3.5-medium")
+    if not model.public and size != model.size:
+        raise InputError(f"--size {size}: the {name} base model draws {model.size} px only; leave it out")
+    if size % 16:
+        nearest = max(16, size // 16 * 16)
+        raise InputError(f"--size {size}: it must be a multiple of 16, for example {nearest}")
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by name, or "auto". Raises InputError if this machine does not have it."""
+    device = choose_device(name)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: torch can use none on this machine; try --device cpu") from None
+    return device
+
+
+def open_base_model(name: str, weights: Path | None, text: Path | None, size: int,
+                    device: torch.device) -> Pipeline:
+    """The base model as a frozen Pipeline. Raises InputError for weights that cannot be used."""
+    if BASE_MODELS[name].public:
+        return load_sd3(weights, text, size, device)
+    return load_tiny(device)

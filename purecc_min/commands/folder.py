@@ -1,0 +1,169 @@
+"""A folder of 3 to 5 reference pictures, read as a custom set (concept.py says what that is).
+
+Texts come from a `.txt` file beside each picture, from `metadata.jsonl` (file_name, text), or from a CSV
+with the columns of the released PureCC (image_path, prompt, target_prompt, base_prompt, instance_word).
+Without any of them the texts are "a [V] <class word>" and its base. A given text is the COMPLETE one. Texts
+are matched to pictures by the file's name.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from purecc_min.concept import TOKEN, ConceptSet, Reference, base_text
+from tinyflow.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
+UPRIGHT, ORIENTATION = 1, 0x0112                 # of a camera's EXIF data
+UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+
+
+def load_concept(folder: str | Path, class_word: str | None, size: int, variants: int = 1,
+                 seed: int = 0) -> ConceptSet:
+    """Reads a folder of pictures and texts.
+
+    Args:
+        class_word: an ordinary word close to the concept; may be left out if the CSV has instance_word.
+        size: pictures become size x size pixels.
+        variants: of each picture: itself, then random crops and flips of it, drawn from `seed`.
+    Raises: InputError for a missing or empty folder, an unreadable picture, a complete text without [V], or
+        a base text with it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)})")
+    rows = read_rows(folder, paths)
+    instance_words = [row["instance_word"] for row in rows.values() if "instance_word" in row]
+    class_word = class_word or (instance_words[0] if instance_words else None)
+    if not class_word:
+        raise InputError(f"{folder}: say what kind of thing [V] is, for example --class-word robot")
+
+    references, notes, rng = [], [], np.random.default_rng(seed)
+    for path in paths:
+        if rows and path.name not in rows:
+            raise InputError(f"{path}: this picture has no text, though others in the folder do")
+        complete, base, target = three_texts(path, rows.get(path.name, {}), class_word)
+        pictures, converted = read_picture(path, size, variants, rng)
+        references.append(Reference(path.name, pictures, complete, base, target))
+        if converted:
+            notes.append(f"{path.name}: {', '.join(converted)}")
+    return ConceptSet(class_word, references, notes)
+
+
+# ------------------------------------------------------------------------------------------------------ texts
+def read_rows(folder: Path, paths: list[Path]) -> dict[str, dict[str, str]]:
+    """File name -> its texts, by the columns of the CSV; empty if the folder has none."""
+    tables = sorted(folder.glob("*.csv"))
+    if (folder / "metadata.jsonl").exists():
+        rows = read_jsonl(folder / "metadata.jsonl")
+    elif tables:
+        rows = read_csv(tables[0])
+    else:
+        sidecars = {path.name: path.with_suffix(".txt") for path in paths}
+        return {name: {"prompt": sidecar.read_text(encoding="utf-8")}
+                for name, sidecar in sidecars.items() if sidecar.exists()}
+    absent = sorted(rows.keys() - {path.name for path in paths})
+    if absent:
+        raise InputError(f"{folder}: the captions name {absent[0]}, which is not in the folder")
+    return rows
+
+
+def read_jsonl(table: Path) -> dict[str, dict[str, str]]:
+    rows = {}
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[Path(row["file_name"]).name] = {"prompt": row["text"]}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise InputError(f"{table}, line {number}: needs JSON with file_name and text") from None
+    return rows
+
+
+def read_csv(table: Path) -> dict[str, dict[str, str]]:
+    rows = {}
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if not row.get("image_path") or not row.get("prompt"):
+                raise InputError(f"{table}: needs the columns image_path and prompt, filled in every row")
+            rows[Path(row["image_path"]).name] = {key: text for key, text in row.items() if key and text}
+    return rows
+
+
+def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, str, str]:
+    """The complete, base and target text of a picture.
+
+    What the row does not say follows from what it says.
+    """
+    def given(column: str, default: str) -> str:
+        return " ".join(row.get(column, default).split())
+
+    complete = given("prompt", f"a {TOKEN} {class_word}").replace("[v]", TOKEN)
+    target = given("target_prompt", f"{TOKEN} {class_word}").replace("[v]", TOKEN)
+    base = given("base_prompt", base_text(complete))
+    for kind, text in (("complete", complete), ("target", target)):
+        if TOKEN not in text:
+            raise InputError(f"{path}: the {kind} text {text!r} has no {TOKEN}; write it before the class "
+                             f"word, as in 'a {TOKEN} {class_word}'")
+    if TOKEN.lower() in base.lower():
+        raise InputError(f"{path}: the base text {base!r} has {TOKEN} in it; it must describe the picture "
+                         "without the concept's name")
+    return complete, base, target
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+def read_picture(path: Path, size: int, variants: int,
+                 rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """A picture file as uint8 RGB [variants, size, size, 3], and what had to be converted. Raises InputError.
+
+    The first variant is the picture, centre-cropped to a square; the others are random squares of it, half
+    of them mirrored.
+    """
+    try:
+        with Image.open(path) as image:
+            if min(image.size) < SMALLEST or max(image.size) > LARGEST:
+                raise InputError(f"{path}: the picture is {image.width} x {image.height}; "
+                                 f"sides must be {SMALLEST} to {LARGEST} pixels")
+            converted = ["the first frame of an animation"] if getattr(image, "is_animated", False) else []
+            image.load()
+            if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
+                image = ImageOps.exif_transpose(image)
+                converted.append("turned upright")
+            if image.mode != "RGB":
+                converted.append(f"converted from {image.mode} to RGB")
+                image = to_rgb(image)
+            method = Image.BOX if min(image.size) % size == 0 else Image.LANCZOS
+            squares = [ImageOps.fit(image, (size, size), method)]
+            squares += [random_square(image, size, rng) for _ in range(variants - 1)]
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        reason = f"it cannot be read ({error})"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is not a picture"
+        raise InputError(f"{path}: {reason}; replace it or take it out of the folder") from None
+    return np.stack([np.asarray(square) for square in squares]), converted
+
+
+def random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """A square at a random place, four fifths of the shorter side or larger, mirrored every other time."""
+    side = min(image.size) * rng.uniform(0.8, 1.0)
+    left, top = (rng.uniform(0, length - side) for length in image.size)
+    square = image.resize((size, size), Image.LANCZOS, box=(left, top, left + side, top + side))
+    return ImageOps.mirror(square) if rng.random() < 0.5 else square
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB. Transparency is laid on white; 16-bit grey is scaled to 8 bits."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,235 @@
+"""What a training step needs on the card, counted before anything is loaded: the real step, run once on the
+meta device.
+
+Tensors on the meta device have shapes and dtypes but no values, so SD3.5 Medium takes seconds and no memory
+there, and `PeakMemory` sees every tensor that the step would make. It counts tensors only. What it cannot
+see is in OVERHEAD, which is an assumption and has not been measured on a card: what a kernel borrows while
+it runs (flash attention's backward pass: 4 bytes a value of q), what the allocator rounds up, and CUDA's
+own context. The count has been compared with steps on a CPU. The optimizer's own step is left out, because
+the activations are gone by then.
+"""
+
+import contextlib
+import os
+import weakref
+from bisect import bisect_right
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from purecc_min.branch import Branch
+from purecc_min.concept import Batch, EncodedConcept, Texts, noised
+from purecc_min.methods import Method, Thetas, l_cc, paper
+from purecc_min.train import TrainConfig, optimizer_for
+from tinyflow.errors import InputError
+from tinyflow.mmdit import MMDiT, MMDiTConfig
+from tinyflow.pipeline import Pipeline, Text
+from tinyflow.sd3.vae import VAE, VAEConfig
+
+OVERHEAD = 600_000_000                           # bytes, assumed: CUDA's context and the allocator's slack
+TOKENS = 77 + 256                                # of a text in SD3.5: CLIP's, then T5's
+REFERENCES = 8                                   # in a usual custom set; their encoded texts lie on the card
+SMALLEST = 256                                   # px that are worth suggesting
+SDPA = F.scaled_dot_product_attention
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes that operations in this context allocate: `now` those alive, `peak` the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out, given = operation(*args, **(kwargs or {})), storages((args, kwargs))
+        for key, storage in storages(out).items():
+            if key not in given:                 # otherwise it is a view, or was written in place
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+def storages(tree) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested tuples, lists and dicts, each once."""
+    found = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {id(storage): storage for storage in found}
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, is_causal: bool = False,
+          scale: float | None = None) -> Tensor:
+    """What SDPA does on CUDA.
+
+    On the meta device it would fall back to N x N scores, which no card ever holds.
+    """
+    if not q.is_meta or bias is not None:
+        return SDPA(q, k, v, bias, is_causal=is_causal, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=is_causal, scale=scale)[0]
+
+
+@contextlib.contextmanager
+def flash_attention():
+    """Within this context SDPA is `flash`."""
+    F.scaled_dot_product_attention = flash
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = SDPA
+
+
+class Memory(NamedTuple):
+    """Bytes."""
+    weights: int                                 # the frozen transformer and autoencoder
+    adapters: int                                # theta_1 and, in stage 2, theta_2: LoRA and Y, in fp32
+    optimizer: int                               # AdamW's two moments, and the gradients
+    activations: int                             # the most that exists above all that during a step
+    pictures: int                                # the most above the weights, as a picture is encoded
+
+    @property
+    def total(self) -> int:
+        step = self.adapters + self.optimizer + self.activations
+        return self.weights + max(step, self.pictures) + OVERHEAD  # never both
+
+
+@cache
+def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, checkpointing: bool = False,
+            tokens: int = TOKENS, autoencoder: VAEConfig = VAEConfig(), dtype: torch.dtype = torch.bfloat16,
+            device: str = "meta", method: Method = paper) -> Memory:
+    """The memory of a training step.
+
+    Args:
+        train: its batch, rank and eta count. size: px. tokens: of a text. dtype: of the transformer.
+        device: on "cpu" or "cuda" the same step really runs, which checks the count.
+        method: the loss of stage 2.
+    """
+    with flash_attention(), PeakMemory() as memory:
+        with torch.device(device):
+            codec = VAE(autoencoder).requires_grad_(False)
+            latent = size // codec.factor
+            positions = replace(config, max_grid=latent // config.patch)           # as many as a loader keeps
+            mmdit = MMDiT(positions).to(dtype).requires_grad_(False)
+            mmdit.checkpointing = checkpointing
+            weights = memory.peak = memory.now
+            codec.decode(codec.encode(torch.zeros(1, 3, size, size)))
+            pictures = memory.peak - weights
+
+            pipe = Pipeline(None, None, mmdit, codec, size)                        # it encodes no texts
+            branches = [Branch.fresh(pipe, torch.zeros(config.depth, config.width), train.rank)
+                        for _ in range(stage)]
+            adapters = memory.now - weights
+        theta_1, theta = branches[0], branches[-1]
+        optimizer = optimizer_for(theta, train)
+        for parameter in theta.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()                                                           # makes the moments
+        before = memory.peak = memory.now
+
+        data, batch = empty_data(config, train, latent, tokens, device)            # data stays on the card
+        method = l_cc if stage == 1 else method
+        loss, _ = method(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
+        optimizer.zero_grad()
+        loss.backward()
+    return Memory(weights, adapters, before - weights - adapters, memory.peak - before, pictures)
+
+
+def empty_data(config: MMDiTConfig, train: TrainConfig, latent: int, tokens: int,
+               device: str) -> tuple[EncodedConcept, Batch]:
+    """A custom set and a step's draw from it, all zeros."""
+    count = max(REFERENCES, train.batch)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device)
+
+    def text() -> Text:
+        context, pooled = zeros(count, tokens, config.context_width), zeros(count, config.pooled_width)
+        return Text(context, pooled, zeros(count, tokens).bool())
+
+    variants = zeros(count, 1, config.channels, latent, latent)
+    data = EncodedConcept([], variants, Texts(text(), text(), text(), text()), text())
+    rows = torch.arange(train.batch)
+    x_0, x_1 = data.x_0[rows], zeros(train.batch, config.channels, latent, latent)
+    return data, noised(x_0, x_1, zeros(train.batch), data.texts.rows(rows))
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def memory_table(config: MMDiTConfig) -> str:
+    """What the stages of SD3.5 need, in Markdown."""
+    names = " | ".join(Memory._fields)
+    lines = [f"| stage | px | batch | gradient checkpointing | {names} | total (GB) |", "|" + "---|" * 10]
+    cases = list(product((1, 2), (512, 1024), (1, 2), (False, True)))
+    for stage, size, batch, checkpointing in tqdm(cases, desc="dry runs", leave=False):
+        memory = dry_run(config, TrainConfig(batch=batch), size, stage, checkpointing)
+        numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*memory, memory.total))
+        lines.append(f"| {stage} | {size} | {batch} | {'on' if checkpointing else 'off'} | {numbers} |")
+    lines += ["", f"Each total holds {gigabytes(OVERHEAD)} for CUDA's context and the allocator, an "
+                  "assumption, and the larger of a step and of pictures, which never meet."]
+    return "\n".join(lines)
+
+
+def fit(config: MMDiTConfig, train: TrainConfig, size: int, free: int) -> bool:
+    """How stage 2, which needs more than stage 1, fits into `free` bytes: False as it is, True with
+    checkpointing.
+
+    Args:
+        free: what the card has before this program touches it. As torch.cuda.mem_get_info() tells it,
+            CUDA's context is already taken off, and it is counted once more in OVERHEAD: that errs on the
+            safe side.
+    Raises: InputError that names the next smaller option if stage 2 fits in neither way.
+    """
+    def need(batch: int, size: int, checkpointing: bool = True) -> int:
+        return dry_run(config, replace(train, batch=batch), size, checkpointing=checkpointing).total
+
+    if need(train.batch, size, checkpointing=False) <= free:
+        return False
+    least = need(train.batch, size)
+    if least <= free:
+        return True
+    problem = (f"stage 2 at {size} px, batch {train.batch} needs {gigabytes(least)} with gradient "
+               f"checkpointing and the card has {gigabytes(free)}")
+    batches, sizes = range(1, train.batch), range(SMALLEST, size, 64)
+    fitting = bisect_right(batches, free, key=lambda batch: need(batch, size))
+    if fitting:
+        raise InputError(f"{problem}; --batch {fitting} needs {gigabytes(need(fitting, size))}")
+    fitting = bisect_right(sizes, free, key=lambda size: need(1, size))
+    if fitting:
+        smaller = sizes[fitting - 1]
+        raise InputError(f"{problem}; --batch 1 --size {smaller} needs {gigabytes(need(1, smaller))}")
+    size = min(size, SMALLEST)
+    raise InputError(f"{problem}; nothing smaller fits: the least, --batch 1 --size {size}, "
+                     f"needs {gigabytes(need(1, size))}")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device has left; without CUDA, those of the whole machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plan(config: MMDiTConfig, train: TrainConfig, size: int, device: torch.device) -> bool:
+    """Prints what learning will need, before anything is loaded. Returns whether with gradient checkpointing.
+
+    Raises: InputError as `fit` does.
+    """
+    free = free_memory(device)
+    checkpointing = fit(config, train, size, free)
+    memory = dry_run(config, train, size, checkpointing=checkpointing)
+    parts = ", ".join(f"{name} {gigabytes(part)}" for name, part in memory._asdict().items())
+    switch = "on" if checkpointing else "off"
+    print(f"memory: {gigabytes(memory.total)} of {gigabytes(free)} with gradient checkpointing {switch} "
+          f"({parts})")
+    return checkpointing

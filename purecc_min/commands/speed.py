@@ -1,0 +1,58 @@
+"""What a training step costs: seconds and peak memory of both stages, printed as ratios to stage 1 of the
+same run.
+
+Stage 2 adds to stage 1's step one prediction for the base text and a frozen one on a doubled batch, all
+without gradients. The ablations (methods.py) are timed beside it.
+"""
+
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from purecc_min.algorithm import stage_1, stage_2
+from purecc_min.concept import encode
+from purecc_min.measure.toy import CONCEPTS
+from purecc_min.methods import not_detached, paper, untouched_original
+from purecc_min.train import TrainConfig
+from tinyflow.picturebook.model import load_tiny
+
+VARIANTS = {"stage 1": None, "stage 2": paper, "stage 2, v_original not detached": not_detached,
+            "stage 2, v_original from the base model": untouched_original}
+
+
+def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
+    """Median seconds a step, and peak memory in MB: allocated on CUDA, otherwise resident in this process."""
+    pipe, config, method = load_tiny(device), TrainConfig(steps=steps), VARIANTS[variant]
+    data = encode(pipe, CONCEPTS["striped_robot"].references())
+    with TemporaryDirectory() as folder:
+        theta_1, rows = stage_1(pipe, data, config, Path(folder))
+        if method is not None:
+            _, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, Path(folder), method)
+        seconds, begun = [], time.perf_counter()
+        for _ in rows:
+            now = time.perf_counter()
+            seconds.append(now - begun)
+            begun = now
+    if device == "cuda":
+        return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e6
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(np.median(seconds)), resident / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def speed(steps: int, device: str) -> str:
+    """Measures every variant in a process of its own, one after the other; Markdown."""
+    lines = [f"| {device} | s a step | ratio | peak memory (MB) |", "|---|---|---|---|"]
+    first = None
+    for variant in VARIANTS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            seconds, memory = pool.submit(time_steps, variant, steps, device).result()
+        first = first or seconds
+        lines.append(f"| {variant} | {seconds:.4f} | {seconds / first:.2f} | {memory:.0f} |")
+    return "\n".join(lines)

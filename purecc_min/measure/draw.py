@@ -1,0 +1,109 @@
+"""What the models are asked to draw, and what a perfect method would have drawn.
+
+A model draws five groups of prompts (Toy.prompts), and text i of a group starts from the noise of seed i. The
+original model, which has never heard of [V], draws the BASE texts from the same noise.
+
+    concept       24 full captions with [V]
+    unsaid        12 captions that say nothing but the noun: "a [V] robot"
+    composition   12 captions with [V] that ask for another colour; for a style, unseen combinations
+    plain         the first 12 base texts of the concept group: the class word without [V]
+    other         24 full captions about other objects: 12 of seen, then 12 of unseen combinations
+
+A combination of an object with a colour and a background is unseen if pretraining never showed it. The
+perfect method is a construction from the original's pictures and the renderer: it learns nothing, but it
+tells the best value that a measure can have. Read next: velocities.py.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from purecc_min.concept import TOKEN
+from purecc_min.measure.toy import Toy
+from tinyflow.picturebook import world
+from tinyflow.picturebook.reader import SCENE, Reader, to_tensor
+from tinyflow.pipeline import Pipeline, Velocity
+
+PLAIN = 12                                       # pictures in the group of that name
+AT_ONCE = 6                                      # with guidance these are 12 samples, which fit a CPU's cache
+Pictures = dict[str, Tensor]                     # group -> x_0 [n, C, H, W], on the CPU
+
+
+@torch.no_grad()
+def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: str, bar: tqdm | None = None,
+         **options) -> Tensor:
+    """Draws one picture for each text: x_0 [n, C, H, W] on the CPU. Text i starts from the noise of seed i.
+
+    Args:
+        theta: the velocity to follow; None is the original model.
+        class_word: what the text encoder reads where [V] stands.
+        bar: a progress bar, which counts pictures. options: for Pipeline.sample.
+    Raises: InputError for words that the text encoder does not know.
+    """
+    pictures = []
+    for first in range(0, len(texts), AT_ONCE):
+        rows = texts[first:first + AT_ONCE]
+        text, seeds = pipe.encode_text(rows, {TOKEN: class_word}), list(range(first, first + len(rows)))
+        pictures.append(pipe.sample(text, seeds, theta=theta, **options).cpu())
+        if bar is not None:
+            bar.update(len(rows))
+    return torch.cat(pictures)
+
+
+def draw_groups(pipe: Pipeline, theta: Velocity | None, toy: Toy, bar: tqdm | None = None,
+                **options) -> Pictures:
+    """Draws every group; the original model (theta None) draws the base texts. Arguments as in `draw`."""
+    base = {group: [prompt.base for prompt in prompts] for group, prompts in toy.prompts().items()}
+    complete = {group: [prompt.complete for prompt in prompts] for group, prompts in toy.prompts().items()}
+    texts = base if theta is None else complete | {"plain": base["concept"][:PLAIN]}
+    drawn = {group: draw(pipe, theta, rows, toy.class_word, bar, **options) for group, rows in texts.items()}
+    return drawn | {"plain": drawn.get("plain", drawn["concept"][:PLAIN])}      # the original drew them there
+
+
+def count_pictures(toy: Toy) -> int:
+    """How many pictures the groups of a customized model hold. The original draws PLAIN fewer."""
+    return sum(map(len, toy.prompts().values())) + PLAIN
+
+
+def in_style(toy: Toy, x: Tensor) -> Tensor:
+    """The pictures x [B, 3, 32, 32], redrawn in the style that the toy is."""
+    pixels = (x.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5                           # [B, H, W, 3]
+    redrawn = world.STYLES[toy.looks["style"]](pixels.double().numpy())
+    return to_tensor(redrawn.round().astype(np.uint8))
+
+
+def with_object(scene: world.Scene, x: Tensor, seen: np.ndarray) -> Tensor:
+    """The picture x [3, 32, 32] with the scene's object over its own, whose mask is `seen` [32, 32].
+
+    The new object is moved so that its centre, without a hat or an antenna, lies on the old one's.
+    """
+    body = world.render(replace(scene, topper="none"))[1]
+    down, right = np.argwhere(seen).mean(0) - np.argwhere(body).mean(0) if seen.any() else (0.0, 0.0)
+    rendered, mask = world.render(scene, moved=(right, down))
+    return torch.where(torch.tensor(mask | seen), to_tensor(rendered[None])[0], x)
+
+
+@torch.no_grad()
+def perfect(reader: Reader, toy: Toy, original: Pictures) -> Pictures:
+    """The perfect method's pictures: what the original draws, with the concept in the object's place.
+
+    For an instance, the concept is rendered with the size, place and background that the reader sees, and
+    laid over the original's picture inside the masks of both objects. For a style, the original's picture is
+    redrawn. The groups without [V] stay as they are.
+    """
+    pictures, prompts = dict(original), toy.prompts()
+    for group in ("concept", "unsaid", "composition"):
+        if toy.is_style:
+            pictures[group] = in_style(toy, original[group])
+            continue
+        reading, laid = reader(original[group]), []
+        for n, prompt in enumerate(prompts[group]):
+            scene = replace(toy.wearing(prompt.scene), **{head: reading.names(head)[n] for head in SCENE})
+            if group == "composition":           # its prompts ask for another colour than the concept's own
+                scene = replace(scene, colour=prompt.scene.colour)
+            laid.append(with_object(scene, original[group][n], (reading.mask[n] > 0).numpy()))
+        pictures[group] = torch.stack(laid)
+    return pictures

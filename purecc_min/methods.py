@@ -1,0 +1,134 @@
+"""The methods: each is the loss of one step. They need no renderer and no benchmark.
+
+    l_cc               the flow-matching loss alone (Eq. 3): a LoRA, or Y alone, by what is trained
+    paper              PureCC as the paper writes it (Eq. 8 to 15)
+    anchored           L_CC, and the base text must predict what it predicted before (DOP)
+    the ablations      the paper's loss with one part replaced: lambda, v_original, R(y_tar), or the detaching
+
+A method takes the models of a step, the batch and eta, the weight of what it adds to L_CC. It returns the
+loss, which is minimised, and what is logged beside it. To try an idea, write one more such function. Read
+next: train.py.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purecc_min.concept import Batch
+from purecc_min.objective import Terms, cosine, inner, lambda_star, pcc_loss
+from tinyflow.flow import expand, squared_error
+from tinyflow.pipeline import Velocity, in_one_batch
+
+
+class Thetas(NamedTuple):
+    """The models of one step, each called as theta(x_t, t, text)."""
+    theta_0: Velocity                            # the base model, untouched
+    theta_1: Velocity | None                     # the frozen extractor, for the methods that have one
+    theta: Velocity                              # the model in training: theta_2 (theta_1 in stage 1)
+
+
+Loss = tuple[Tensor, dict[str, Tensor]]          # what is minimised, and what is logged beside it
+Method = Callable[[Thetas, Batch, float], Loss]
+
+
+def l_cc(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """L_CC alone (Eq. 3); it has nothing to weigh with eta."""
+    return squared_error(thetas.theta(batch.x_t, batch.t, batch.texts.complete), batch.v), {}
+
+
+def paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """L_PCC, Eq. 8 to 15."""
+    loss, terms = pcc_loss(thetas.theta_1, thetas.theta, batch, eta)
+    return loss, log_of(terms)
+
+
+def anchored(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """L_CC, and the base text must predict what it predicted before (differential output preservation)."""
+    loss_cc, _ = l_cc(thetas, batch, eta)
+    anchor = anchor_loss(thetas, batch)
+    return loss_cc + eta * anchor, {"loss_cc": loss_cc, "loss_anchor": anchor}
+
+
+def anchor_loss(thetas: Thetas, batch: Batch) -> Tensor:
+    """How far the base text's prediction has moved from the base model's."""
+    with torch.no_grad():
+        v_before = thetas.theta_0(batch.x_t, batch.t, batch.texts.base)
+    return squared_error(thetas.theta(batch.x_t, batch.t, batch.texts.base), v_before)
+
+
+def log_of(terms: Terms) -> dict[str, Tensor]:
+    """What is worth watching in a step of the paper's loss.
+
+    "negative" is the share of samples with lambda < 0. "rejection" is the squared part of R(y_complete,
+    y_base)
+    that is orthogonal to R(y_tar): it is L_PureCC itself if lam is lambda*.
+    """
+    R_complete, R_target = terms.R_complete.detach(), terms.R_target
+    along = inner(R_complete, R_target).square() / inner(R_target, R_target).clamp(min=1e-20)
+    return {"loss_cc": terms.loss_cc, "loss_purecc": terms.loss_purecc,
+            "rejection": (inner(R_complete, R_complete) - along).mean() / R_target[0].numel(),
+            "lambda": terms.lam.mean(), "negative": (terms.lam < 0).float().mean(),
+            "cosine": cosine(R_complete, R_target).mean(),
+            "norm_R_complete": inner(R_complete, R_complete).sqrt().mean(),
+            "norm_R_target": inner(R_target, R_target).sqrt().mean()}
+
+
+# ----------------------------------------------------------------------------------- ablations of the paper's
+def from_parts(v_original: Tensor, v_complete: Tensor, R_target: Tensor, v: Tensor, eta: float,
+               lam: Tensor | None = None) -> Loss:
+    """Eq. 10 to 15 once more, for losses that bring some parts themselves. lam [B] replaces lambda*."""
+    R_complete = v_complete - v_original
+    if lam is None:
+        lam = lambda_star(R_complete, R_target).detach()
+    v_purecc = v_original + expand(lam, R_target) * R_target
+    loss_purecc, loss_cc = squared_error(v_purecc, v_complete), squared_error(v_complete, v)
+    terms = Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
+    return loss_cc + eta * loss_purecc, log_of(terms)
+
+
+@torch.no_grad()
+def target_direction(theta_1: Velocity, batch: Batch) -> Tensor:
+    """R(y_tar) of Eq. 8, [B, C, H, W]."""
+    v_tar, v_null = in_one_batch(theta_1, batch.x_t, batch.t, batch.texts.target, batch.texts.null)
+    return v_tar - v_null
+
+
+def predictions(thetas: Thetas, batch: Batch) -> tuple[Tensor, Tensor]:
+    """v_original (Eq. 9), without a gradient, and v_complete."""
+    with torch.no_grad():
+        v_original = thetas.theta(batch.x_t, batch.t, batch.texts.base)
+    return v_original, thetas.theta(batch.x_t, batch.t, batch.texts.complete)
+
+
+def constant_lambda(value: float) -> Method:
+    """The paper's loss with a constant in place of lambda* (Table 3)."""
+    def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        R_target = target_direction(thetas.theta_1, batch)
+        lam = torch.full((len(batch.t),), value, device=R_target.device)
+        return from_parts(*predictions(thetas, batch), R_target, batch.v, eta, lam)
+    return loss
+
+
+def untouched_original(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The paper's loss with v_original from the untouched base model, in Eq. 10 and in Eq. 13 (Sec. 14)."""
+    R_target = target_direction(thetas.theta_1, batch)
+    with torch.no_grad():
+        v_original = thetas.theta_0(batch.x_t, batch.t, batch.texts.base)
+    v_complete = thetas.theta(batch.x_t, batch.t, batch.texts.complete)
+    return from_parts(v_original, v_complete, R_target, batch.v, eta)
+
+
+def not_detached(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The paper's loss with the gradient through v_original."""
+    R_target, texts = target_direction(thetas.theta_1, batch), batch.texts
+    v_complete, v_original = in_one_batch(thetas.theta, batch.x_t, batch.t, texts.complete, texts.base)
+    return from_parts(v_original, v_complete, R_target, batch.v, eta)
+
+
+def another_direction(direction: Callable[[Thetas, Batch], Tensor]) -> Method:
+    """The paper's loss with direction(thetas, batch) [B, C, H, W] in place of R(y_tar)."""
+    def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        R_target = direction(thetas, batch)
+        return from_parts(*predictions(thetas, batch), R_target, batch.v, eta)
+    return loss

@@ -1,0 +1,167 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from purecc_min.commands.folder import load_concept, random_square
+from purecc_min.concept import base_text
+from tinyflow.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures of a user's own, with sidecar texts."""
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        Image.fromarray(rng.integers(0, 255, (64, 48, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text(f"a [V] fish, picture {n}\n")
+    return tmp_path
+
+
+def refused(folder, message, class_word="fish"):
+    with pytest.raises(InputError, match=message) as caught:
+        load_concept(folder, class_word, 32)
+    assert "\n" not in str(caught.value)
+
+
+def test_sidecar_texts_are_the_complete_ones_and_base_and_target_follow(folder):
+    concept = load_concept(folder, "fish", 32)
+    assert [(r.id, r.complete, r.base, r.target) for r in concept.references][1] == (
+        "1.png", "a [V] fish, picture 1", "a fish, picture 1", "[V] fish")
+    assert all(r.picture.shape == (32, 32, 3) and r.picture.dtype == np.uint8 for r in concept.references)
+    assert not concept.notes
+
+
+def test_without_any_text_there_is_a_stated_default(folder):
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    reference = load_concept(folder, "fish", 32).references[0]
+    assert (reference.complete, reference.base, reference.target) == ("a [V] fish", "a fish", "[V] fish")
+
+
+def test_metadata_jsonl_pairs_by_file_name_whatever_the_order(folder):
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"a [V] fish number {n}"}) for n in (2, 0, 1)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    references = load_concept(folder, "fish", 32).references
+    assert [r.complete[-1] + r.id[0] for r in references] == ["00", "11", "22"]
+
+
+def test_the_released_csv_is_read_with_its_own_base_and_target(folder):
+    rows = ["image_path,prompt,target_prompt,base_prompt,instance_word"]
+    rows += [f"data/{n}.png,a [v] fish at night {n},[v] fish,a fish at night,fish" for n in (1, 0, 2)]
+    (folder / "train.csv").write_text("\n".join(rows))
+    concept = load_concept(folder, None, 32)
+    assert concept.class_word == "fish"
+    last = concept.references[2]
+    assert (last.complete, last.base) == ("a [V] fish at night 2", "a fish at night")
+
+
+def test_folders_without_pictures(tmp_path):
+    refused(tmp_path / "none", "no such folder")
+    refused(tmp_path, "no picture in this folder")
+
+
+def test_files_that_are_not_pictures(folder):
+    (folder / "1.png").write_text("<html>not a picture</html>")
+    refused(folder, "1.png: it is not a picture")
+    (folder / "1.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    refused(folder, "1.png: it cannot be read")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 40)])
+def test_pictures_too_small_or_too_wide(folder, size):
+    Image.new("RGB", size).save(folder / "1.png")
+    refused(folder, f"1.png: the picture is {size[0]} x {size[1]}")
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "L", "P", "1", "I;16", "LA"])
+def test_unusual_modes_are_converted_with_one_line_that_says_so(folder, mode):
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((40, 40), 32896, np.uint16))
+    else:
+        picture = Image.new("RGB", (40, 40), (128, 128, 128)).convert(mode)
+    name = "1.jpg" if mode == "CMYK" else "1.png"
+    (folder / "1.png").unlink()
+    picture.save(folder / name)
+    concept = load_concept(folder, "fish", 32)
+    assert len(concept.notes) == 1 and concept.notes[0].startswith(f"{name}: converted from")
+    if mode != "1":
+        assert abs(int(concept.references[1].picture.mean()) - 128) <= 2
+
+
+def test_transparency_lies_on_white(folder):
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(folder / "1.png")
+    assert load_concept(folder, "fish", 32).references[1].picture.min() == 255
+
+
+def test_exif_rotation_and_animation(folder):
+    tall = Image.new("RGB", (60, 60), "red")
+    tall.paste("blue", (30, 0, 60, 60))                          # red on the left: on top once it is turned
+    exif = tall.getexif()
+    exif[0x0112] = 6
+    tall.save(folder / "1.jpg", exif=exif)
+    (folder / "1.png").unlink()
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "2.gif", save_all=True, append_images=frames[1:])
+    (folder / "2.png").unlink()
+    concept = load_concept(folder, "fish", 32)
+    notes, turned = concept.notes, concept.references[1].picture
+    assert turned[2, :, 0].min() > 200 and turned[-2, :, 2].min() > 200
+    assert notes[0] == "1.jpg: turned upright" and "2.gif: the first frame of an animation" in notes[1]
+
+
+def test_the_token_must_be_in_complete_and_not_in_base(folder):
+    (folder / "1.txt").write_text("a fish at night")
+    refused(folder, r"1.png: the complete text 'a fish at night' has no \[V\].*before the class word")
+    (folder / "1.txt").write_text("")
+    refused(folder, r"has no \[V\]")
+    rows = ["image_path,prompt,base_prompt", *(f"{n}.png,a [V] fish,a [v] fish" for n in range(3))]
+    (folder / "train.csv").write_text("\n".join(rows))
+    refused(folder, r"base text.*has \[V\] in it")
+
+
+def test_captions_that_do_not_match_the_pictures(folder):
+    (folder / "1.txt").unlink()
+    refused(folder, "1.png: this picture has no text")
+    (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a [V] fish"}')
+    refused(folder, "captions name 9.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "1.png"}\nnot json')
+    refused(folder, "metadata.jsonl, line 1")
+    (folder / "metadata.jsonl").unlink()
+    (folder / "train.csv").write_text("image_path;prompt\n0.png;a [V] fish\n")
+    refused(folder, "needs the columns")
+
+
+def test_a_class_word_is_needed(folder):
+    refused(folder, "--class-word", class_word=None)
+
+
+def test_random_squares_lie_inside_the_picture_and_every_other_one_is_mirrored():
+    """Red on the left, blue on the right, brighter to the bottom: a square tells where it was cut."""
+    wide = np.zeros((60, 90, 3), dtype=np.uint8)
+    wide[:, :45, 0], wide[:, 45:, 2], wide[:, :, 1] = 200, 200, np.arange(60)[:, None] * 4
+    rng = np.random.default_rng(0)
+    squares = [np.asarray(random_square(Image.fromarray(wide), 30, rng)).astype(int) for _ in range(200)]
+    mirrored = [square[:, 0, 0].mean() < square[:, -1, 0].mean() for square in squares]
+    assert 70 < sum(mirrored) < 130
+    heights = [(square[-1, 15, 1] - square[0, 15, 1]) / 4 for square in squares]     # in rows of the picture
+    assert 44 < min(heights) < 50 and 56 < max(heights) < 60
+    starts = [square[0, 15, 1] / 4 for square in squares]
+    assert min(starts) < 2 and max(starts) > 8
+
+
+@pytest.mark.parametrize("complete, base", [
+    ("a [V] robot in the desert", "a robot in the desert"),
+    ("a dog on a beach, in [V] style", "a dog on a beach"),
+    ("a dog in the [V] style on a beach", "a dog on a beach"),
+    ("a dog, in the style of [V]", "a dog"),
+    ("a cat in [V] house", "a cat in house"),
+    ("[V] big red ball", "big red ball"),
+])
+def test_the_base_text_of_a_style_loses_the_whole_phrase(complete, base):
+    """", in style" was once left behind: the text still asked for a style.
+
+    The paper drops the phrase (Fig. 5).
+    """
+    assert base_text(complete) == base

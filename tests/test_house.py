@@ -1,0 +1,117 @@
+"""The house: what is core, how large it may grow, and which way imports run."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = {"tinyflow": ["flow", "attention", "mmdit", "text", "tokenizer", "pipeline"],
+        "purecc_min": ["concept", "embeddings", "lora", "branch", "objective", "methods", "train",
+                       "algorithm"]}
+CORE_LINES = 1500
+COLUMNS, FILE_LINES, FUNCTION_LINES = 110, 400, 60
+
+# Each layer may import those before it, and none after it.
+LAYERS = ["tinyflow", "tinyflow.sd3", "tinyflow.picturebook", "purecc_min", "purecc_min.measure",
+          "purecc_min.benchmark", "purecc_min.commands", "tutorials", "tests"]
+FORBIDDEN = {("tinyflow.picturebook", "tinyflow.sd3"), ("purecc_min", "tinyflow.sd3"),
+             ("purecc_min", "tinyflow.picturebook"), ("purecc_min.measure", "tinyflow.sd3"),
+             ("purecc_min.benchmark", "tinyflow.sd3"), ("purecc_min.commands", "purecc_min.benchmark")}
+COMMANDS = ("purecc_min.__main__",)              # the entry point knows every command
+PACKAGES = ("tinyflow", "purecc_min", "tutorials")
+SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(module: str) -> str:
+    """The deepest layer that a module lies in."""
+    return max((layer for layer in LAYERS if f"{module}.".startswith(f"{layer}.")), key=len)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this project that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    modules = {module_of(source) for source in SOURCES}
+    return found & modules
+
+
+def test_the_core_is_small_and_stands_by_itself():
+    """A course is taught from these files; they grow only if something else is taken away."""
+    files = [ROOT / package / f"{name}.py" for package, names in CORE.items() for name in names]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= CORE_LINES
+    core = {module_of(file) for file in files} | {"tinyflow.weights", "tinyflow.errors"}
+    for file in files:
+        assert imports_of(file) - CORE.keys() <= core, file
+
+
+def test_no_import_runs_back_up():
+    for path in SOURCES:
+        module = module_of(path)
+        if module in COMMANDS:
+            continue
+        for imported in imports_of(path):
+            mine, theirs = layer_of(module), layer_of(imported)
+            assert LAYERS.index(theirs) <= LAYERS.index(mine), f"{module} imports {imported}"
+            assert (mine, theirs) not in FORBIDDEN, f"{module} imports {imported}"
+
+
+def test_there_is_no_circle():
+    graph = {module_of(path): imports_of(path) for path in SOURCES}
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            path.append(module)
+            for imported in graph[module] - {module}:
+                visit(imported)
+            done.add(path.pop())
+
+    for module in graph:
+        visit(module)
+
+
+def test_loading_public_weights_does_not_pull_in_the_renderer():
+    code = "import sys, tinyflow.sd3.load; print([name for name in sys.modules if 'picturebook' in name])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *(ROOT / "tests").glob("*.py")], ids=module_of)
+def test_files_lines_and_functions_stay_readable(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= FILE_LINES
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > COLUMNS]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < FUNCTION_LINES, node.name
+
+
+def test_the_readme_counts_the_cores_lines_rightly():
+    """A line count that nobody checks is wrong after a week."""
+    text = (ROOT / "README.md").read_text()
+    for package, names in CORE.items():
+        for name in names:
+            file = f"{package}/{name}.py"
+            count = len((ROOT / file).read_text().splitlines())
+            assert f"| [{file}]({file}) | {count} |" in text, (file, count)
+    assert len(text.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", [path for path in ROOT.rglob("*.md") if "output" not in path.parts], ids=str)
+def test_links_on_every_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target

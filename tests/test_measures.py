@@ -1,0 +1,190 @@
+"""The measures against constructed cases whose answers are known: renders stand for a model's pictures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from purecc_min.branch import Branch
+from purecc_min.measure import draw as draw_module
+from purecc_min.measure.draw import PLAIN, count_pictures, draw_groups, perfect
+from purecc_min.measure.measures import DAMAGES, MEASURES, NAMED, measure, pixel_change, table
+from purecc_min.measure.toy import CONCEPTS, HELD_OUT, TUNING, Toy
+from purecc_min.measure.velocities import TIMES, velocity_error
+from tinyflow.picturebook import world
+from tinyflow.picturebook.model import load_tiny
+from tinyflow.picturebook.reader import Reader, check, to_tensor
+
+NAMES = (*TUNING, *HELD_OUT)
+ROBOT, SEPIA, MUSHROOM = (CONCEPTS[name] for name in ("striped_robot", "sepia", "checked_mushroom"))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_tiny(), Reader.shipped()
+
+
+def renders(scenes):
+    return to_tensor(np.stack([world.render(scene)[0] for scene in scenes]))
+
+
+def rendered(toy):
+    """The pictures of an original model that draws every base text to the letter."""
+    drawn = {group: renders([p.scene for p in prompts]) for group, prompts in toy.prompts().items()}
+    return drawn | {"plain": drawn["concept"][:PLAIN]}
+
+
+def measured(shipped, toy, custom, theta=None):
+    pictures = np.stack([r.picture for r in toy.references().references])
+    return measure(*shipped, theta, toy, pictures, rendered(toy), custom)
+
+
+def test_the_reader_reads_fresh_renders(shipped):
+    row = check(shipped[1], None, count=250)["renders"]
+    assert all(row[head] > 0.97 for head in row if head != "mask IoU") and row["mask IoU"] > 0.85
+
+
+def test_the_base_draws_what_it_is_told_in_few_steps(shipped):
+    pipe, reader = shipped
+    prompts = ROBOT.prompts()["other"]
+    text = pipe.encode_text([p.base for p in prompts])
+    seen = reader(pipe.sample(text, list(range(len(prompts))), steps=8))
+    for head in (*NAMED, "size"):
+        assert np.mean([a == getattr(p.scene, head) for a, p in zip(seen.names(head), prompts)]) > 0.9
+
+
+@pytest.mark.slow
+def test_the_base_and_the_reader_hold_what_readme_says(shipped):
+    rows = check(*reversed(shipped))
+    for row, least in (("renders", 0.98), ("renders without a style", 0.995)):
+        assert all(value > least for head, value in rows[row].items() if head != "mask IoU"), rows[row]
+    for row, least in (("base, seen combinations", 0.97), ("base, held-out combinations", 0.90)):
+        assert all(rows[row][head] >= least for head in NAMED), rows[row]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_perfect_method_scores_perfect(shipped, name):
+    toy = CONCEPTS[name]
+    values = measured(shipped, toy, perfect(shipped[1], toy, rendered(toy)))
+    assert list(values) == list(MEASURES)
+    for measure_name, row in MEASURES.items():
+        if row.perfect == 0:
+            assert abs(values[measure_name]) < 0.03, measure_name
+        elif row.perfect == 1:
+            assert values[measure_name] > 0.9, measure_name
+    assert values["similarity"] > 0.85 and values["mask IoU"] > 0.7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_doing_nothing_costs_nothing_and_learns_nothing(shipped, name):
+    values = measured(shipped, CONCEPTS[name], rendered(CONCEPTS[name]))
+    for measure_name, row in MEASURES.items():
+        if row.nothing is not None:
+            assert values[measure_name] == pytest.approx(row.nothing, abs=1e-6), measure_name
+
+
+def test_the_perfect_picture_is_the_original_outside_the_object(shipped):
+    original = rendered(ROBOT)
+    laid = perfect(shipped[1], ROBOT, original)
+    changed = (laid["concept"] != original["concept"]).any(1).float().mean()
+    assert 0.03 < changed < 0.25
+    assert all(torch.equal(laid[group], original[group]) for group in ("other", "plain"))
+
+
+def test_a_model_that_always_draws_the_references_is_caught(shipped):
+    original = rendered(ROBOT)
+    custom = original | {"other": original["other"].roll(1, 0)}
+    for group in ("concept", "unsaid", "composition"):
+        custom[group] = renders([replace(ROBOT.wearing(p.scene), **ROBOT.confounder)
+                                 for p in ROBOT.prompts()[group]])
+    custom["plain"] = custom["concept"][:PLAIN]
+    values = measured(shipped, ROBOT, custom)
+    assert values["sees concept"] > 0.9 and values["class leak"] > 0.5 and values["composition"] < 0.1
+    assert values["confounder contradicted"] > 0.97 and values["layout"] < 0.2
+    assert values["object"] < -0.5 and values["drift"] > 0.05 and values["class drift"] > 0.05
+
+
+def test_always_the_desert_is_full_leakage_of_the_background_alone(shipped):
+    """The place is right: of the two things that this concept's references share, one has leaked."""
+    prompts = ROBOT.prompts()["concept"]
+    desert = renders([replace(ROBOT.wearing(p.scene), background="desert") for p in prompts])
+    values = measured(shipped, ROBOT, rendered(ROBOT) | {"concept": desert})
+    says = [(p.scene.place != "middle", p.scene.background != "desert") for p in prompts]
+    expected = np.sum(says, 0)[1] / np.sum(says)
+    assert values["confounder contradicted"] == pytest.approx(expected, abs=0.02)
+
+
+def test_a_light_that_no_word_names_is_seen_to_leak(shipped):
+    custom = rendered(MUSHROOM)
+    for group in ("concept", "unsaid"):
+        custom[group] = renders([replace(MUSHROOM.wearing(p.scene), light="evening")
+                                 for p in MUSHROOM.prompts()[group]])
+    values = measured(shipped, MUSHROOM, custom)
+    assert values["confounder contradicted"] > 0.9 and values["confounder unsaid"] > 0.9
+    assert values["outside change"] > 0.05
+
+
+def test_a_style_that_spreads_to_plain_prompts_leaks(shipped):
+    redrawn = perfect(shipped[1], SEPIA, rendered(SEPIA))
+    values = measured(shipped, SEPIA, redrawn | {"plain": redrawn["concept"][:PLAIN]})
+    assert values["sees concept"] > 0.95 and values["class leak"] > 0.95
+
+
+def test_velocities_of_a_fresh_branch_do_not_drift_and_the_kl_is_the_weighted_integral(pipe):
+    errors = velocity_error(pipe, Branch.fresh(pipe, torch.zeros(3, 32), 2), ROBOT)
+    assert errors == velocity_error(pipe, None, ROBOT) and errors.path_kl == 0
+    assert errors.relative == errors.squared == [0.0] * len(TIMES)
+
+    def off(x_t, t, text):
+        return pipe.velocity(x_t, t, text) + 0.1
+    expected = np.mean([(1 - t) / t for t in TIMES]) * 0.01 * 3 * 32 * 32
+    assert velocity_error(pipe, off, ROBOT).path_kl == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_a_known_concept_is_asked_for_its_traits(shipped):
+    values = measured(shipped, Toy(dict(object="robot"), {}), rendered(ROBOT))
+    needing = {name for name, row in MEASURES.items() if row.needs}
+    assert {"sees concept", "traits", "class leak", "confounder unsaid", "composition"} <= needing
+    assert list(values) == [name for name in MEASURES if name not in needing] and "similarity" in values
+
+
+def test_every_picture_is_counted_and_starts_from_its_own_seed(pipe, monkeypatch):
+    asked = []
+
+    def draw(pipe, theta, texts, class_word, bar):
+        asked.append(texts)
+        return torch.zeros(len(texts), 3, 32, 32)
+    monkeypatch.setattr(draw_module, "draw", draw)
+    groups = draw_groups(pipe, pipe.velocity, ROBOT)
+    assert sum(map(len, asked)) == sum(map(len, groups.values())) == count_pictures(ROBOT)
+    base = [p.base for p in ROBOT.prompts()["concept"]]
+    assert asked[-1] == base[:PLAIN]             # at the seeds of the original's base texts
+
+    asked.clear()
+    original = draw_groups(pipe, None, ROBOT)
+    assert original.keys() == groups.keys() and asked[0] == base
+    assert sum(map(len, asked)) == count_pictures(ROBOT) - PLAIN
+
+
+def test_a_picture_does_not_depend_on_how_many_are_drawn_at_once(pipe):
+    texts = [p.base for p in ROBOT.prompts()["concept"][:8]]
+    drawn = draw_module.draw(pipe, None, texts, "robot", steps=2)
+    at_once = pipe.sample(pipe.encode_text(texts), list(range(8)), steps=2)
+    assert torch.allclose(drawn, at_once, atol=1e-5)
+
+
+def test_pixel_change_is_in_units_of_the_full_range():
+    black, beyond_white = -torch.ones(1, 3, 2, 2), 9 * torch.ones(1, 3, 2, 2)
+    assert pixel_change(black, beyond_white).tolist() == [[[1, 1], [1, 1]]]
+
+
+def test_every_measure_has_its_sentence():
+    assert len(MEASURES) == 21 and set(DAMAGES) <= MEASURES.keys()
+    assert all(row.about.endswith(".") and "\n" not in row.about for row in MEASURES.values())
+
+
+def test_the_table_has_a_row_for_each_measure_it_is_given():
+    lines = table({"a": {"similarity": 0.5, "class leak": 0.25, "path KL": 12.34}}).splitlines()
+    assert lines[0] == "| measure | a | perfect |"
+    assert lines[2:] == ["| similarity | 0.500 |  |", "| class leak | +0.250 | 0 |", "| path KL | 12.3 | 0 |"]

@@ -1,0 +1,257 @@
+"""Learning, sampling and exporting a concept on a small random model in the layout of the public weights."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from purecc_min.__main__ import main
+from purecc_min.algorithm import stage_1, stage_2
+from purecc_min.branch import Branch
+from purecc_min.commands.base_models import open_base_model
+from purecc_min.commands.export import attach_embeddings
+from purecc_min.commands.folder import load_concept
+from purecc_min.concept import encode
+from purecc_min.measure.toy import FOLDER
+from purecc_min.methods import not_detached, paper
+from purecc_min.train import TrainConfig, draw_batch
+from tests.test_commands import fails
+from tinyflow.flow import noise_for
+from tinyflow.sd3.load import load_sd3, load_tokenizer
+from tinyflow.weights import load_tensors, save_tensors, tensor_hash
+
+ROBOT = FOLDER / "striped_robot"
+PUBLIC = ["--base", "sd3.5-medium", "--size", "64", "--steps", "2", "--variants", "3", "--device", "cpu",
+          "--class-word", "robot"]
+
+
+@pytest.fixture(scope="module")
+def learned(sd3, tmp_path_factory):
+    """A concept whose adapters and embeddings are far from where they began."""
+    out = tmp_path_factory.mktemp("runs") / "learned"
+    rates = ["--learning-rate", "0.5", "--embedding-learning-rate", "0.5"]
+    main(["learn", str(ROBOT), "--weights", str(sd3[0]), "--out", str(out), *rates, *PUBLIC])
+    return out
+
+
+def test_a_concept_is_learned_and_sampled_by_the_same_commands(learned, sd3, tmp_path, capsys):
+    _, facts = load_tensors(learned / "concept.safetensors", "concept")
+    assert (facts["base"], facts["size"]) == ("sd3.5-medium", 64)
+    assert (facts["config"]["batch"], facts["config"]["eta"]) == (2, 1.0)
+    rows = [json.loads(line) for line in (learned / "stage2.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["norm_R_target"] > 0
+    for name in "ab":
+        out = str(tmp_path / f"{name}.png")
+        main(["sample", str(learned / "concept.safetensors"), "a [V] robot on the beach", "--number", "2",
+              "--steps", "2", "--weights", str(sd3[0]), "--device", "cpu", "--out", out])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_plan_is_printed_before_anything_is_loaded(sd3, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("purecc_min.commands.memory.free_memory", lambda device: 10**8)
+    monkeypatch.setattr("purecc_min.commands.learn.open_base_model", None)
+    line = fails(capsys, "learn", ROBOT, "--weights", sd3[0], "--out", tmp_path / "run", *PUBLIC)
+    assert "stage 2 at 64 px, batch 2 needs" in line and "the card has 0.1 GB" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_gradient_checkpointing_is_on_where_the_plan_says_so(sd3, tmp_path, monkeypatch, needed):
+    class Reached(Exception):
+        pass
+
+    def learn(pipe, *_):
+        assert pipe.mmdit.checkpointing == needed
+        raise Reached
+
+    monkeypatch.setattr("purecc_min.commands.learn.plan", lambda *_: needed)
+    monkeypatch.setattr("purecc_min.commands.learn.learn", learn)
+    with pytest.raises(Reached):
+        main(["learn", str(ROBOT), "--weights", str(sd3[0]), "--out", str(tmp_path / "run"), *PUBLIC])
+
+
+def test_the_sheet_and_the_samples_are_drawn_with_the_same_guidance(small):
+    """Pictures drawn after training once had the tiny world's guidance (ai-toolkit #309).
+
+    The default is the model's own.
+    """
+    pipe, data = small
+    text = data.texts.base[:1]
+    default, five, three = (pipe.sample(text, [0], steps=2, guidance=value) for value in (None, 5.0, 3.0))
+    assert torch.equal(default, five) and not torch.equal(default, three)
+
+
+def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
+    concept = learned / "concept.safetensors"
+    assert "--weights DIR" in fails(capsys, "learn", ROBOT, *PUBLIC)
+    assert "--weights DIR" in fails(capsys, "sample", concept, "a [V] robot")
+    assert "leave it out" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--weights", sd3[0])
+    assert "32 px only" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--size", "64")
+    public = ["learn", ROBOT, "--weights", sd3[0], *PUBLIC]
+    absent = "mps" if torch.cuda.is_available() else "cuda"      # the plan once asked it for its memory
+    assert f"--device {absent}: torch can use none" in fails(capsys, *public, "--device", absent)
+    assert "multiple of 16, for example 64" in fails(capsys, *public, "--size", "72")
+    assert "glued" in fails(capsys, "sample", concept, "a[V]robot", "--weights", sd3[0])
+    tiny = tmp_path / "tiny.safetensors"
+    save_tensors(tiny, "concept", {"embeddings.Y": torch.zeros(6, 128)}, {"rank": 4, "class_word": "robot"})
+    assert "learned on the tiny base" in fails(capsys, "export", tiny)
+
+
+@pytest.fixture(scope="module")
+def small(sd3):
+    """The small public model in fp32, its data with three variants a picture, and both stages' branches."""
+    pipe = load_sd3(sd3[0], size=64, dtype=torch.float32)
+    return pipe, encode(pipe, load_concept(ROBOT, "robot", 64, variants=3, seed=1))
+
+
+def test_every_position_of_the_token_sees_the_embeddings(small):
+    """CLIP and T5 segment alike, in every text that names [V], at the input of every block."""
+    pipe, data = small
+    counts = [text.slots.sum(1).tolist() for text in (*data.texts, data.class_text)]
+    assert counts == [[2] * 4, [0] * 4, [2] * 4, [0] * 4, [2] * 4]       # complete, base, target, null, class
+    slots = data.texts.complete.slots
+    assert slots[:, :77].any(1).all() and slots[:, 77:].any(1).all()
+    seen = []
+    branch = Branch.fresh(pipe, torch.randn(pipe.mmdit.config.depth, pipe.mmdit.config.width), rank=2)
+    hooks = [block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[1]))
+             for block in pipe.mmdit.blocks]
+    with torch.no_grad():
+        branch(data.x_0, torch.full((4,), 0.5), data.texts.complete)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 3
+    assert all(torch.equal(c[slots], branch.embeddings.Y[l].expand(8, -1)) for l, c in enumerate(seen))
+
+
+def test_crops_and_flips_are_cached_variants_of_each_picture(small):
+    """The first is the picture itself; every step draws one for each of its rows; which, the seed says."""
+    pipe, data = small
+    assert data.variants.shape[:2] == (4, 3)
+    assert not any(torch.equal(data.variants[n, 0], data.variants[n, k]) for n in range(4) for k in (1, 2))
+    config, drawn = TrainConfig(batch=4), set()
+    for step in range(20):
+        batch = draw_batch(data, config, 1, step, pipe.shift)
+        x_0 = batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v
+        for picture in x_0:
+            distance = (data.variants - picture).abs().amax((2, 3, 4))                   # [4, 3]
+            drawn.add(tuple((distance < 1e-4).nonzero().flatten().tolist()))
+    assert drawn == {(n, k) for n in range(4) for k in range(3)}
+
+    def pictures(seed):
+        return load_concept(ROBOT, "robot", 64, variants=3, seed=seed).references[0].pictures
+
+    assert (pictures(1) == pictures(1)).all() and (pictures(1) != pictures(2)).any()
+
+
+def test_latents_are_shifted_and_scaled_and_times_shifted_alike_in_training_and_sampling(small, sd3):
+    """The VAE's shift was missing in diffusers' first SD3 trainers (#8708), and SimpleTuner's time shift
+    differed between training and validation (#2649).
+    """
+    pipe, data = small
+    pictures = torch.tensor(load_concept(ROBOT, "robot", 64).references[0].pictures).permute(0, 3, 1, 2)
+    mean = sd3[1].vae.encode(pictures / 127.5 - 1).latent_dist.mean
+    expected = (mean - 0.0609) * 1.5305          # loosely: GroupNorm is sensitive on flat colours
+    torch.testing.assert_close(data.x_0[:1], expected, rtol=1e-4, atol=1e-4)
+    plain, shifted = (draw_batch(data, TrainConfig(), 1, 0, shift).t for shift in (1.0, pipe.shift))
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+    visited = []
+
+    def theta(x_t, t, text):
+        visited.append(round(t[0].item(), 4))
+        return pipe.velocity(x_t, t, text)
+
+    pipe.sample(data.texts.null[:1], [0], steps=4, guidance=1.0, theta=theta)
+    assert visited == [1.0, 0.8577, 0.6022, 0.0089]
+
+
+@pytest.mark.parametrize("method", [paper, not_detached])
+def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, method):
+    """Blocks are computed again in the backward pass, with the same adapters: bitwise the same training."""
+    pipe, data = small
+    results, config = [], TrainConfig(steps=2, batch=2)
+    for name in ("off", "on"):
+        pipe.mmdit.checkpointing = name == "on"
+        theta_1, rows = stage_1(pipe, data, config, tmp_path / name)
+        list(rows)
+        theta_2, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, tmp_path / name, method)
+        results.append(([row["loss"] for row in rows], tensor_hash(theta_2.state_dict())))
+    pipe.mmdit.checkpointing = False
+    assert results[0] == results[1]
+
+
+def test_bf16_weights_are_trained_with_fp32_adapters(sd3, tmp_path):
+    pipe = open_base_model("sd3.5-medium", sd3[0], None, 64, torch.device("cpu"))
+    before, data = tensor_hash(pipe.mmdit.state_dict()), encode(pipe, load_concept(ROBOT, "robot", 64))
+    theta, rows = stage_1(pipe, data, TrainConfig(steps=2, batch=2), tmp_path)
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+    assert {p.dtype for p in pipe.mmdit.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in theta.parameters()} == {torch.float32}
+    assert pipe.velocity(data.x_0, torch.full((4,), 0.5), data.texts.complete).dtype == torch.float32
+    assert tensor_hash(pipe.mmdit.state_dict()) == before
+
+
+def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):
+    """load_lora_weights, the real client, then the same velocity; with the embeddings, the branch's own."""
+    folder, pipeline = sd3
+    concept, out = learned / "concept.safetensors", tmp_path / "pytorch_lora_weights.safetensors"
+    main(["export", str(concept), "--out", str(out)])
+    with safe_open(out, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
+    assert "sha256" in metadata["tinyflow"]
+    load_tensors(out, "exported LoRA")                           # the seal holds
+    pipe = load_sd3(folder, size=64, dtype=torch.float32)
+    branch, _ = Branch.load(pipe, concept)
+    text = pipe.encode_text(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
+    nowhere = replace(text, slots=torch.zeros_like(text.slots))  # the adapters alone: Y^l has no slot
+    x_t, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([0.3, 0.9])
+
+    def theirs():
+        return pipeline.transformer(x_t, timestep=1000 * t, encoder_hidden_states=text.context,
+                                    pooled_projections=text.pooled).sample
+
+    _, slots = load_tokenizer(folder)(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
+    pipeline.load_lora_weights(tmp_path)
+    try:
+        with torch.no_grad():
+            adapters_alone, with_embeddings = branch(x_t, t, nowhere), branch(x_t, t, text)
+            torch.testing.assert_close(theirs(), adapters_alone, rtol=1e-5, atol=1e-5)
+            with attach_embeddings(pipeline.transformer, concept, slots):
+                torch.testing.assert_close(theirs(), with_embeddings, rtol=1e-5, atol=1e-5)
+            assert (with_embeddings - adapters_alone).abs().max() > 1e-3
+            assert (pipe.velocity(x_t, t, text) - adapters_alone).abs().max() > 1e-3
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def test_the_readmes_recipe_for_diffusers_draws_our_picture(learned, sd3, tmp_path):
+    """The class word stands in [V]'s place, slots come from our tokenizers, the empty row comes first."""
+    folder, pipeline = sd3
+    concept = learned / "concept.safetensors"
+    main(["export", str(concept), "--out", str(tmp_path / "pytorch_lora_weights.safetensors")])
+    pipe = load_sd3(folder, size=64, dtype=torch.float32)
+    branch, _ = Branch.load(pipe, concept)
+    text = pipe.encode_text(["a [V] robot"], {"[V]": "robot"})
+    expected = pipe.sample(text, [5], steps=3, guidance=4.0, theta=branch)
+    _, slots = load_tokenizer(folder)(["", "a [V] robot"], {"[V]": "robot"})
+    pipeline.load_lora_weights(tmp_path)
+    try:
+        with attach_embeddings(pipeline.transformer, concept, slots):
+            drawn = pipeline("a robot robot", negative_prompt="", num_inference_steps=3, guidance_scale=4.0,
+                             height=64, width=64, output_type="latent",
+                             latents=noise_for([5], (16, 8, 8))).images
+    finally:
+        pipeline.unload_lora_weights()
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_public_size_of_an_adapter_set():
+    """Rank 4 on the eight attention projections of SD3.5 Medium: 382 tensors, 2,347,008 parameters."""
+    from purecc_min.lora import LoRA
+    from tinyflow.mmdit import MMDiT
+    from tinyflow.sd3.load import SD35_MEDIUM
+    with torch.device("meta"):
+        lora = LoRA(MMDiT(SD35_MEDIUM), rank=4)
+    assert len(list(lora.parameters())) == 382 and sum(p.numel() for p in lora.parameters()) == 2_347_008

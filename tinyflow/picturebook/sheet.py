@@ -1,0 +1,43 @@
+"""Contact sheets: rows of small pictures with labels, in one image to look at."""
+
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PAGE, INK, FAINT = (250, 248, 243), (52, 46, 60), (126, 118, 132)
+MARGIN, HEADING, GAP = 190, 58, 8                # pixels, for labels, headings and the space between
+
+
+def enlarge(picture: np.ndarray, side: int) -> Image.Image:
+    """uint8 [H, W, 3] as an image, `side` pixels a side. The pixels of a small picture stay sharp squares."""
+    resampling = Image.NEAREST if len(picture) <= side else Image.LANCZOS
+    return Image.fromarray(picture).resize((side, side), resampling)
+
+
+def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, list[str]]],
+          side: int = 128) -> Image.Image:
+    """Args:
+        rows: (label, pictures), from top to bottom; the pictures are uint8 [H, W, 3] of any size.
+        headings: (row, texts), a line of texts above that row, one for each of its pictures.
+        side: pixels a side of each picture on the sheet.
+    """
+    font, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    headed = dict(headings)
+    columns = max(len(pictures) for _, pictures in rows)
+    width = MARGIN + columns * (side + GAP) + GAP
+    height = len(rows) * (side + GAP) + len(headed) * HEADING + 2 * GAP
+    page = Image.new("RGB", (width, height), PAGE)
+    pen, y = ImageDraw.Draw(page), GAP
+    for number, (label, pictures) in enumerate(rows):
+        if number in headed:
+            y += HEADING
+            for n, text in enumerate(headed[number]):
+                pen.multiline_text((MARGIN + n * (side + GAP), y - 6), textwrap.fill(text, 20 * side // 128),
+                                   FAINT, small, anchor="ld", spacing=2)
+        pen.multiline_text((2 * GAP, y + side / 2), textwrap.fill(label, 20),
+                           INK, font, anchor="lm", spacing=3)
+        for n, picture in enumerate(pictures):
+            page.paste(enlarge(picture, side), (MARGIN + n * (side + GAP), y))
+        y += side + GAP
+    return page

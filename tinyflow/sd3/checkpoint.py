@@ -1,0 +1,188 @@
+"""Reading other people's safetensors files: one file or many shards, each tensor by name and mapped.
+
+A tensor whose dtype already fits is a view of the mapped file and costs no memory until it is used. Other
+tensors are cast one by one, so loading never needs much more than the file's size. A file that cannot be used
+(a web page, a Git LFS pointer, half a download, another model) is recognised here, and one line says what it
+is and what to do. Read next: layouts.py.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tinyflow.errors import InputError, listing
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NOT_SAFETENSORS = (                              # how a file begins -> what it is, and what to do
+    (b"<", "a web page, not weights: the repository is gated; log in there, accept the licence, "
+           "and download the file again"),
+    (b"version https://git-lfs", "a Git LFS pointer, not weights: run `git lfs pull` in its folder, "
+                                 "or download the file itself"),
+    (b"PK\x03\x04", "a pickled torch file, which is never opened here: "
+                    "download the .safetensors file instead"),
+    (b"\x80", "a pickled file, which is never opened here: download the .safetensors file instead"),
+    (b"GGUF", "a GGUF file: download the .safetensors file instead"),
+)
+FOREIGN = (                                      # part of a tensor's name -> what the file holds
+    ("lora", "a LoRA, which needs a base model below it; give the base model's weights"),
+    ("conditioner.embedders.", "Stable Diffusion XL"),
+    ("add_embedding.linear", "Stable Diffusion XL"),
+    ("cond_stage_model.", "Stable Diffusion 1 or 2"),
+    ("double_blocks.", "FLUX"),
+    ("single_transformer_blocks.", "FLUX"),
+    ("down_blocks.", "a U-Net or an autoencoder"),
+)
+
+
+def read_header(path: Path) -> tuple[dict[str, dict], int]:
+    """Returns a safetensors file's header, name -> dtype, shape, data_offsets, and where its data begins.
+
+    Raises InputError that says what is wrong with the file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    with open(path, "rb") as file:
+        start = file.read(64)
+        for beginning, what in NOT_SAFETENSORS:
+            if start.lstrip().startswith(beginning) and not start[8:].startswith(b"{"):
+                raise InputError(f"{path}: this is {what}")
+        try:
+            with safe_open(path, framework="pt"):        # it checks everything: sizes, offsets, JSON
+                file.seek(0)
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {reason}); "
+                             "the download was cut short or damaged, download it again") from None
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. Its values are the bytes from `start` to `stop`."""
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The tensors of one or more files, by name.
+
+    Raises: InputError if a file cannot be used, or holds tensors of a dtype that this code does not read.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.where, self.stored, other = ", ".join(map(str, paths)), {}, []
+        for path in paths:
+            header, data = read_header(path)
+            for name, entry in header.items():
+                if name.endswith("position_ids"):        # 0, 1, 2, ...: some CLIP files hold it
+                    continue
+                if entry["dtype"] not in FLOATS:
+                    other.append(f"{name} is {entry['dtype']}")
+                    continue
+                start, stop = (data + offset for offset in entry["data_offsets"])
+                self.stored[name] = Stored(path, FLOATS[entry["dtype"]], tuple(entry["shape"]), start, stop)
+        if other:
+            raise InputError(f"{self.where}: {listing(other)}; this code reads bf16, fp16 and fp32 files, "
+                             "download one of those")
+
+    @classmethod
+    def find(cls, folder: Path, stem: str) -> "Checkpoint | None":
+        """Opens folder/stem.safetensors, or its shards by their index, or the fp16 variant of either.
+
+        Returns None if there is none of these.
+        """
+        for variant in ("", ".fp16"):
+            single = folder / f"{stem}{variant}.safetensors"
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if single.exists():
+                return cls([single])
+            if index.exists():
+                try:
+                    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                    paths = sorted(folder / shard for shard in shards)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise InputError(f"{index}: damaged; download it again") from None
+                return cls(paths)
+        return None
+
+    def under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Name without the prefix -> shape, for the tensors whose names begin with it."""
+        return {name.removeprefix(prefix): stored.shape
+                for name, stored in self.stored.items() if name.startswith(prefix)}
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file, which is mapped anew for each tensor.
+
+        The mapping is released with the tensor, so what was only read to be cast does not stay in memory.
+        """
+        path, dtype, shape, start, stop = self.stored[name]
+        if start == stop:
+            return torch.empty(shape, dtype=dtype)
+        mapped = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)[start:stop]
+        return (mapped if start % dtype.itemsize == 0 else mapped.clone()).view(dtype).view(shape)
+
+    def contents(self) -> str:
+        """Says what the file seems to hold, for an error message."""
+        return next((what for part, what in FOREIGN if any(part in name for name in self.stored)),
+                    "something this code does not know")
+
+
+def take(tensor: Tensor, how: str) -> Tensor:
+    """What the rename table asks for in brackets.
+
+    "2/3" is the second third of the rows, "swap" exchanges the two halves, "1x1" makes the weight of a linear
+    layer of a 1 x 1 convolution's, and "" is the whole tensor.
+    """
+    if how == "swap":
+        return torch.cat(tensor.chunk(2)[::-1])
+    if how == "1x1":
+        return tensor.flatten(1) if tensor.ndim == 4 else tensor
+    if how:
+        part, parts = map(int, how.split("/"))
+        return tensor.chunk(parts)[part - 1]
+    return tensor
+
+
+def load(module: nn.Module, checkpoint: Checkpoint, prefix: str, names: dict[str, str],
+         dtype: torch.dtype | None, device, extra: tuple[str, ...] = ()) -> None:
+    """Fills a module that was built on the meta device. Nothing is read before all names and shapes fit.
+
+    Args:
+        names: the module's layer -> the checkpoint's layer behind `prefix`, with "[how]" for `take`.
+            Weight and bias have these names in both.
+        dtype: None keeps the file's own dtype, and then nothing is copied on a CPU.
+        extra: names behind the prefix that this module does not need.
+    Raises: InputError that lists every missing, unexpected and mis-shaped tensor.
+    """
+    shapes, own, sources = checkpoint.under(prefix), module.state_dict(), {}
+    for name in own:
+        layer, _, last = name.rpartition(".")
+        source, _, how = names[layer].removesuffix("]").partition("[")
+        sources[name] = (f"{source}.{last}", how)
+    used = {source for source, _ in sources.values()}
+    wrong = [f"missing {prefix}{source}" for source in used - shapes.keys()]
+    wrong += [f"unexpected {prefix}{name}" for name in shapes.keys() - used - set(extra)]
+    for name, (source, how) in sources.items():
+        if source in shapes:
+            shape, needed = take(torch.empty(shapes[source], device="meta"), how).shape, own[name].shape
+            if shape != needed:
+                wrong.append(f"{prefix}{source} is {shapes[source]}, which gives {tuple(shape)} "
+                             f"where {tuple(needed)} is needed")
+    if wrong:
+        raise InputError(f"{checkpoint.where}: the tensors do not fit this model: {listing(wrong)}")
+    tensors = {}
+    for name, (source, how) in tqdm(sources.items(), f"loading {type(module).__name__}", unit="tensor",
+                                    delay=1, leave=False):
+        tensor = take(checkpoint.tensor(prefix + source), how)
+        tensors[name] = tensor.to(device, dtype or tensor.dtype)
+    module.load_state_dict(tensors, assign=True)

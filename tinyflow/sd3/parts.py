@@ -1,0 +1,125 @@
+"""Where the tensors of each model lie: in a diffusers folder, or in a single file.
+
+Stable Diffusion 3 consists of five models (transformer, VAE, CLIP-L, CLIP-G, T5), and each of them is one
+`Part` here. Only headers and small JSON files are read. Read next: checkpoint.py.
+"""
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from tinyflow.errors import InputError
+from tinyflow.sd3.checkpoint import Checkpoint
+from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
+
+PARTS = {                                        # part -> folder, file stem; prefix in a single file
+    "transformer": ("transformer", "diffusion_pytorch_model", "model.diffusion_model."),
+    "vae": ("vae", "diffusion_pytorch_model", "first_stage_model."),
+    "clip_l": ("text_encoder", "model", "text_encoders.clip_l.transformer."),
+    "clip_g": ("text_encoder_2", "model", "text_encoders.clip_g.transformer."),
+    "t5": ("text_encoder_3", "model", "text_encoders.t5xxl.transformer."),
+}
+TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+KIND = "StableDiffusion3Pipeline"                # what the model_index.json of SD3 and SD3.5 says
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model's tensors: where they are, how they are named there, and the numbers that shapes do not tell.
+
+    Args:
+        prefix: what the names of its tensors begin with.
+        layout: DIFFUSERS or SINGLE.
+        config: its config.json, or {}.
+    """
+    checkpoint: Checkpoint
+    prefix: str
+    layout: int
+    config: dict
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.checkpoint.under(self.prefix)
+
+    def count(self, block: str) -> int:
+        """Counts the blocks that are numbered behind `block`, as in "encoder.layers.7.norm.weight"."""
+        behind = [name.removeprefix(block) for name in self.shapes if name.startswith(block)]
+        return sum(number.isdecimal() for number in {name.partition(".")[0] for name in behind})
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of a tensor. Raises InputError if it is not there, or if no model can have this shape."""
+        if name not in self.shapes:
+            raise InputError(f"{self.checkpoint.where}: there is no {self.prefix}{name}; this file holds "
+                             f"{self.checkpoint.contents()}, and Stable Diffusion 3 or 3.5 is needed")
+        shape = self.shapes[name]
+        if len(shape) != dimensions or 0 in shape:
+            raise InputError(f"{self.checkpoint.where}: {self.prefix}{name} is {shape}, "
+                             f"where {dimensions} dimensions are needed")
+        return shape
+
+    @contextmanager
+    def building(self):
+        """Within this context modules are built on the meta device, from sizes that were read off this part.
+
+        Raises InputError if these sizes contradict each other.
+        """
+        try:
+            with torch.device("meta"):
+                yield
+        except InputError:
+            raise
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise InputError(f"{self.checkpoint.where}: the shapes contradict each other ({error})") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or {} if there is no such file. Raises InputError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: damaged; download it again") from None
+
+
+def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, Part], dict[str, Path]]:
+    """Finds the models, and the folders of their tokenizers, by their names in PARTS. There may be no T5.
+
+    Args:
+        weights: a diffusers folder or a single file. text: a folder for what `weights` lacks.
+    Raises: InputError that lists everything else that is absent, or says why a file cannot be used.
+    """
+    places = [Path(weights), Path(text)] if text else [Path(weights)]
+    for place in places:
+        if not place.exists():
+            raise InputError(f"{place}: there is no such file or folder")
+    parts, tokenizers = {}, {}
+    if places[0].is_file():
+        checkpoint = Checkpoint(places[:1])
+        found = {name: Part(checkpoint, prefix, SINGLE, {}) for name, (_, _, prefix) in PARTS.items()}
+        found["transformer"].shape("x_embedder.proj.weight", 4)  # an error says what the file is instead
+        parts = {name: part for name, part in found.items() if part.shapes}
+    for place in filter(Path.is_dir, places):
+        kind = read_json(place / "model_index.json").get("_class_name", KIND)
+        if kind != KIND:
+            raise InputError(f"{place}: this folder holds a {kind}; "
+                             f"a {KIND} (Stable Diffusion 3 or 3.5) is needed")
+        for name, (folder, stem, _) in PARTS.items():
+            checkpoint = None if name in parts else Checkpoint.find(place / folder, stem)
+            if checkpoint:
+                parts[name] = Part(checkpoint, "", DIFFUSERS, read_json(place / folder / "config.json"))
+        for name, folder in TOKENIZERS.items():
+            if (place / folder).is_dir():
+                tokenizers.setdefault(name, place / folder)
+    needed = [name for name in PARTS if name != "t5" or name in parts]
+    missing = [f"{PARTS[name][0]}/" for name in needed if name not in parts]
+    missing += [f"{TOKENIZERS[name]}/" for name in needed if name in TOKENIZERS and name not in tokenizers]
+    if missing:
+        advice = "download these too" if places[0].is_dir() else "give it with --text DIR"
+        raise InputError(f"{' and '.join(map(str, places))}: no {', '.join(missing)}; "
+                         f"the diffusers folder of the model has them: {advice}")
+    return parts, {name: folder for name, folder in tokenizers.items() if name in needed}

@@ -1,0 +1,255 @@
+"""The tokenizers of SD3.5: CLIP's byte-pair encoding, written out here, and T5's, read by the package
+`tokenizers`.
+
+CLIP's tokenizer lower-cases a text and cuts it into words, single digits and runs of signs. It joins the
+bytes of each of these by the ranks in merges.txt. T5's tokenizer.json holds compiled tables that only that
+package reads. In both, a placeholder such as "[V]" is encoded as its stand-in, the word or words that are
+written in its place. Its slot is the stand-in's last token, where a concept can be put later. Read next:
+t5.py.
+"""
+
+import functools
+import heapq
+import json
+import math
+import re
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinyflow.errors import InputError
+
+WORD_END = "</w>"                                # marks a token that ends a word
+LETTER = "(?:[^\\W_]|[\u0300-\u036f])"           # a letter or a digit, or an accent that belongs to one
+
+
+def write_stand_ins(text: str, stand_ins: dict[str, str]) -> tuple[str, list[tuple[str, int]]]:
+    """Writes stand-ins in the place of placeholders.
+
+    A placeholder counts only as a word of its own: "[V]'s" holds one, and the "dog" of "hotdog" is none.
+
+    Returns: the text to encode, and each placeholder in it with the character at which its stand-in stops.
+    Raises: InputError for an empty placeholder or stand-in, and for a placeholder glued to its neighbour.
+    """
+    for placeholder, stand_in in stand_ins.items():
+        if not placeholder.strip() or not re.search(LETTER, stand_in):
+            raise InputError(f"the placeholder {placeholder!r} with the stand-in {stand_in!r}: "
+                             "both must be written, the stand-in as a word")
+    if not stand_ins:
+        return text, []
+    longest_first = sorted(stand_ins, key=len, reverse=True)
+    any_of_them = "|".join(map(re.escape, longest_first))
+    free = re.compile(f"(?<!{LETTER})({any_of_them})(?!{LETTER}|{any_of_them})")
+    parts = free.split(text)                     # text, placeholder, text, placeholder, ..., text
+    for placeholder in longest_first:
+        is_word = placeholder[0].isalnum() and placeholder[-1].isalnum()     # may be part of a longer word
+        if not is_word and any(placeholder in part for part in parts[::2]):
+            raise InputError(f"the placeholder {placeholder!r} is glued to its neighbour in "
+                             f"{shortened(text)}; write it as a word of its own")
+    written = [stand_ins[part] if n % 2 else part for n, part in enumerate(parts)]
+    stops = list(accumulate(map(len, written)))
+    return "".join(written), list(zip(parts[1::2], stops[1::2]))
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def read_file(folder: Path, name: str) -> str:
+    """A text in UTF-8. Raises InputError if it is missing or damaged."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise InputError(f"{folder}: no {name} there; it belongs to the model's tokenizer folder, "
+                         "download it too")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text in UTF-8; the file is damaged, download it again") from None
+
+
+class SlotTokenizer:
+    """What both tokenizers share: texts become rows of ids of one length, and their slots are marked.
+
+    A subclass defines encode(text, stops), which returns the ids of a text without the end token, and for
+    each stop (a number of characters) the position of the last token before it.
+    """
+
+    def __init__(self, length: int, end: int, pad: int):
+        self.length, self.end, self.pad = length, end, pad
+
+    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
+        """Args:
+            stand_ins: placeholder -> the words that are encoded in its place, e.g. {"[V]": "teddy bear"}.
+        Returns: ids [B, length], and slots [B, length] bool, True at each stand-in's last token. Long texts
+            are cut, and their end token is kept.
+        Raises: InputError for a placeholder that is glued to a letter, or that stands where its text is cut.
+        """
+        ids = torch.full((len(texts), self.length), self.pad)
+        slots = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            written, found = write_stand_ins(text, stand_ins or {})
+            if re.search("[\ud800-\udfff]", written):
+                raise InputError(f"the text {shortened(text)} holds half a character (a lone surrogate); "
+                                 "write it again in UTF-8")
+            tokens, positions = self.encode(written, [stop for _, stop in found])
+            for (placeholder, _), position in zip(found, positions):
+                if position >= self.length - 1:
+                    raise InputError(f"the placeholder {placeholder!r} in {shortened(text)} is token "
+                                     f"{position + 1}, but a text is cut to {self.length} with the end "
+                                     "token; shorten it, or name the placeholder earlier")
+                slots[row, position] = True
+            tokens = [*tokens[:self.length - 1], self.end]
+            ids[row, :len(tokens)] = torch.tensor(tokens)
+        return ids, slots
+
+
+def byte_symbols() -> list[str]:
+    """The character by which vocab.json writes each byte: itself if it is visible, or one from 256 on."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    unseen = iter(range(256, 512))
+    return [chr(byte if byte in seen else next(unseen)) for byte in range(256)]
+
+
+BYTES = byte_symbols()
+KINDS = {"L": "L", "N": "N", "Z": " "}           # by the category's first letter; others are signs, "S"
+RUN = re.compile("L+|N|S+| +")
+# Endings such as "'s" are words. A special token that is met here was written in capitals: it is three words.
+SUFFIX = re.compile(r"('(?:s|t|re|ve|m|ll|d))|(<\|)((?:start|end)oftext)(\|>)")
+
+
+def kind(character: str) -> str:
+    return " " if character in "\t\n\v\f\r\x85" else KINDS.get(unicodedata.category(character)[0], "S")
+
+
+def split_words(text: str) -> Iterator[str]:
+    """Yields lower-cased words, single digits and runs of signs. White space is dropped."""
+    # One by one, as a sigma at the end of a word would change otherwise.
+    text = "".join(character.lower() for character in unicodedata.normalize("NFC", text))
+    kinds = "".join(map(kind, text))
+    start = 0
+    while start < len(text):
+        suffix = SUFFIX.match(text, start)
+        stop = (suffix or RUN.match(kinds, start)).end()
+        if suffix:
+            yield from filter(None, suffix.groups())
+        elif kinds[start] != " ":
+            yield text[start:stop]
+        start = stop
+
+
+def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: joins the neighbours of the lowest rank, the leftmost first, until none has a rank.
+
+    A heap of pairs keeps a long word at n log n. A pair that another join has changed stays on the heap with
+    its old rank, by which it is recognised and passed over.
+    """
+    symbols = [*symbols, ""]                     # no pair with this one, which is also number -1, has a rank
+    left, right = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
+
+    def rank_at(n: int) -> float:
+        return ranks.get((symbols[n], symbols[right[n]]), math.inf)
+
+    heap = [(rank_at(n), n) for n in range(len(symbols))]
+    heapq.heapify(heap)
+    while heap[0][0] < math.inf:                 # the last symbol always stays on the heap, with infinity
+        rank, n = heapq.heappop(heap)
+        if rank_at(n) == rank:
+            joined = right[n]
+            symbols[n], symbols[joined] = symbols[n] + symbols[joined], ""
+            right[n] = right[joined]
+            left[right[n]] = n
+            for near in (left[n], n):
+                heapq.heappush(heap, (rank_at(near), near))
+    return [symbol for symbol in symbols if symbol]
+
+
+def sizes(tokens: list[str]) -> list[int]:
+    """How many bytes of the text each token is."""
+    return [len(token.removesuffix(WORD_END)) for token in tokens]
+
+
+class ClipTokenizer(SlotTokenizer):
+    """CLIP's tokenizer, from vocab.json and merges.txt. `pad` is the end token (CLIP-L) or 0, "!" (CLIP-G).
+
+    A start, end or pad token that is written in a text is read as that token. So CLIP-G reads every "!" as
+    id 0, as diffusers does (Stability's own code reads it as a sign). The ids equal those of transformers,
+    with two exceptions. Letters that are newer than Python's Unicode tables count as signs here. And several
+    accents on one letter that are newer than Unicode 9 are not put into the normal order by transformers.
+
+    Raises: InputError if a file is missing or damaged, or if the two do not fit each other.
+    """
+
+    def __init__(self, folder: Path, pad: int):
+        lines = read_file(folder, "merges.txt").split("\n")
+        self.ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)
+                      if line.strip() and not line.startswith("#version")}
+        try:
+            self.ids = json.loads(read_file(folder, "vocab.json"))
+        except json.JSONDecodeError:
+            raise InputError(f"{Path(folder) / 'vocab.json'}: not a readable JSON file, perhaps cut short; "
+                             "download it again") from None
+        expected = {*BYTES, *(symbol + WORD_END for symbol in BYTES), *map("".join, self.ranks),
+                    "<|startoftext|>", "<|endoftext|>"}
+        if not isinstance(self.ids, dict) or self.ids.keys() != expected:
+            raise InputError(f"{folder}: merges.txt and vocab.json do not fit each other; one is damaged, "
+                             "download both again")
+        super().__init__(77, self.ids["<|endoftext|>"], pad)
+        special = {self.ids["<|startoftext|>"], self.end, pad}
+        written = [re.escape(token) for token, n in self.ids.items() if n in special]
+        self.special = re.compile(f"({'|'.join(written)})")
+        self.merged = functools.lru_cache(10_000)(self.merged)
+
+    def merged(self, word: str) -> list[str]:
+        symbols = [BYTES[byte] for byte in word.encode()]
+        return merge([*symbols[:-1], symbols[-1] + WORD_END], self.ranks)
+
+    def tokens(self, text: str) -> list[str]:
+        found = []
+        for n, part in enumerate(self.special.split(text)):
+            found += [part] if n % 2 else [token for word in split_words(part) for token in self.merged(word)]
+        return found
+
+    def encode(self, text: str, stops: list[int]) -> tuple[list[int], list[int]]:
+        """A stop is found by counting bytes: the text before it has as many as the tokens up to there."""
+        tokens = self.tokens(text)
+        spent = list(accumulate(sizes(tokens)))
+        parts = (self.tokens(text[start:stop]) for start, stop in pairwise([0, *stops]))
+        before = accumulate(sum(sizes(part)) for part in parts)
+        ids = [self.ids[token] for token in ("<|startoftext|>", *tokens)]
+        return ids, [1 + bisect_left(spent, count) for count in before]
+
+
+class T5Tokenizer(SlotTokenizer):
+    """T5's tokenizer, from tokenizer.json: </s> (1) ends a text, and <pad> (0) fills it up.
+
+    Raises: InputError if the file is missing, damaged or not T5's, or if the package is not installed.
+    """
+
+    def __init__(self, folder: Path, length: int = 256):
+        super().__init__(length, end=1, pad=0)
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise InputError("T5's tokenizer.json is read by the package tokenizers, which is not installed: "
+                             "pip install tokenizers") from None
+        text, path = read_file(folder, "tokenizer.json"), Path(folder) / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_str(text)
+        except Exception:                        # the package has no narrower class
+            raise InputError(f"{path}: not a readable tokenizer; the file is damaged, "
+                             "download it again") from None
+        if (self.tokenizer.token_to_id("<pad>"), self.tokenizer.token_to_id("</s>")) != (self.pad, self.end):
+            raise InputError(f"{path}: not T5's tokenizer, whose <pad> is 0 and </s> is 1; "
+                             "take that of tokenizer_3")
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    def encode(self, text: str, stops: list[int]) -> tuple[list[int], list[int]]:
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        return encoding.ids, [bisect_left(starts, stop) - 1 for stop in stops]

@@ -1,0 +1,160 @@
+"""Two learned concepts at once: two instances in one picture, and an instance in a style.
+
+    python -m tutorials.experiments.pairs    takes the concepts of the benchmark's main part, or trains them
+
+The base model has never drawn two objects, so no text alone makes it do so. Two instances are drawn by
+region: on the left half of the picture the velocity answers one text, on the right half the other (each sees
+the whole x_t at every step). Each half is then judged beside the original model's other half, so that the
+reader sees one object. TOGETHER means that both sets of adapters are attached all the time, as in one model
+that knows both; APART means that each region uses its own.
+"""
+
+import contextlib
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from purecc_min.benchmark.cells import SAMPLING_STEPS, Cell, learned, set_up
+from purecc_min.benchmark.tables import markdown, mean_and_interval
+from purecc_min.branch import Branch
+from purecc_min.concept import TOKEN
+from purecc_min.measure.measures import sees
+from purecc_min.measure.toy import CONCEPTS
+from tinyflow.errors import report_errors
+from tinyflow.flow import euler, guide, noise_for
+from tinyflow.mmdit import Block
+from tinyflow.picturebook import world
+from tinyflow.picturebook.reader import Reader
+from tinyflow.pipeline import Pipeline
+from tinyflow.weights import write_whole
+
+SECOND = "[W]"                                   # the second concept's name in a text
+IS_LEFT = torch.arange(world.SIZE) < world.SIZE // 2     # [W]
+SCENES = [(background, size) for background in world.BACKGROUND_WORDS for size in world.SIZES]
+METHODS, SEEDS = ("LoRA", "paper"), 3
+Field = Callable[[Tensor, Tensor], Tensor]       # (x, t) -> velocity, guided
+Drawn = tuple[dict[str, Tensor], Tensor]         # what the reader sees, bool [12, .] by name; the pictures
+
+
+def slots_of(pipe: Pipeline, texts: list[str], token: str, words: dict[str, str]) -> Tensor:
+    """[B, T] bool: where one placeholder stands, the others being read as words."""
+    for other in words.keys() - {token}:
+        texts = [text.replace(other, words[other]) for text in texts]
+    return pipe.encode_text(texts, {token: words[token]}).slots
+
+
+def field_for(pipe: Pipeline, texts: list[str], words: dict[str, str], thetas: dict[str, Branch],
+              attached: list[Branch]) -> Field:
+    """The guided velocity for `texts`.
+
+    Args:
+        words: placeholder -> the word that the text encoder reads there.
+        thetas: placeholder -> the branch whose embeddings stand there.
+        attached: the branches whose adapters are in use.
+    """
+    texts = [""] * len(texts) + texts
+    encoded = pipe.encode_text(texts, words)
+    slots = {token: slots_of(pipe, texts, token, words) for token in thetas}
+
+    def visit(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
+        for token, theta in thetas.items():
+            c = theta.embeddings(l, c, slots[token])
+        with contextlib.ExitStack() as stack:
+            for theta in attached:
+                stack.enter_context(theta.lora.attached(l, block))
+            return block(x, c, vec)
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        v_null, v_text = pipe.velocity(torch.cat([x, x]), torch.cat([t, t]), encoded, visit).chunk(2)
+        return guide(v_null, v_text, pipe.guidance)
+    return field
+
+
+@torch.no_grad()
+def follow(field: Field) -> Tensor:
+    """The pictures x_0 of SCENES."""
+    x = noise_for(list(range(len(SCENES))), (3, world.SIZE, world.SIZE))
+    for _, x in euler(field, x, SAMPLING_STEPS):
+        pass
+    return x
+
+
+def beside(left: Field, right: Field) -> Field:
+    """Left in the left half of the picture, right in the right half."""
+    return lambda x, t: torch.where(IS_LEFT, left(x, t), right(x, t))
+
+
+def two_instances(pipe: Pipeline, reader: Reader, names: tuple[str, str], thetas: list[Branch],
+                  together: bool = False) -> Drawn:
+    """Left the first concept, right the second."""
+    toys, base, custom, values = [CONCEPTS[name] for name in names], [], [], {}
+    for toy, place, theta in zip(toys, ("left", "right"), thetas):
+        scenes = [world.Scene(toy.class_word, "red", size, place, background) for background, size in SCENES]
+        prompts, words = [toy.prompt(scene) for scene in scenes], {TOKEN: toy.class_word}
+        base.append(field_for(pipe, [prompt.base for prompt in prompts], {}, {}, []))
+        custom.append(field_for(pipe, [prompt.complete for prompt in prompts], words, {TOKEN: theta},
+                                thetas if together else [theta]))
+    alone = [follow(field) for field in base]
+    for label, fields in (("base", base), ("custom", custom)):
+        pictures = follow(beside(*fields))
+        judged = torch.where(IS_LEFT, pictures, alone[0]), torch.where(IS_LEFT, alone[1], pictures)
+        for name, toy, half in zip(names, toys, judged):
+            values[f"{label}: right object, {name}"] = sees(reader(half), {"object": toy.class_word})
+            values[f"{label}: traits, {name}"] = sees(reader(half), toy.known_traits)
+    return values, pictures
+
+
+def instance_in_style(pipe: Pipeline, reader: Reader, names: tuple[str, str], thetas: list[Branch]) -> Drawn:
+    """Both concepts in one text, "[W] big [V] cat ...", both attached."""
+    instance, style = (CONCEPTS[name] for name in names)
+    texts = []
+    for (background, size), place in zip(SCENES, list(world.PLACES) * 4):
+        prompt = instance.prompt(world.Scene(instance.class_word, "red", size, place, background))
+        texts.append(SECOND + prompt.complete.removeprefix("a"))
+    words = {TOKEN: instance.class_word, SECOND: style.class_word}
+    pictures = follow(field_for(pipe, texts, words, dict(zip(words, thetas)), thetas))
+    reading = reader(pictures)
+    values = {f"style, {names[1]}": sees(reading, style.looks)}
+    for head, value in instance.looks.items():
+        if head not in ("colour", "accent"):     # two inks have no colours
+            values[f"{head}, {names[0]}"] = sees(reading, {head: value})
+    return values, pictures
+
+
+CASES = {                                        # (what is drawn, how both are attached) -> concepts, how
+    ("two instances", "apart"): (("checked_cat", "cyclops_fish"), two_instances),
+    ("two instances", "together"): (("checked_cat", "cyclops_fish"), partial(two_instances, together=True)),
+    ("instance x style", "together"): (("checked_cat", "blueprint"), instance_in_style),
+}
+
+
+def pairs(folder: Path) -> str:
+    """All cases, means over seeds; leaves pairs/table.md and pairs/pictures.png."""
+    found, strips = {}, []
+    for method, seed, (case, (names, draw)) in itertools.product(METHODS, range(SEEDS), CASES.items()):
+        setup, thetas = set_up(names[0]), [learned(Cell(name, method, seed), folder) for name in names]
+        values, pictures = draw(setup.pipe, setup.reader, names, thetas)
+        for name, value in values.items():
+            found.setdefault((*case, name), {}).setdefault(method, []).append(value.float().mean().item())
+        if seed == 0:
+            strips.append(np.concatenate(setup.pipe.decode_images(pictures), axis=1))
+    rows = []
+    for key, values in found.items():
+        intervals = [mean_and_interval(values[method]) for method in METHODS]
+        rows.append([*key, *(f"{mean:.2f} ± {half:.2f}" for mean, half in intervals)])
+    text = markdown(["pair", "attached", "share", *METHODS], rows)
+    page = Image.fromarray(np.concatenate(strips))
+    write_whole(folder / "pairs" / "table.md", (text + "\n").encode())
+    page.resize((page.width * 3, page.height * 3), Image.NEAREST).save(folder / "pairs" / "pictures.png")
+    return text
+
+
+if __name__ == "__main__":
+    with report_errors():
+        print(pairs(Path("output/benchmark")))
