@@ -3,6 +3,7 @@
     python -m purecc_min                                     the demo: a plain LoRA beside PureCC
     python -m purecc_min learn photos/ --class-word robot    learn a concept from your own pictures
     python -m purecc_min sample concept.safetensors "a [V] robot on the beach"
+    python -m purecc_min sample one.safetensors two.safetensors "a [V1] robot and a [V2] cat"
     python -m purecc_min export concept.safetensors          the adapters as a LoRA for diffusers and ComfyUI
     python -m purecc_min memory                              what Stable Diffusion 3.5 Medium needs on a card
     python -m purecc_min speed                               seconds a step and peak memory
@@ -14,13 +15,14 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from purecc_min.commands.base_models import BASE_MODELS, open_base_model, usable_device
+from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for, usable_device
 from purecc_min.commands.demo import demo
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.learn import learn_folder
 from purecc_min.commands.memory import memory_table
-from purecc_min.commands.sample import sample_concept
+from purecc_min.commands.sample import sample_concepts
 from purecc_min.commands.speed import speed
+from purecc_min.methods import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.errors import positive, report_errors
 from tinyflow.sd3.load import SD35_MEDIUM
@@ -36,15 +38,16 @@ def demo_command(options: argparse.Namespace) -> None:
 
 def learn_command(options: argparse.Namespace) -> None:
     model = BASE_MODELS[options.base]
-    learn_folder(options.folder, options.class_word, training_config(options, model.training), options.out,
-                 options.base, options.weights, options.text, options.size or model.size,
-                 options.variants or model.variants, options.device)
+    config = training_config(options, training_for(options.base, options.method))
+    learn_folder(options.folder, options.class_word, config, options.out, options.method, options.base,
+                 options.weights, options.text, options.size or model.size, options.device)
 
 
 def sample_command(options: argparse.Namespace) -> None:
     seeds = list(range(options.seed, options.seed + options.number))
-    sample_concept(options.concept, options.prompt, options.weights, options.text, seeds, options.steps,
-                   options.guidance, options.out, options.device)
+    sample_concepts(options.concept, options.prompt, options.weights, options.text, seeds, options.steps,
+                    options.guidance, options.empty_text, options.only_with_token, options.out,
+                    options.device)
 
 
 def export_command(options: argparse.Namespace) -> None:
@@ -80,7 +83,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", positive, "rank of the adapters")
     add("--learning-rate", float, "of the adapters")
     add("--embedding-learning-rate", float, "of the embeddings Y")
-    add("--eta", float, "weight of L_PureCC, Eq. 15; 0 is a plain LoRA")
+    add("--eta", float, "weight of L_PureCC, Eq. 15, or of the anchor")
     add_common_options(parser)
 
 
@@ -118,25 +121,31 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("folder", type=Path, help="3 to 5 pictures, with texts (.txt, metadata.jsonl or a CSV)")
     one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
     add_out(one, "output/learned", RUN_FOLDER)
+    ways = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+    one.add_argument("--method", choices=tuple(METHODS), default="paper", help=f"{ways} (%(default)s)")
     one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
                      help="the base model to learn it on (%(default)s)")
     add_weights(one)
     one.add_argument("--size", type=positive,
                      help=f"pixels a side; on public weights, a multiple of 16 ({PUBLIC.size})")
-    one.add_argument("--variants", type=positive,
-                     help=f"of each picture: itself, crops and flips (1; public {PUBLIC.variants})")
     add_training_options(one)
     one.set_defaults(run=learn_command)
 
     one = commands.add_parser("sample", help="draw pictures with a learned concept")
-    one.add_argument("concept", type=Path, help="a concept's .safetensors file")
-    one.add_argument("prompt", help="with [V] where the concept's name stands, before the class word")
+    one.add_argument("concept", type=Path, nargs="+", help="a concept's .safetensors file, or several")
+    one.add_argument("prompt", help="with [V] where the concept's name stands, before the class word; "
+                                    "of several concepts the names are [V1], [V2], ...")
     add_weights(one)
     one.add_argument("--number", type=positive, default=4,
                      help="pictures, at seeds seed, seed + 1, ... (%(default)s)")
     one.add_argument("--guidance", type=float,
                      help="classifier-free guidance; more: closer to the text, less varied (3; public 5)")
     one.add_argument("--steps", type=positive, default=28, help="Euler steps (%(default)s)")
+    one.add_argument("--empty-text", choices=("adapted", "base"), default="adapted",
+                     help="who answers guidance's empty text: the adapted model, as in training, or the base "
+                          "model, which a bound concept leaves it to in any case (%(default)s)")
+    one.add_argument("--only-with-token", action="store_true",
+                     help="switch the adapters off for every text without [V], the empty one included")
     add_out(one, "output/sample.png", "the picture file")
     add_common_options(one)
     one.set_defaults(run=sample_command)

@@ -1,12 +1,13 @@
 """A branch: v_theta, the base model with one set of adapters and concept embeddings. theta_1 and theta_2
 are branches.
 
-A branch is called like the paper's velocity: theta(x_t, t, text). Its `forward` is the one place at which
+A branch is called like the paper's velocity: theta(x_t, t, text). `velocity_with` is the one place at which
 [V] enters the model. A learned concept is a branch in one small safetensors file: adapters, embeddings, and
-beside them the token, the class word, the settings, the seed and the versions that made it. Read next:
-objective.py.
+beside them the token, the class word, the settings, the seed and the versions that made it. Several concepts
+can stand in one text, each with a name of its own. Read next: objective.py.
 """
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from purecc_min.embeddings import ConceptEmbeddings
 from purecc_min.lora import LoRA
+from tinyflow.flow import expand
 from tinyflow.mmdit import Block
-from tinyflow.pipeline import Pipeline, Text
+from tinyflow.pipeline import Pipeline, Text, Velocity
 from tinyflow.weights import load_into, load_tensors, save_tensors
 
 
@@ -28,22 +30,18 @@ class Branch(nn.Module):
         self.__dict__["pipe"] = pipe             # unregistered: its weights are not this module's own
 
     @classmethod
-    def fresh(cls, pipe: Pipeline, Y: Tensor, rank: int,
-              generator: torch.Generator | None = None) -> "Branch":
-        """New adapters, which change nothing yet, and a copy of Y [L, D]."""
-        return cls(pipe, LoRA(pipe.mmdit, rank, generator), ConceptEmbeddings(Y))
+    def fresh(cls, pipe: Pipeline, Y: Tensor, rank: int, generator: torch.Generator | None = None,
+              where: str = "everywhere") -> "Branch":
+        """New adapters, which change nothing yet, and a copy of Y [L, D]. where: see lora.py."""
+        return cls(pipe, LoRA(pipe.mmdit, rank, generator, where), ConceptEmbeddings(Y))
 
     def forward(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """v_theta(x_t | text), [B, C, H, W]."""
-        def visit(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
-            c = self.embeddings(l, c, text.slots)                                       # Eq. 7
-            with self.lora.attached(l, block):
-                return block(x, c, vec)
-        return self.pipe.velocity(x_t, t, text, visit)
+        return velocity_with([self], x_t, t, text)
 
     def save(self, path: str | Path, facts: dict) -> None:
         """`facts` is what the file says about itself: at least "rank" and "class_word"."""
-        save_tensors(path, "concept", self.state_dict(), facts)
+        save_tensors(path, "concept", self.state_dict(), {**facts, "where": self.lora.where})
 
     @classmethod
     def load(cls, pipe: Pipeline, path: str | Path) -> tuple["Branch", dict]:
@@ -52,7 +50,35 @@ class Branch(nn.Module):
         Raises: InputError for a file that is missing, foreign, damaged, or of another base model's size.
         """
         tensors, facts = load_tensors(path, "concept")
-        config = pipe.mmdit.config
-        branch = cls.fresh(pipe, torch.zeros(config.depth, config.width), facts["rank"])
+        Y = torch.zeros(pipe.mmdit.config.depth, pipe.mmdit.config.width)
+        branch = cls.fresh(pipe, Y, facts["rank"], where=facts.get("where", "everywhere"))
         load_into(branch, tensors, path)
         return branch.to(pipe.device).requires_grad_(False), facts
+
+
+def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+    """v(x_t | text) [B, C, H, W] of the base model with one or more concepts: branch n stands at
+    placeholder n.
+
+    Bound adapters act at the slots of their own concept. Those that act everywhere add up.
+    """
+    def visit(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
+        with contextlib.ExitStack() as stack:
+            for n, branch in enumerate(branches, start=1):
+                slots = text.slots == n                                                 # [B, T]
+                c = branch.embeddings(l, c, slots)                                      # Eq. 7
+                stack.enter_context(branch.lora.attached(l, block, slots))
+            return block(x, c, vec)
+    return branches[0].pipe.velocity(x_t, t, text, visit)
+
+
+def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
+    """theta for texts that name a concept, theta_0 for all others: adapters switched off without [V]."""
+    def velocity(x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        named = (text.slots > 0).any(1)                                                 # [B]
+        if not named.any():
+            return theta_0(x_t, t, text)
+        if named.all():
+            return theta(x_t, t, text)
+        return torch.where(expand(named, x_t), theta(x_t, t, text), theta_0(x_t, t, text))
+    return velocity

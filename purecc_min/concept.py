@@ -69,7 +69,7 @@ class EncodedConcept(NamedTuple):
     ids: list[str]
     variants: Tensor                             # [n, V, C, H, W]: each picture, then its crops and flips
     texts: Texts
-    class_text: Text                             # the base texts, with the slots at the class word
+    class_text: Text                             # the base texts (or the bare class word), slots at that word
 
     @property
     def x_0(self) -> Tensor:

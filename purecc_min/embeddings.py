@@ -1,9 +1,10 @@
 """Layer-wise tunable concept embeddings {Y^l}, l = 1..L (Sec. 4.2, Eq. 7).
 
 At the input of every transformer block l, the text token at [V]'s position is REPLACED by its own learnable
-vector Y^l; what the block makes of it is replaced again at the next one. The text encoder, and so the
-pooled vector, reads an ordinary word there: the class word. (The paper leaves this open. It is our reading,
-and so is the start of Y^l: the mean hidden state of the class word at that block.) Read next: lora.py.
+vector Y^l. The block's output at that position is thrown away: the next block gets Y^(l+1) instead. The text
+encoder, and so the pooled vector, reads an ordinary word there: the class word. (The paper leaves this open.
+It is our reading, and so is the start of Y^l: the mean hidden state of the class word at that block.) Read
+next: lora.py.
 """
 
 import torch
@@ -32,7 +33,7 @@ def states_in_slots(pipe: Pipeline, x_t: Tensor, t: Tensor, text: Text) -> Tenso
     states = []
 
     def record(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
-        states.append(c[text.slots].float().mean(0))
+        states.append(c[text.slots > 0].float().mean(0))
         return block(x, c, vec)
 
     pipe.velocity(x_t, t, text, visit=record)

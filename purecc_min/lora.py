@@ -1,11 +1,12 @@
 """LoRA: low-rank adapters as a set of their own over a shared, untouched base model.
 
 Each adapted linear layer computes W x + B A x, with A [r, in] and B [out, r]. B starts at zero, so a fresh
-set changes nothing. A set is not built into the model: while it is `attached` to a block, hooks add its B A
-x to the outputs of the block's layers. So the frozen extractor and the trainable model are two sets over
-ONE base model in memory, which is never written. There is no alpha: the scale is 1, which other programs
-call alpha = rank. A and B are kept in fp32 and used in the dtype of the layer's input (bf16 in SD3.5). Read
-next: branch.py.
+set changes nothing. A set is not built into the model: while it is `attached` to a block, hooks add its B A x
+to the outputs of the block's layers. So the frozen extractor and the trainable model are two sets over ONE
+base model in memory, which is never written. A set acts at every token ("everywhere", the paper's), or it is
+bound to the concept ("token"): then it acts where [V] stands and nowhere else, and a text without [V] is
+computed by the base model itself. There is no alpha: the scale is 1, which other programs call alpha = rank.
+A and B are kept in fp32 and used in the dtype of the layer's input (bf16 in SD3.5). Read next: branch.py.
 """
 
 import contextlib
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 
 from tinyflow.mmdit import MMDiT
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out")     # in both streams: the paper's eight projections
+# Two layers are enough for a bound set: Y^l replaces the token at the next block's input, so of what a block
+# computes at the slot, only the keys and values that the other tokens attend to ever reach anybody.
+TARGETS = {"everywhere": [f"attention.{stream}.{layer}" for stream in ("image", "text")
+                          for layer in ("to_q", "to_k", "to_v", "to_out")],
+           "token": ["attention.text.to_k", "attention.text.to_v"]}
 
 
-def target_layers(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a block that are adapted, by name."""
-    return {name: layer for name, layer in block.named_modules()
-            if isinstance(layer, nn.Linear) and name.startswith("attention.") and name.endswith(TARGETS)}
+def target_layers(block: nn.Module, where: str) -> dict[str, nn.Linear]:
+    """The linear layers of a block that are adapted, by name. The last block has no attention.text.to_out."""
+    layers = dict(block.named_modules())
+    return {name: layers[name] for name in TARGETS[where] if name in layers}
 
 
 def key_of(l: int, name: str) -> str:
@@ -31,32 +36,42 @@ def key_of(l: int, name: str) -> str:
 
 
 class LoRA(nn.Module):
-    """One set of adapters, with the parameters "A.<key>" [r, in] and "B.<key>" [out, r]."""
+    """One set of adapters, with the parameters "A.<key>" [r, in] and "B.<key>" [out, r].
 
-    def __init__(self, mmdit: MMDiT, rank: int = 4, generator: torch.Generator | None = None):
+    Args:
+        where: "everywhere" or "token", see above.
+    """
+
+    def __init__(self, mmdit: MMDiT, rank: int = 4, generator: torch.Generator | None = None,
+                 where: str = "everywhere"):
         super().__init__()
-        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        self.where, self.A, self.B = where, nn.ParameterDict(), nn.ParameterDict()
         for l, block in enumerate(mmdit.blocks):
-            for name, layer in target_layers(block).items():
+            for name, layer in target_layers(block, where).items():
                 key, bound = key_of(l, name), layer.in_features**-0.5
                 A = (2 * torch.rand((rank, layer.in_features), generator=generator) - 1) * bound
                 self.A[key] = nn.Parameter(A.to(layer.weight.device))
                 self.B[key] = nn.Parameter(torch.zeros(layer.out_features, rank).to(layer.weight.device))
 
     @contextlib.contextmanager
-    def attached(self, l: int, block: nn.Module):
-        """Within this context block l computes with this set's adapters."""
-        hooks = [layer.register_forward_hook(self.hook(key_of(l, name)))
-                 for name, layer in target_layers(block).items()]
+    def attached(self, l: int, block: nn.Module, slots: Tensor):
+        """Within this context block l computes with this set's adapters.
+
+        slots [B, T] bool: where [V] stands.
+        """
+        mask = slots[..., None] if self.where == "token" else None                      # [B, T, 1]
+        hooks = [layer.register_forward_hook(self.hook(key_of(l, name), mask))
+                 for name, layer in target_layers(block, self.where).items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def hook(self, key: str):
-        """A forward hook that adds B A x to a layer's output."""
+    def hook(self, key: str, mask: Tensor | None):
+        """A forward hook that adds B A x to a layer's output, where the mask allows it."""
         def add(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             x = inputs[0]                                                               # [B, T, in]
-            return output + F.linear(F.linear(x, self.A[key].to(x.dtype)), self.B[key].to(x.dtype))
+            change = F.linear(F.linear(x, self.A[key].to(x.dtype)), self.B[key].to(x.dtype))
+            return output + (change if mask is None else mask * change)
         return add

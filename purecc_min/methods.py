@@ -1,15 +1,17 @@
-"""The methods: each is the loss of one step. They need no renderer and no benchmark.
+"""The methods: each is the loss of one step, and what that loss trains. They need no renderer and no
+benchmark.
 
-    l_cc               the flow-matching loss alone (Eq. 3): a LoRA, or Y alone, by what is trained
+    l_cc               the flow-matching loss alone (Eq. 3)
     paper              PureCC as the paper writes it (Eq. 8 to 15)
     anchored           L_CC, and the base text must predict what it predicted before (DOP)
     the ablations      the paper's loss with one part replaced: lambda, v_original, R(y_tar), or the detaching
 
-A method takes the models of a step, the batch and eta, the weight of what it adds to L_CC. It returns the
-loss, which is minimised, and what is logged beside it. To try an idea, write one more such function. Read
-next: train.py.
+A loss takes the models of a step, the batch and eta, the weight of what it adds to L_CC. It returns a number,
+which is minimised, and what is logged beside it. METHODS says what each is used for by `learn`. To try an
+idea, write one more loss and one more entry. Read next: train.py.
 """
 
+from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import torch
@@ -29,11 +31,11 @@ class Thetas(NamedTuple):
 
 
 Loss = tuple[Tensor, dict[str, Tensor]]          # what is minimised, and what is logged beside it
-Method = Callable[[Thetas, Batch, float], Loss]
+LossOfStep = Callable[[Thetas, Batch, float], Loss]      # (thetas, batch, eta) -> Loss
 
 
 def l_cc(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """L_CC alone (Eq. 3); it has nothing to weigh with eta."""
+    """L_CC alone (Eq. 3); eta is not used."""
     return squared_error(thetas.theta(batch.x_t, batch.t, batch.texts.complete), batch.v), {}
 
 
@@ -60,9 +62,8 @@ def anchor_loss(thetas: Thetas, batch: Batch) -> Tensor:
 def log_of(terms: Terms) -> dict[str, Tensor]:
     """What is worth watching in a step of the paper's loss.
 
-    "negative" is the share of samples with lambda < 0. "rejection" is the squared part of R(y_complete,
-    y_base)
-    that is orthogonal to R(y_tar): it is L_PureCC itself if lam is lambda*.
+    "negative" is the share of samples with lambda < 0. "rejection" is the squared part of R_complete that is
+    orthogonal to R_target: it is L_PureCC itself if lam is lambda*.
     """
     R_complete, R_target = terms.R_complete.detach(), terms.R_target
     along = inner(R_complete, R_target).square() / inner(R_target, R_target).clamp(min=1e-20)
@@ -77,7 +78,10 @@ def log_of(terms: Terms) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------- ablations of the paper's
 def from_parts(v_original: Tensor, v_complete: Tensor, R_target: Tensor, v: Tensor, eta: float,
                lam: Tensor | None = None) -> Loss:
-    """Eq. 10 to 15 once more, for losses that bring some parts themselves. lam [B] replaces lambda*."""
+    """The lines of pcc_loss from Eq.
+
+    10 on, for ablations that bring some parts themselves; lam [B] for lambda*.
+    """
     R_complete = v_complete - v_original
     if lam is None:
         lam = lambda_star(R_complete, R_target).detach()
@@ -101,12 +105,13 @@ def predictions(thetas: Thetas, batch: Batch) -> tuple[Tensor, Tensor]:
     return v_original, thetas.theta(batch.x_t, batch.t, batch.texts.complete)
 
 
-def constant_lambda(value: float) -> Method:
+def constant_lambda(value: float) -> LossOfStep:
     """The paper's loss with a constant in place of lambda* (Table 3)."""
     def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
         R_target = target_direction(thetas.theta_1, batch)
         lam = torch.full((len(batch.t),), value, device=R_target.device)
         return from_parts(*predictions(thetas, batch), R_target, batch.v, eta, lam)
+    loss.__name__ = f"lambda {value:g}"          # a checkpoint knows its loss by name
     return loss
 
 
@@ -126,9 +131,33 @@ def not_detached(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     return from_parts(v_original, v_complete, R_target, batch.v, eta)
 
 
-def another_direction(direction: Callable[[Thetas, Batch], Tensor]) -> Method:
+def another_direction(direction: Callable[[Thetas, Batch], Tensor]) -> LossOfStep:
     """The paper's loss with direction(thetas, batch) [B, C, H, W] in place of R(y_tar)."""
     def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
         R_target = direction(thetas, batch)
         return from_parts(*predictions(thetas, batch), R_target, batch.v, eta)
+    loss.__name__ = direction.__name__
     return loss
+
+
+# ---------------------------------------------------------------------------------------- what `learn` offers
+@dataclass(frozen=True)
+class Method:
+    """A way to learn a concept."""
+    about: str                                   # in words, for the help
+    loss: LossOfStep                             # of the model that is kept
+    where: str = "everywhere"              # where its adapters act: everywhere, or at [V]'s "token" (lora.py)
+    adapters: bool = True                        # False: Y alone is trained
+    extractor: bool = False                 # True: stage 1 first makes the frozen theta_1 that the loss wants
+
+
+METHODS = {
+    "lora": Method("a plain LoRA: L_CC, with adapters everywhere and Y", l_cc),
+    "paper": Method("PureCC as the paper writes it: an extractor, then L_PCC", paper, extractor=True),
+    "anchor": Method("a LoRA whose base text must predict what it predicted before (DOP)", anchored),
+    "embeddings": Method("Y alone; no weight of the model changes", l_cc, adapters=False),
+    "bound": Method("L_CC, with adapters that act at [V] alone: texts without [V] cannot change", l_cc,
+                    where="token"),
+    "bound-paper": Method("the paper's objective, with such adapters in both stages", paper, where="token",
+                          extractor=True),
+}

@@ -15,7 +15,7 @@ import torch
 
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, noised
-from purecc_min.methods import Method, Thetas
+from purecc_min.methods import LossOfStep, Thetas
 from tinyflow.errors import InputError
 from tinyflow.flow import sample_times
 from tinyflow.weights import (
@@ -71,9 +71,9 @@ def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([others, embeddings], weight_decay=0.0)
 
 
-def train_steps(method: Method, thetas: Thetas, data: EncodedConcept, config: TrainConfig, stage: int,
-                optimizer: torch.optim.Optimizer, first: int = 0) -> Iterator[dict]:
-    """Trains thetas.theta from step `first` on; yields {"step", "loss", what the method logs} a step.
+def train_steps(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConcept, config: TrainConfig,
+                stage: int, optimizer: torch.optim.Optimizer, first: int = 0) -> Iterator[dict]:
+    """Trains thetas.theta from step `first` on; yields {"step", "loss", what the loss logs} a step.
 
     Args:
         stage: 1 or 2 of Algorithm 1; each has draws of its own.
@@ -82,7 +82,7 @@ def train_steps(method: Method, thetas: Thetas, data: EncodedConcept, config: Tr
     theta = thetas.theta
     for step in range(first, config.steps):
         batch = draw_batch(data, config, stage, step, theta.pipe.shift)
-        loss, log = method(thetas, batch, config.eta)
+        loss, log = loss_of_step(thetas, batch, config.eta)
         if not torch.isfinite(loss):
             raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; "
                              "try a lower learning rate")
@@ -93,8 +93,8 @@ def train_steps(method: Method, thetas: Thetas, data: EncodedConcept, config: Tr
         yield {"step": step + 1, "loss": loss.item(), **{name: value.item() for name, value in log.items()}}
 
 
-def train_resumably(method: Method, thetas: Thetas, data: EncodedConcept, config: TrainConfig, stage: int,
-                    checkpoint: Path, origin: str) -> Iterator[dict]:
+def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConcept, config: TrainConfig,
+                    stage: int, checkpoint: Path, origin: str) -> Iterator[dict]:
     """`train_steps` that goes on from `checkpoint` if that file exists, and leaves a .jsonl log beside it.
 
     Args:
@@ -103,7 +103,7 @@ def train_resumably(method: Method, thetas: Thetas, data: EncodedConcept, config
     """
     theta, log_file = thetas.theta, checkpoint.with_suffix(".jsonl")
     optimizer, first, log = optimizer_for(theta, config), 0, []
-    facts = {"config": asdict(config), "stage": stage, "method": method.__name__, "origin": origin}
+    facts = {"config": asdict(config), "stage": stage, "loss": loss_of_step.__name__, "origin": origin}
     if checkpoint.exists():
         tensors, saved = load_tensors(checkpoint, "training checkpoint")
         first = saved.pop("step")
@@ -117,7 +117,7 @@ def train_resumably(method: Method, thetas: Thetas, data: EncodedConcept, config
         log = [row for row in map(json.loads, lines) if row["step"] <= first]
 
     try:
-        for row in train_steps(method, thetas, data, config, stage, optimizer, first):
+        for row in train_steps(loss_of_step, thetas, data, config, stage, optimizer, first):
             log.append(row)
             if row["step"] % SAVE_EVERY == 0 or row["step"] == config.steps:
                 write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())

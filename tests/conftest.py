@@ -36,3 +36,14 @@ def sd3(tmp_path_factory):
     from tests.public import write_sd3
     folder = tmp_path_factory.mktemp("public") / "sd3"
     return folder, write_sd3(folder)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """These tests are about the machinery, not about pictures."""
+    from purecc_min.benchmark import cells, methods
+    monkeypatch.setattr(cells, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(methods, "IMAGINED", 2)
+    cells.set_up.cache_clear()
+    yield
+    cells.set_up.cache_clear()

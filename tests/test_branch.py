@@ -40,20 +40,21 @@ def test_a_fresh_adapter_set_changes_nothing(pipe):
 
 def test_adapters_sit_on_the_eight_attention_projections(pipe):
     blocks, depth = pipe.mmdit.blocks, pipe.mmdit.config.depth
-    names = [name for block in blocks for name in target_layers(block)]
+    names = [name for block in blocks for name in target_layers(block, "everywhere")]
     assert len(names) == 8 * depth - 1                           # the last block has no text output
     assert all(name.startswith("attention.") for name in names)
     with_dual = make_pipe(dual_attention_layers=(0,))
-    assert target_layers(with_dual.mmdit.blocks[0]).keys() == target_layers(blocks[0]).keys()
+    dual = target_layers(with_dual.mmdit.blocks[0], "everywhere")
+    assert dual.keys() == target_layers(blocks[0], "everywhere").keys()
     assert len(LoRA(pipe.mmdit).A) == len(names)
 
 
 def test_an_adapter_adds_BA_to_its_layer(pipe):
-    lora, block = make_branch(pipe).lora, pipe.mmdit.blocks[1]
-    for name, layer in target_layers(block).items():
+    lora, block, anywhere = make_branch(pipe).lora, pipe.mmdit.blocks[1], torch.zeros(1, 16)
+    for name, layer in target_layers(block, "everywhere").items():
         key, x = key_of(1, name), torch.randn(5, layer.in_features)
         merged = layer.weight + lora.B[key] @ lora.A[key]
-        with lora.attached(1, block):
+        with lora.attached(1, block, anywhere):
             torch.testing.assert_close(layer(x), x @ merged.T + layer.bias)
 
 
@@ -78,9 +79,9 @@ def test_a_branch_counts_its_own_weights_only(pipe):
 
 def test_hooks_are_gone_after_an_error_too(pipe):
     lora, block = LoRA(pipe.mmdit), pipe.mmdit.blocks[0]
-    with pytest.raises(ZeroDivisionError), lora.attached(0, block):
+    with pytest.raises(ZeroDivisionError), lora.attached(0, block, torch.zeros(1, 16)):
         1 / 0
-    assert not any(layer._forward_hooks for layer in target_layers(block).values())
+    assert not any(layer._forward_hooks for layer in target_layers(block, "everywhere").values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -140,7 +141,7 @@ def test_embeddings_start_from_the_class_words_states(pipe):
     references = [Reference(base, picture, f"{TOKEN} {base}", base, f"{TOKEN} robot") for base in bases]
     data = encode(pipe, ConceptSet("robot", references))
     Y = class_word_states(pipe, data, torch.Generator().manual_seed(0))
-    expected = pipe.mmdit.context_embedder(data.class_text.context)[data.class_text.slots].mean(0)
+    expected = pipe.mmdit.context_embedder(data.class_text.context)[data.class_text.slots > 0].mean(0)
     torch.testing.assert_close(Y[0], expected)
     assert Y.shape == (3, 32) and not torch.allclose(Y[1], Y[0])
 
@@ -150,7 +151,8 @@ def test_a_concept_file_round_trips_bitwise(pipe, tmp_path):
     facts = {"class_word": "robot", "rank": 2}
     branch.save(tmp_path / "c.safetensors", facts)
     loaded, its_facts = Branch.load(pipe, tmp_path / "c.safetensors")
-    assert its_facts == facts and tensor_hash(loaded.state_dict()) == tensor_hash(branch.state_dict())
+    assert its_facts == {**facts, "where": "everywhere"}
+    assert tensor_hash(loaded.state_dict()) == tensor_hash(branch.state_dict())
     branch.save(tmp_path / "d.safetensors", facts)
     assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
 

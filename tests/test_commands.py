@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from purecc_min.__main__ import build_parser, main
+from purecc_min.branch import Branch
 from purecc_min.measure.measures import MEASURES
 from purecc_min.measure.toy import FOLDER
+from purecc_min.methods import METHODS
 from tinyflow import weights
-from tinyflow.picturebook.model import SHIPPED
+from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.pipeline import Pipeline
 from tinyflow.weights import load_tensors, save_tensors
 
@@ -56,11 +59,11 @@ def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
     assert "| sees concept |" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert results.keys() == {"plain LoRA", "PureCC"} and results["PureCC"].keys() == MEASURES.keys()
-    rows = [json.loads(line) for line in (out / "purecc.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "paper.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
     assert Image.open(out / "comparison.png").width > 1000
-    assert all((out / f"{name}-concept.safetensors").exists() for name in ("lora", "purecc"))
+    assert all((out / f"{name}-concept.safetensors").exists() for name in ("lora", "paper"))
 
 
 def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
@@ -151,3 +154,64 @@ def test_nothing_is_pickled():
     root = Path(__file__).parent.parent
     for file in [*root.glob("tinyflow/**/*.py"), *root.glob("purecc_min/**/*.py")]:
         assert not re.search(r"import pickle|allow_pickle|torch\.(save|load)\(", file.read_text()), file
+
+
+# --------------------------------------------------------------------------------------- methods and sampling
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_is_learned_and_sampled(method, tmp_path, monkeypatch):
+    out = tmp_path / method
+    monkeypatch.setattr("purecc_min.commands.learn.assess", lambda *_: {})           # pictures take long
+    monkeypatch.setattr("purecc_min.commands.learn.draw_sheet", lambda *_: None)
+    main([*map(str, LEARN), "--out", str(out), "--method", method, *BUDGET])
+    tensors, facts = load_tensors(out / "concept.safetensors", "concept")
+    assert facts["method"] == method and facts["where"] == METHODS[method].where
+    assert (out / "stage2.safetensors").exists() == METHODS[method].extractor
+    learned = any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.startswith("lora.B"))
+    assert learned == METHODS[method].adapters
+    assert json.loads((out / "run.json").read_text())["method"] == method
+
+
+def sampled(out, *arguments) -> np.ndarray:
+    main(["sample", *map(str, arguments), "--number", "1", "--device", "cpu", "--out", str(out)])
+    return np.asarray(Image.open(out)).astype(int)
+
+
+def alike(a, b) -> bool:
+    """Batches of other sizes round otherwise, which can move a pixel by a shade."""
+    return np.abs(a - b).mean() < 0.1
+
+
+def make_concept(file, class_word, where="everywhere", seed=0):
+    """A concept that has learned nothing sensible, and much of it."""
+    pipe, generator = load_tiny(), torch.Generator().manual_seed(seed)
+    Y = torch.randn(6, 128, generator=generator)
+    theta = Branch.fresh(pipe, Y, 2, generator, where)
+    with torch.no_grad():
+        for B in theta.lora.B.values():
+            B.normal_(std=0.1, generator=generator)
+    theta.save(file, {"class_word": class_word, "rank": 2, "base": "tiny", "size": 32})
+    return file
+
+
+def test_who_answers_the_empty_text_is_a_choice_for_adapters_everywhere_alone(tmp_path):
+    prompt, out = "a [V] robot on the beach", tmp_path / "s.png"
+    base, off = ["--empty-text", "base"], ["--only-with-token"]
+    everywhere, token = (make_concept(tmp_path / f"{where}.safetensors", "robot", where)
+                         for where in ("everywhere", "token"))
+    for concept, matters in ((everywhere, True), (token, False)):
+        as_trained, with_base, switched_off = (sampled(out, concept, prompt, *how) for how in ([], base, off))
+        assert alike(with_base, switched_off) and alike(as_trained, with_base) != matters
+
+
+def test_two_concepts_stand_in_one_text(tmp_path, capsys):
+    robot, cat = (make_concept(tmp_path / f"{word}.safetensors", word, "token", seed)
+                  for seed, word in enumerate(("robot", "cat")))
+    out, prompt = tmp_path / "s.png", "a [V1] robot in the snow [V2] cat"
+    both = sampled(out, robot, cat, prompt)
+    assert not alike(both, sampled(out, robot, robot, prompt))
+    assert "has no [V2], which is the concept of" in fails(capsys, "sample", robot, cat, "a [V1] robot")
+    assert "has no [V1]" in fails(capsys, "sample", robot, cat, "a [V] robot [V2] cat")
+    other = tmp_path / "other.safetensors"
+    facts = {"class_word": "cat", "base": "sd3.5-medium", "size": 512}
+    save_tensors(other, "concept", {"x": torch.zeros(1)}, facts)
+    assert "they cannot stand in one picture" in fails(capsys, "sample", robot, other, prompt)

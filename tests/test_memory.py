@@ -18,7 +18,7 @@ from purecc_min.commands.memory import (
     flash_attention,
     memory_table,
 )
-from purecc_min.methods import not_detached, paper
+from purecc_min.methods import METHODS, Method, not_detached
 from purecc_min.train import TrainConfig
 from tinyflow.attention import attention
 from tinyflow.errors import InputError
@@ -109,10 +109,21 @@ def test_parts_are_what_they_say():
 
 
 def test_gradient_checkpointing_and_detaching_save_memory():
-    def need(checkpointing=False, method=paper):
+    def need(checkpointing=False, method=METHODS["paper"]):
         return dry_run(SMALL, TRAIN, 64, 2, checkpointing, **TINY, method=method).activations
 
-    assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(method=not_detached)
+    attached = Method("", not_detached, extractor=True)
+    assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(method=attached)
+
+
+def test_bound_adapters_are_fewer_and_a_method_without_an_extractor_has_one_set():
+    """Two layers a block and Y; Y alone needs no gradient and no moments for the adapters."""
+    bound, alone = (dry_run(SMALL, TRAIN, 64, 1, False, **TINY, method=METHODS[name])
+                    for name in ("bound", "embeddings"))
+    assert bound.adapters == 4 * (3 * 2 * 2 * (64 + 64) + 3 * 64)
+    assert alone.optimizer <= 3 * 4 * 3 * 64 + 4 * 100 < bound.optimizer
+    both = dry_run(SMALL, TRAIN, 64, 2, False, **TINY, method=METHODS["bound-paper"])
+    assert both.adapters == 2 * bound.adapters
 
 
 @pytest.mark.parametrize("size, target", [(512, 12e9), pytest.param(1024, 24e9, marks=pytest.mark.slow)])
@@ -130,12 +141,12 @@ def test_stage_2_of_sd35_medium_fits(size, target):
 ])
 def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
     """On a card of `free` GB, for a model that needs 10 GB, and 10 or 15 more a sample at 1024 px."""
-    def model(config, train, size, checkpointing):
+    def model(config, train, size, stage, checkpointing, method):
         sample = 10_000_000_000 if checkpointing else 15_000_000_000
         return Memory(10_000_000_000 - OVERHEAD, 0, 0, train.batch * sample * size // 1024, 0)
 
     monkeypatch.setattr(memory, "dry_run", model)
-    case = (SD35_MEDIUM, TrainConfig(batch=3), 1024, int(free * 1e9))
+    case = (SD35_MEDIUM, TrainConfig(batch=3), 1024, METHODS["paper"], int(free * 1e9))
     if isinstance(expected, bool):
         assert fit(*case) is expected
     else:
@@ -145,7 +156,7 @@ def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
 
 def test_the_table_has_a_row_for_every_case(monkeypatch):
     same = Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000)
-    monkeypatch.setattr(memory, "dry_run", lambda *case: same)
+    monkeypatch.setattr(memory, "dry_run", lambda *case, **method: same)
     rows = [line for line in memory_table(SD35_MEDIUM).splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 16 and len({row.count("|") for row in rows}) == 1
-    assert rows[3] == "| 1 | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 7.14 |"
+    assert len(rows) == 2 + 32 and len({row.count("|") for row in rows}) == 1
+    assert rows[3] == "| lora | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 7.14 |"

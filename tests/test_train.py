@@ -224,7 +224,7 @@ def test_another_runs_folder_is_refused(trained):
             list(stage_1(pipe, other_data, other_config, folder)[1])
     list(stage_2(pipe, theta_1, data, CONFIG, folder)[1])
     with pytest.raises(InputError, match="holds another run"):
-        list(stage_2(pipe, theta_1, data, CONFIG, folder, method=l_cc)[1])
+        list(stage_2(pipe, theta_1, data, CONFIG, folder, loss=l_cc)[1])
 
 
 CHILD = """

@@ -1,4 +1,4 @@
-"""Rectified flow on one screen: path, target, times, loss, guidance and the Euler sampler.
+"""Rectified flow: path, target, times, loss, guidance and the Euler sampler.
 
 The convention of the whole project: t = 0 is data, t = 1 is noise.
 
@@ -75,7 +75,7 @@ def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) ->
     """The times from 1 down to 0 at which the sampler stops, steps + 1 of them.
 
     Args:
-        last: the last time before 0, before it is shifted. By default the times are evenly spaced. The public
+        last: the last time that is not 0, unshifted. By default the times are evenly spaced. The public
             sampler of SD3 has 0.002994 here, so its last step is very short.
     """
     last = 1 / steps if last is None else last

@@ -6,7 +6,7 @@
 
 `sample` draws pictures with them. The flow runs on what the codec makes of a picture: its pixels in the
 tiny world, the latents of an autoencoder in SD3.5. Where it is made: picturebook/model.py (tiny),
-sd3/load.py (public weights). Read next: purecc_min/objective.py.
+sd3/load.py (public weights). Read next: purecc_min/concept.py.
 """
 
 from dataclasses import dataclass, fields
@@ -24,10 +24,13 @@ from tinyflow.mmdit import MMDiT, Visit
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded texts, one a row. `slots` is True at the positions of a placeholder such as "[V]"."""
+    """Encoded texts, one a row.
+
+    `slots` is n at the positions of the n-th placeholder, such as "[V]", else 0.
+    """
     context: Tensor                              # [B, T, context_width]
     pooled: Tensor                               # [B, pooled_width]
-    slots: Tensor                                # [B, T] bool
+    slots: Tensor                                # [B, T] integers
 
     def __getitem__(self, rows) -> "Text":
         return Text(self.context[rows], self.pooled[rows], self.slots[rows])
@@ -57,7 +60,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 class Pixels(nn.Module):
     """The codec of the tiny world: x_0 is the picture itself."""
-    factor = 1                                   # pixels a side for each value of x_0
+    factor = 1                                   # one value of x_0 covers factor x factor pixels
 
     def encode(self, pictures: Tensor) -> Tensor:
         return pictures
@@ -118,11 +121,12 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def sample(self, text: Text, seeds: list[int], steps: int = 28, guidance: float | None = None,
-               theta: Velocity | None = None) -> Tensor:
+               theta: Velocity | None = None, theta_null: Velocity | None = None) -> Tensor:
         """Draws a picture for each row of `text`: x_0 [B, C, H, W]. Row i starts from the noise of seeds[i].
 
         Args:
             guidance: by default the pipeline's own. theta: the velocity to follow, by default `velocity`.
+            theta_null: the velocity that answers guidance's empty text, by default theta.
         """
         guidance = self.guidance if guidance is None else guidance
         theta = theta or self.velocity
@@ -131,7 +135,10 @@ class Pipeline(nn.Module):
         def guided(x: Tensor, t: Tensor) -> Tensor:
             if guidance == 1:
                 return theta(x, t, text)
-            v_null, v_text = in_one_batch(theta, x, t, null, text)
+            if theta_null is None:
+                v_null, v_text = in_one_batch(theta, x, t, null, text)
+            else:
+                v_null, v_text = theta_null(x, t, null), theta(x, t, text)
             return guide(v_null, v_text, guidance)
 
         side = self.picture_size // self.codec.factor

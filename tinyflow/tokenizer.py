@@ -29,12 +29,14 @@ class WordTokenizer:
     def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
         """Args:
             stand_ins: placeholder -> the known word that is encoded in its place, e.g. {"[V]": "robot"}.
-        Returns: ids [B, length], and slots [B, length], True where a placeholder stands.
+        Returns: ids [B, length], and slots [B, length]: n where the n-th placeholder of stand_ins stands,
+            else 0.
         Raises: InputError for an unknown word (with the nearest known ones) and for a text that is too long.
         """
         stand_ins = stand_ins or {}
+        numbers = {placeholder: n for n, placeholder in enumerate(stand_ins, start=1)}
         ids = torch.full((len(texts), self.length), self.end)
-        slots = torch.zeros(ids.shape, dtype=torch.bool)
+        slots = torch.zeros_like(ids)
         ids[:, 0] = self.start
         for row, text in enumerate(texts):
             words = [word.strip(".,;!?") for word in text.split()]
@@ -42,7 +44,7 @@ class WordTokenizer:
                 raise InputError(f"the text {text!r} has {len(words)} words; "
                                  f"this model reads at most {self.length - 2}")
             for position, word in enumerate(words, start=1):
-                slots[row, position] = word in stand_ins
+                slots[row, position] = numbers.get(word, 0)
                 ids[row, position] = self.word_id(stand_ins.get(word, word), text)
         return ids, slots
 

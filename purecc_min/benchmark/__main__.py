@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         if (options.quick or methods or concepts) and part != "main":
             raise InputError("--quick, --methods and --concepts are for the main part; "
                              f"leave them out of {part}")
-        cells = [replace(cell, steps=options.steps) for cell in plan(part, options.quick, methods, concepts)]
+        planned = dict.fromkeys(plan(part, options.quick, methods, concepts))    # a name may be given twice
+        cells = [replace(cell, steps=options.steps) for cell in planned]
         run(cells, options.out, options.workers, shipped=bool(methods))
         shown = list(dict.fromkeys(cells + plan("main"))) if methods else cells
         print(report(part, shown, options.out, shipped=bool(methods)))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from purecc_min.algorithm import concept_facts
-from purecc_min.benchmark.methods import ABLATIONS, FURTHER, METHODS, THETA_1_SETTINGS, Setup, start
+from purecc_min.benchmark.methods import ABLATIONS, BINDING, FURTHER, METHODS, THETA_1_SETTINGS, Setup, start
 from purecc_min.branch import Branch
 from purecc_min.concept import EncodedConcept, encode, noised
 from purecc_min.measure.draw import Pictures, draw_groups, perfect
@@ -42,8 +42,8 @@ CURVE = (1, 25, 50, 100, 150, 200)               # steps at which the terms of E
 SAMPLING_STEPS = 8                               # the base model draws as it is told as often as with 28
 STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "plain": 6, "other": 6}   # pictures kept of each group
 RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file for each part
-KEPT = ("LoRA", "paper")                         # methods whose concepts stay in the folder
-ALL = METHODS | ABLATIONS | FURTHER
+KEPT = ("LoRA", "paper", "bound")                # methods whose concepts stay in the folder
+ALL = METHODS | ABLATIONS | FURTHER | BINDING
 
 
 @cache
@@ -74,8 +74,9 @@ class Cell:
 
     @property
     def snapshots(self) -> tuple[int, ...]:
-        early = [step for step in SNAPSHOTS if step < self.steps] if self.on_the_way else []
-        return (*early, self.steps)
+        last = dict(self.changes).get("steps", self.steps)
+        early = [step for step in (*SNAPSHOTS, STEPS) if step < last] if self.on_the_way else []
+        return (*early, last)
 
     @property
     def name(self) -> str:
@@ -100,7 +101,7 @@ class Cell:
         """A fingerprint of all that this cell's result depends on, short of the code."""
         toy = CONCEPTS[self.concept]
         texts = [(r.complete, r.base, r.target) for r in toy.references().references]
-        parts = [self.settings, THETA_1_SETTINGS, self.snapshots, SAMPLING_STEPS, asdict(toy), texts,
+        parts = [self.settings, THETA_1_SETTINGS["LoRA"], self.snapshots, SAMPLING_STEPS, asdict(toy), texts,
                  hash_of(SHIPPED / "base.safetensors"), hash_of(SHIPPED / "reader.safetensors")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -161,7 +162,8 @@ def concept_file(cell: Cell, folder: Path) -> Path:
 
 
 def keep(cell: Cell, theta: Branch, folder: Path) -> None:
-    facts = concept_facts(CONCEPTS[cell.concept].class_word, cell.config(), "tiny", theta.pipe.picture_size)
+    class_word, size = CONCEPTS[cell.concept].class_word, theta.pipe.picture_size
+    facts = concept_facts(class_word, cell.config(), cell.method, "tiny", size)
     theta.save(concept_file(cell, folder), {**facts, "recipe": cell.recipe()})
 
 
@@ -190,8 +192,10 @@ def theta_1_cell(cell: Cell) -> Cell | None:
     """
     if cell.method not in ALL or ALL[cell.method].theta_1 != "frozen":
         return None
+    teacher = ALL[cell.method].teacher
     rank = [change for change in cell.changes if change[0] == "rank"]
-    return Cell(cell.concept, "LoRA", cell.seed, (*THETA_1_SETTINGS.items(), *rank), cell.steps)
+    changes = (*THETA_1_SETTINGS[teacher].items(), *rank)
+    return Cell(cell.concept, teacher, cell.seed, changes, cell.steps)
 
 
 def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
@@ -228,9 +232,10 @@ def run_cell(cell: Cell, folder: Path) -> dict:
             if step in CURVE and ALL[cell.method].theta_1:
                 terms[str(step)] = terms_over_t(loss, thetas, setup.data, cell.config().eta)
             if step in cell.snapshots:
-                drawn = draw_groups(pipe, thetas.theta, toy, steps=SAMPLING_STEPS)
-                assess(step, thetas.theta, drawn)
-        result["velocity_error"] = velocity_error(pipe, thetas.theta, toy).relative     # over TIMES
+                theta, options = ALL[cell.method].as_sampled(thetas)
+                drawn = draw_groups(pipe, theta, toy, steps=SAMPLING_STEPS, **options)
+                assess(step, theta, drawn)
+        result["velocity_error"] = velocity_error(pipe, theta, toy).relative            # over TIMES
         if cell.method in KEPT:
             keep(cell, thetas.theta, folder)
     result["seconds"] = round(time.time() - begun, 1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, only_with_token
 from purecc_min.concept import TOKEN, Batch, EncodedConcept, Texts, noised
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states
 from purecc_min.measure.draw import Pictures
@@ -40,7 +40,7 @@ from purecc_min.train import TrainConfig, generator_for
 from tinyflow.flow import sample_times, squared_error
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reader
-from tinyflow.pipeline import Pipeline, Text, in_one_batch
+from tinyflow.pipeline import Pipeline, Text, Velocity, in_one_batch
 
 IMAGINED = 32                                    # scenes that the base model imagines
 BINS, DECAY = 10, 0.9                            # of "lambda* of t"
@@ -61,7 +61,7 @@ class Setup:
 class NoAdapters(nn.Module):
     """In place of a LoRA, in a branch that has Y alone."""
 
-    def attached(self, l: int, block: nn.Module):
+    def attached(self, l: int, block: nn.Module, slots: Tensor):
         return contextlib.nullcontext()
 
 
@@ -228,11 +228,21 @@ class Method:
     trains: str = "adapters"                     # and Y; or "embeddings" alone, or the whole "model" and Y
     theta_1: str = ""                            # "frozen": the extractor of stage 1; "joint": trained along
     made_anew: bool = False                      # True: `loss` makes a run's own loss, loss(setup, config)
+    where: str = "everywhere"                 # its adapters act there, or at the "token" (purecc_min/lora.py)
+    teacher: str = "LoRA"                        # the method that teaches its frozen extractor
+    without_token: str = "adapted"               # who answers guidance's empty text: the adapted, the "base"
+                                                 # model; "off": the base model answers all texts without [V]
 
     @property
     def stage(self) -> int:
         """The stage of Algorithm 1 whose draws it uses: stage 2 follows a frozen extractor."""
         return 2 if self.theta_1 == "frozen" else 1
+
+    def as_sampled(self, thetas: Thetas) -> tuple[Velocity, dict]:
+        """The velocity that is followed in sampling, and options for Pipeline.sample."""
+        if self.without_token == "off":
+            return only_with_token(thetas.theta, thetas.theta_0), {}
+        return thetas.theta, {"theta_null": thetas.theta_0} if self.without_token == "base" else {}
 
     def loss_for(self, setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
         return self.loss(setup, config) if self.made_anew else self.loss
@@ -249,7 +259,7 @@ Y_RATES = tuple(dict(embedding_learning_rate=rate) for rate in (0.02, 0.1, 0.5))
 PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
 RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
 ANCHOR_TRIES = (RATES[1] | dict(eta=1.0), RATES[1] | dict(eta=5.0), RATES[2] | dict(eta=1.0))
-THETA_1_SETTINGS = dict(learning_rate=2e-3)      # of the LoRA that is the frozen extractor of every method
+THETA_1_SETTINGS = {"LoRA": dict(learning_rate=2e-3), "bound": dict(learning_rate=4e-3)}     # of extractors
 METHODS = {
     "DreamBooth": Method("L_CC on every weight of a copy", l_cc, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
     "DreamBooth + prior": Method("DreamBooth, and L_CC on the base model's own pictures of the class",
@@ -290,6 +300,36 @@ FURTHER = {
 }
 
 
+
+
+def bound(about: str, loss: Callable, settings: dict, tries: tuple[dict, ...] = (), **more) -> Method:
+    """A method whose adapters act at [V] alone, so that who answers the empty text makes no difference."""
+    return Method(about, loss, settings, tries, where="token", without_token="base", **more)
+
+
+BOUND_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
+BOUND_ETAS = tuple(dict(learning_rate=4e-3, eta=eta) for eta in (0.1, 0.3, 1.0))
+BINDING = {
+    "LoRA, base's empty text": Method("LoRA, with guidance's empty text from the base model", l_cc, RATES[2],
+                                      without_token="base"),
+    "LoRA switched off": Method("the same weights, switched off for every text without [V]", l_cc, RATES[2],
+                                without_token="off"),
+    "anchor, base's empty text": Method("LoRA + anchor, with the empty text from the base model", anchored,
+                                        ANCHOR_TRIES[2], without_token="base"),
+    "paper, base's empty text": Method("PureCC, with the empty text from the base model", paper, RATES[2],
+                                       theta_1="frozen", without_token="base"),
+    "bound": bound("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[0], BOUND_RATES),
+    "bound paper, eta 1": bound("the paper's objective on such adapters", paper, BOUND_ETAS[2], BOUND_ETAS,
+                                theta_1="frozen", teacher="bound"),
+    "bound paper, eta 0.3": bound("the same with another eta", paper, BOUND_ETAS[1], theta_1="frozen",
+                                  teacher="bound"),
+    "bound paper, eta 0.1": bound("the same with another eta", paper, BOUND_ETAS[0], theta_1="frozen",
+                                  teacher="bound"),
+    "bound paper, LoRA's extractor": bound("eta 1, with an extractor that acts everywhere", paper,
+                                           BOUND_ETAS[2], theta_1="frozen"),
+}
+
+
 def start(method: Method, pipe: Pipeline, data: EncodedConcept, config: TrainConfig,
           theta_1: Branch | None) -> Branch:
     """What the method trains, before the first step.
@@ -302,7 +342,7 @@ def start(method: Method, pipe: Pipeline, data: EncodedConcept, config: TrainCon
         return WholeModel(pipe, ConceptEmbeddings(Y))
     if method.trains == "embeddings":
         return Branch(pipe, NoAdapters(), ConceptEmbeddings(Y))
-    theta = Branch.fresh(pipe, Y, config.rank, generator)
+    theta = Branch.fresh(pipe, Y, config.rank, generator, method.where)
     if method.theta_1 == "joint":
         theta = Joint(theta, Branch.fresh(pipe, Y, config.rank, generator))
     return theta

@@ -6,6 +6,7 @@
                comes from (Sec. 14)
     factors    one thing at a time changed on one held-out concept: what is shared, captions, references, rank
     further    experiments of ours, on the tuning concepts
+    binding    adapters that act at [V] alone beside those that act everywhere, three seeds
 
 Read next: workers.py.
 """
@@ -14,14 +15,16 @@ import itertools
 from typing import Iterable
 
 from purecc_min.benchmark.cells import Cell
-from purecc_min.benchmark.methods import ABLATIONS, FURTHER, METHODS
+from purecc_min.benchmark.methods import ABLATIONS, BINDING, FURTHER, METHODS
 from purecc_min.measure.toy import CONCEPTS, HELD_OUT, TUNING
 
-SEEDS = {"tuning": 1, "main": 5, "claims": 3, "factors": 3, "further": 1}
+SEEDS = {"tuning": 1, "main": 5, "claims": 3, "factors": 3, "further": 1, "binding": 3}
 ABLATED = "checked_cat"
 VARIANTS = [name for name in CONCEPTS if name.startswith(f"{ABLATED},")]
 RANKS = (1, 16)
 QUICK = dict(concepts=("checked_cat", "blueprint"), methods=("DreamBooth", "LoRA", "LoRA + anchor", "paper"))
+UNBOUND = ("LoRA", "paper", "embeddings alone")                  # as in the main part
+PASSES = (("steps", 600),)                       # as many passes as 200 steps of the paper's two stages
 COMPARED = ("LoRA", "LoRA + anchor", "embeddings alone", "paper", "not detached", "untouched v_original")
 
 
@@ -40,9 +43,11 @@ def plan(part: str, quick: bool = False, methods: Iterable[str] = (),
     """
     seeds = range(1 if quick else SEEDS[part])
     if part == "tuning":
-        cells = [Cell(concept, name, 0, tuple(settings.items()))
-                 for name, method in METHODS.items() for settings in method.tries for concept in TUNING]
-        return cells + ends(TUNING)
+        cells = ends(TUNING)
+        for name, method in (METHODS | BINDING).items():
+            cells += [Cell(concept, name, 0, tuple(settings.items()))
+                      for settings in method.tries for concept in TUNING]
+        return cells
     if part == "main":
         methods = methods or (QUICK["methods"] if quick else METHODS)
         concepts = concepts or (QUICK["concepts"] if quick else HELD_OUT)
@@ -51,6 +56,12 @@ def plan(part: str, quick: bool = False, methods: Iterable[str] = (),
     if part == "claims":
         return plan("main") + [Cell(ABLATED, name, seed, on_the_way=False)
                                for seed in seeds for name in ABLATIONS]
+    if part == "binding":
+        cells = ends(HELD_OUT)
+        for seed, concept in itertools.product(seeds, HELD_OUT):
+            cells += [Cell(concept, name, seed) for name in (*UNBOUND, *BINDING)]
+            cells += [Cell(concept, name, seed, PASSES) for name in ("LoRA, base's empty text", "bound")]
+        return cells
     if part == "further":
         names = (*COMPARED, *FURTHER)
         return ends(TUNING) + [Cell(concept, name, seed, on_the_way=False)

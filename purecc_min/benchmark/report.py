@@ -31,6 +31,9 @@ from purecc_min.benchmark.tables import (
 from purecc_min.measure.measures import MEASURES
 from tinyflow.weights import write_whole
 
+DRAWN = ("nothing", "perfect", "LoRA, base's empty text", "LoRA switched off", "anchor, base's empty text",
+         "embeddings alone", "paper, base's empty text", "bound", "bound steps=600", "bound paper, eta 1")
+
 
 def write_data(results: Results, part: str, folder: Path) -> None:
     """results.json keeps everything to five digits, results.csv has a row for each snapshot."""
@@ -71,6 +74,11 @@ def main_text(results: Results) -> str:
                         equal_fidelity(results), terms_table(results)])
 
 
+def binding_text(results: Results) -> str:
+    """The binding part's two tables; the second compares along fronts, with bound L_CC as the reference."""
+    return "\n\n".join([methods_table(grouped(results)), equal_fidelity(results, "bound")])
+
+
 def by_concept(results: Results) -> str:
     """One table for all concepts, for the parts that compare within a concept."""
     groups = {}
@@ -88,11 +96,13 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
     """
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table}
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "binding": binding_text}
     text = tables.get(part, by_concept)(results)
     write_whole(folder / part / "table.md", (text + "\n").encode())
-    if part == "main":
+    if part == "binding":
+        results = [result for result in results if name_of(result) in DRAWN]
+    if part in ("main", "binding"):
         fronts(results, folder / part / "fronts.png")
-        if not shipped:
-            draw_figures(results, folder)
+    if part == "main" and not shipped:
+        draw_figures(results, folder)
     return text

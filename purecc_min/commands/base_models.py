@@ -7,7 +7,7 @@
 All are one class, tinyflow.pipeline.Pipeline, and are trained by the same lines.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +29,18 @@ class BaseModel:
 
 PAPERS = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
 PUBLIC = BaseModel(True, PAPERS, size=512, variants=8)
+TINY = {"embeddings": dict(embedding_learning_rate=0.5),    # what a method wants otherwise in the tiny world;
+        "bound": dict(learning_rate=4e-3),                       # chosen on the benchmark's tuning concepts
+        "bound-paper": dict(learning_rate=4e-3)}
 BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(), size=32, variants=1),
                "sd3.5-medium": PUBLIC,
                "sd3-medium": PUBLIC}
+
+
+def training_for(name: str, method: str) -> TrainConfig:
+    """The settings that suit a base model and a method."""
+    model = BASE_MODELS[name]
+    return model.training if model.public else replace(model.training, **TINY.get(method, {}))
 
 
 def check_base_model(name: str, weights: Path | None, size: int) -> None:

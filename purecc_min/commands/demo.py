@@ -1,9 +1,8 @@
 """The demo: one concept, learned by a plain LoRA and by PureCC, drawn side by side and measured.
 
 Both start from the same extractor (stage 1) and the same embeddings, take the same steps on the same draws,
-and differ in
-one thing, their loss: L_CC alone against L_PCC. The same with more methods, concepts and seeds is in
-    benchmark/.
+and differ in one thing, their loss: L_CC alone against L_PCC. Guidance's empty text is answered by the base
+model in both. The same with more methods, concepts and seeds is in benchmark/.
 """
 
 import json
@@ -34,8 +33,7 @@ WITH_TOKEN = ["a small [V] {} on the left in the snow", "a big [V] {} on the rig
               "a small [V] {} on the right in the room"]
 WITHOUT_TOKEN = ["a big {} on the left in the snow", "a big green cat on the right on the beach",
                  "a small red house in the middle at night"]
-METHODS = {"plain LoRA": l_cc, "PureCC": paper}
-FILES = {"plain LoRA": "lora", "PureCC": "purecc"}
+LOSSES = {"plain LoRA": ("lora", l_cc), "PureCC": ("paper", paper)}      # row -> its files' name, its loss
 
 
 def unseen_texts(class_word: str) -> list[str]:
@@ -43,10 +41,14 @@ def unseen_texts(class_word: str) -> list[str]:
 
 
 def draw_sheet(pipe: Pipeline, concept: ConceptSet, thetas: dict[str, Branch], texts: list[str],
-               path: Path) -> None:
-    """Rows: references, the original model with the base texts, each theta with the complete ones."""
+               path: Path, **options) -> None:
+    """Rows: references, the original model with the base texts, each theta with the complete ones.
+
+    Args:
+        options: for Pipeline.sample.
+    """
     def pictures(theta: Branch | None, texts: list[str]) -> list[np.ndarray]:
-        return list(pipe.decode_images(draw(pipe, theta, texts, concept.class_word)))
+        return list(pipe.decode_images(draw(pipe, theta, texts, concept.class_word, **options)))
 
     rows = [("references", [r.picture for r in concept.references][:len(texts)]),
             ("original model, base text", pictures(None, [base_text(text) for text in texts]))]
@@ -54,14 +56,15 @@ def draw_sheet(pipe: Pipeline, concept: ConceptSet, thetas: dict[str, Branch], t
     sheet(rows, [(1, texts)], side=min(256, max(128, pipe.picture_size))).save(path)
 
 
-def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, thetas: dict[str, Branch]) -> dict[str, dict]:
-    """The measures of each theta, by name, behind a progress bar."""
+def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, thetas: dict[str, Branch],
+           **options) -> dict[str, dict]:
+    """The measures of each theta, by name, behind a progress bar. options: for Pipeline.sample."""
     reader, references = Reader.shipped(), np.stack([r.picture for r in concept.references])
     count, results = count_pictures(toy) * (len(thetas) + 1) - PLAIN, {}
     with tqdm(total=count, desc=f"{'drawing':24s}", unit="picture") as bar:
         original = draw_groups(pipe, None, toy, bar=bar)
         for name, theta in thetas.items():
-            custom = draw_groups(pipe, theta, toy, bar=bar)
+            custom = draw_groups(pipe, theta, toy, bar=bar, **options)
             results[name] = measure(pipe, reader, theta, toy, references, original, custom)
     return results
 
@@ -71,20 +74,22 @@ def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_
     concepts and the logs in `folder`, and prints the table.
     """
     begun, concept = time.time(), load_concept(FOLDER / toy, CONCEPTS[toy].class_word, pipe.picture_size)
-    claim(folder, concept, config, f"tiny at {pipe.picture_size} px")
+    claim(folder, concept, config, "demo", f"tiny at {pipe.picture_size} px")
     data = encode(pipe, concept)
 
     theta_1, rows = stage_1(pipe, data, config, folder)
     follow("stage 1: extractor", rows, config.steps)
     theta_1.requires_grad_(False)
-    facts, thetas = concept_facts(concept.class_word, config, "tiny", pipe.picture_size), {}
-    for name, method in METHODS.items():
-        thetas[name], rows = stage_2(pipe, theta_1, data, config, folder, method, FILES[name])
+    thetas = {}
+    for name, (file, loss) in LOSSES.items():
+        thetas[name], rows = stage_2(pipe, theta_1, data, config, folder, loss, file)
         follow(f"stage 2: {name}", rows, config.steps)
-        thetas[name].save(folder / f"{FILES[name]}-concept.safetensors", {**facts, "method": method.__name__})
+        facts = concept_facts(concept.class_word, config, file, "tiny", pipe.picture_size)
+        thetas[name].save(folder / f"{file}-concept.safetensors", facts)
 
-    draw_sheet(pipe, concept, thetas, unseen_texts(concept.class_word), folder / "comparison.png")
-    results = assess(pipe, CONCEPTS[toy], concept, thetas)
+    null = dict(theta_null=pipe.velocity)        # guidance's empty text is the base model's in every row
+    draw_sheet(pipe, concept, thetas, unseen_texts(concept.class_word), folder / "comparison.png", **null)
+    results = assess(pipe, CONCEPTS[toy], concept, thetas, **null)
     write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     write_whole(folder / "table.md", (table(results) + "\n").encode())
     print(f"\n{table(results)}\n\n{folder}/comparison.png shows both, side by side; {folder}/ holds the "

@@ -1,7 +1,8 @@
 """A learned concept for other programs.
 
     export_lora           the adapters, as a LoRA file for diffusers and ComfyUI (alpha = rank, scale 1)
-    attach_embeddings     what no LoRA file can carry: the embeddings Y^l, put into a diffusers pipeline
+    attach_concept        what no LoRA file can carry, put into a diffusers pipeline by hooks: the embeddings
+                          Y^l, and adapters that act at [V] alone
 
 A client that loads the LoRA alone, with the class word in [V]'s place, draws with theta_2's adapters but
 without its Y. The page tinyflow/sd3/README.md shows both at work.
@@ -12,8 +13,10 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from purecc_min.lora import key_of
 from tinyflow.errors import InputError
 from tinyflow.sd3.layouts import DIFFUSERS, mmdit_layers
 from tinyflow.weights import load_tensors, save_tensors
@@ -32,6 +35,10 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
     if facts.get("base", "tiny") == "tiny":
         raise InputError(f"{concept}: learned on the tiny base model, which no other program has; "
                          "only concepts on public weights are exported")
+    if facts.get("where") == "token":
+        raise InputError(f"{concept}: its adapters act where [V] stands and nowhere else; a LoRA file cannot "
+                         "say so, and other programs would use them everywhere; for diffusers there is "
+                         "attach_concept (tinyflow/sd3/README.md)")
     names = mmdit_layers(DIFFUSERS, depth=len(tensors["embeddings.Y"]))
     exported, targets = {}, set()
     for name, tensor in tensors.items():
@@ -47,26 +54,56 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
 
 
 @contextlib.contextmanager
-def attach_embeddings(transformer: torch.nn.Module, concept: str | Path, slots: Tensor):
-    """Within this context diffusers' SD3Transformer2DModel sees Y^l in the slots at the input of every
-    block l (Eq. 7).
+def attach_concept(transformer: torch.nn.Module, concept: str | Path, slots: Tensor, copies: int = 1):
+    """Within this context diffusers' SD3Transformer2DModel knows the concept: at the slots, Y^l stands at
+    the input of every block l (Eq. 7), and bound adapters change the keys and values. (A concept's other
+    adapters are loaded by load_lora_weights.)
 
     Args:
-        slots: [B, T] bool, True at [V]'s positions among the text tokens, as
-            tinyflow.sd3.load.load_tokenizer reports them; a row for every row of the transformer's batch.
-            With guidance the empty prompt comes first, and its row is all False.
+        slots: [R, T], not 0 at [V]'s positions among the text tokens, as tinyflow.sd3.load.load_tokenizer
+            reports them for the R texts of a batch. With guidance the empty text is the first of them.
+        copies: pictures of each text in a batch (num_images_per_prompt).
+    Raises: InputError if concept, slots and transformer do not go together; at once where that can be seen,
+        otherwise when the transformer is called.
     """
-    Y = load_tensors(concept, "concept")[0]["embeddings.Y"]
+    tensors, facts = load_tensors(concept, "concept")
+    Y, blocks = tensors["embeddings.Y"], transformer.transformer_blocks
+    if len(Y) != len(blocks):
+        raise InputError(f"{concept}: learned on {len(Y)} blocks, and this transformer has {len(blocks)}; "
+                         "use the base model that it was learned on")
+    named = (slots > 0).any(1)                                                          # [R]
+    if named[0] and not named.all():
+        raise InputError("slots: the first text names the concept and another does not; with guidance the "
+                         "empty text comes first")
+    mask = (slots > 0).repeat_interleave(copies, dim=0)[..., None]                      # [B, T, 1]
 
-    def hook_for(l: int):
+    def check(c: Tensor) -> None:
+        if c.shape[:2] != mask.shape[:2]:
+            raise InputError(f"slots: the transformer was given {c.shape[0]} texts of {c.shape[1]} tokens, "
+                             f"and the slots are of {mask.shape[0]} texts of {mask.shape[1]}; give one row "
+                             "for each text of a batch, the empty one for guidance first, and "
+                             "copies=num_images_per_prompt")
+
+    def put_Y(l: int):
         def replace(block: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
             c = named["encoder_hidden_states"]                                          # [B, T, D]
-            c = torch.where(slots.to(c.device)[..., None], Y[l].to(c), c)
-            return inputs, {**named, "encoder_hidden_states": c}
+            check(c)
+            return inputs, {**named, "encoder_hidden_states": torch.where(mask.to(c.device), Y[l].to(c), c)}
         return replace
 
-    hooks = [block.register_forward_pre_hook(hook_for(l), with_kwargs=True)
-             for l, block in enumerate(transformer.transformer_blocks)]
+    def add_adapter(A: Tensor, B: Tensor):
+        def add(layer: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            x = inputs[0]
+            return output + mask.to(x.device) * F.linear(F.linear(x, A.to(x)), B.to(x))
+        return add
+
+    hooks = [block.register_forward_pre_hook(put_Y(l), with_kwargs=True) for l, block in enumerate(blocks)]
+    if facts.get("where") == "token":
+        for l, block in enumerate(blocks):
+            for ours, theirs in (("to_k", block.attn.add_k_proj), ("to_v", block.attn.add_v_proj)):
+                key = key_of(l, f"attention.text.{ours}")
+                adapter = add_adapter(tensors[f"lora.A.{key}"], tensors[f"lora.B.{key}"])
+                hooks.append(theirs.register_forward_hook(adapter))
     try:
         yield
     finally:

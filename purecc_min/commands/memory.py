@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, Texts, noised
-from purecc_min.methods import Method, Thetas, l_cc, paper
+from purecc_min.methods import METHODS, Method, Thetas, l_cc
 from purecc_min.train import TrainConfig, optimizer_for
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
@@ -105,13 +105,13 @@ class Memory(NamedTuple):
 @cache
 def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, checkpointing: bool = False,
             tokens: int = TOKENS, autoencoder: VAEConfig = VAEConfig(), dtype: torch.dtype = torch.bfloat16,
-            device: str = "meta", method: Method = paper) -> Memory:
+            device: str = "meta", method: Method = METHODS["paper"]) -> Memory:
     """The memory of a training step.
 
     Args:
         train: its batch, rank and eta count. size: px. tokens: of a text. dtype: of the transformer.
         device: on "cpu" or "cuda" the same step really runs, which checks the count.
-        method: the loss of stage 2.
+        method: what is learned how. A method without an extractor has stage 1 alone.
     """
     with flash_attention(), PeakMemory() as memory:
         with torch.device(device):
@@ -125,19 +125,20 @@ def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, 
             pictures = memory.peak - weights
 
             pipe = Pipeline(None, None, mmdit, codec, size)                        # it encodes no texts
-            branches = [Branch.fresh(pipe, torch.zeros(config.depth, config.width), train.rank)
-                        for _ in range(stage)]
+            branches = [Branch.fresh(pipe, torch.zeros(config.depth, config.width), train.rank,
+                                     where=method.where) for _ in range(stage)]
+            branches[-1].lora.requires_grad_(method.adapters)
             adapters = memory.now - weights
         theta_1, theta = branches[0], branches[-1]
         optimizer = optimizer_for(theta, train)
         for parameter in theta.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()                                                           # makes the moments
         before = memory.peak = memory.now
 
         data, batch = empty_data(config, train, latent, tokens, device)            # data stays on the card
-        method = l_cc if stage == 1 else method
-        loss, _ = method(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
+        loss_of_step = l_cc if stage == 1 and method.extractor else method.loss
+        loss, _ = loss_of_step(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
         optimizer.zero_grad()
         loss.backward()
     return Memory(weights, adapters, before - weights - adapters, memory.peak - before, pictures)
@@ -167,38 +168,43 @@ def gigabytes(size: int) -> str:
 
 
 def memory_table(config: MMDiTConfig) -> str:
-    """What the stages of SD3.5 need, in Markdown."""
+    """What SD3.5 needs, in Markdown: a LoRA, the paper's second stage, and both bound to [V]."""
     names = " | ".join(Memory._fields)
-    lines = [f"| stage | px | batch | gradient checkpointing | {names} | total (GB) |", "|" + "---|" * 10]
-    cases = list(product((1, 2), (512, 1024), (1, 2), (False, True)))
-    for stage, size, batch, checkpointing in tqdm(cases, desc="dry runs", leave=False):
-        memory = dry_run(config, TrainConfig(batch=batch), size, stage, checkpointing)
+    lines = [f"| method | px | batch | gradient checkpointing | {names} | total (GB) |", "|" + "---|" * 10]
+    cases = list(product(("lora", "paper", "bound", "bound-paper"), (512, 1024), (1, 2), (False, True)))
+    for name, size, batch, checkpointing in tqdm(cases, desc="dry runs", leave=False):
+        method, train = METHODS[name], TrainConfig(batch=batch)
+        stage = 2 if method.extractor else 1
+        memory = dry_run(config, train, size, stage, checkpointing, method=method)
         numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*memory, memory.total))
-        lines.append(f"| {stage} | {size} | {batch} | {'on' if checkpointing else 'off'} | {numbers} |")
+        lines.append(f"| {name} | {size} | {batch} | {'on' if checkpointing else 'off'} | {numbers} |")
     lines += ["", f"Each total holds {gigabytes(OVERHEAD)} for CUDA's context and the allocator, an "
-                  "assumption, and the larger of a step and of pictures, which never meet."]
+                  "assumption, and the larger of a step and of pictures, which never meet. The stage of a "
+                  "method that needs most is shown; an extractor's own stage is that of lora or bound."]
     return "\n".join(lines)
 
 
-def fit(config: MMDiTConfig, train: TrainConfig, size: int, free: int) -> bool:
-    """How stage 2, which needs more than stage 1, fits into `free` bytes: False as it is, True with
+def fit(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, free: int) -> bool:
+    """How a method's last stage, which needs most, fits into `free` bytes: False as it is, True with
     checkpointing.
 
     Args:
-        free: what the card has before this program touches it. As torch.cuda.mem_get_info() tells it,
-            CUDA's context is already taken off, and it is counted once more in OVERHEAD: that errs on the
-            safe side.
-    Raises: InputError that names the next smaller option if stage 2 fits in neither way.
+        free: what the card has before this program touches it. As torch.cuda.mem_get_info() tells it, CUDA's
+            context is already taken off, and it is counted once more in OVERHEAD: that errs on the safe side.
+    Raises: InputError that names the next smaller option if it fits in neither way.
     """
+    stage = 2 if method.extractor else 1
+
     def need(batch: int, size: int, checkpointing: bool = True) -> int:
-        return dry_run(config, replace(train, batch=batch), size, checkpointing=checkpointing).total
+        train_less = replace(train, batch=batch)
+        return dry_run(config, train_less, size, stage, checkpointing=checkpointing, method=method).total
 
     if need(train.batch, size, checkpointing=False) <= free:
         return False
     least = need(train.batch, size)
     if least <= free:
         return True
-    problem = (f"stage 2 at {size} px, batch {train.batch} needs {gigabytes(least)} with gradient "
+    problem = (f"stage {stage} at {size} px, batch {train.batch} needs {gigabytes(least)} with gradient "
                f"checkpointing and the card has {gigabytes(free)}")
     batches, sizes = range(1, train.batch), range(SMALLEST, size, 64)
     fitting = bisect_right(batches, free, key=lambda batch: need(batch, size))
@@ -220,14 +226,15 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def plan(config: MMDiTConfig, train: TrainConfig, size: int, device: torch.device) -> bool:
+def plan(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, device: torch.device) -> bool:
     """Prints what learning will need, before anything is loaded. Returns whether with gradient checkpointing.
 
     Raises: InputError as `fit` does.
     """
     free = free_memory(device)
-    checkpointing = fit(config, train, size, free)
-    memory = dry_run(config, train, size, checkpointing=checkpointing)
+    checkpointing = fit(config, train, size, method, free)
+    stage = 2 if method.extractor else 1
+    memory = dry_run(config, train, size, stage, checkpointing=checkpointing, method=method)
     parts = ", ".join(f"{name} {gigabytes(part)}" for name, part in memory._asdict().items())
     switch = "on" if checkpointing else "off"
     print(f"memory: {gigabytes(memory.total)} of {gigabytes(free)} with gradient checkpointing {switch} "

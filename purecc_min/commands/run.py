@@ -20,11 +20,11 @@ from tinyflow.errors import InputError
 from tinyflow.weights import write_whole
 
 
-def claim(folder: Path, concept: ConceptSet, config: TrainConfig, base_model: str) -> None:
+def claim(folder: Path, concept: ConceptSet, config: TrainConfig, method: str, base_model: str) -> None:
     """Makes `folder` this run's, or checks that it already is. Raises InputError if it is another's."""
     texts = {r.id: [r.complete, r.base, r.target] for r in concept.references}
     run = {"base": base_model, "class_word": concept.class_word, "references": texts,
-           "config": asdict(config)}
+           "method": method, "config": asdict(config)}
     file = folder / "run.json"
     if file.exists():
         try:

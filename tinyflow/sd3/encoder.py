@@ -32,7 +32,7 @@ class SD3Tokenizer:
         """Returns all ids side by side [B, 77 + 77 + 256], and the slots of the text stream [B, 77 + 256]."""
         (ids_l, slots), (ids_g, _) = self.clip_l(texts, stand_ins), self.clip_g(texts, stand_ins)
         zeros = torch.zeros(len(texts), 256, dtype=torch.long)
-        ids_t5, slots_t5 = self.t5(texts, stand_ins) if self.t5 else (zeros, zeros.bool())
+        ids_t5, slots_t5 = self.t5(texts, stand_ins) if self.t5 else (zeros, zeros)
         return torch.cat([ids_l, ids_g, ids_t5], dim=1), torch.cat([slots, slots_t5], dim=1)
 
 

@@ -85,12 +85,13 @@ class SlotTokenizer:
     def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
         """Args:
             stand_ins: placeholder -> the words that are encoded in its place, e.g. {"[V]": "teddy bear"}.
-        Returns: ids [B, length], and slots [B, length] bool, True at each stand-in's last token. Long texts
-            are cut, and their end token is kept.
+        Returns: ids [B, length], and slots [B, length]: n at the last token of the n-th placeholder's
+            stand-in, else 0. Long texts are cut, and their end token is kept.
         Raises: InputError for a placeholder that is glued to a letter, or that stands where its text is cut.
         """
+        numbers = {placeholder: n for n, placeholder in enumerate(stand_ins or {}, start=1)}
         ids = torch.full((len(texts), self.length), self.pad)
-        slots = torch.zeros(ids.shape, dtype=torch.bool)
+        slots = torch.zeros_like(ids)
         for row, text in enumerate(texts):
             written, found = write_stand_ins(text, stand_ins or {})
             if re.search("[\ud800-\udfff]", written):
@@ -102,7 +103,7 @@ class SlotTokenizer:
                     raise InputError(f"the placeholder {placeholder!r} in {shortened(text)} is token "
                                      f"{position + 1}, but a text is cut to {self.length} with the end "
                                      "token; shorten it, or name the placeholder earlier")
-                slots[row, position] = True
+                slots[row, position] = numbers[placeholder]
             tokens = [*tokens[:self.length - 1], self.end]
             ids[row, :len(tokens)] = torch.tensor(tokens)
         return ids, slots

@@ -9,7 +9,6 @@ reader sees one object. TOGETHER means that both sets of adapters are attached a
 that knows both; APART means that each region uses its own.
 """
 
-import contextlib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -22,16 +21,15 @@ from torch import Tensor
 
 from purecc_min.benchmark.cells import SAMPLING_STEPS, Cell, learned, set_up
 from purecc_min.benchmark.tables import markdown, mean_and_interval
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, velocity_with
 from purecc_min.concept import TOKEN
 from purecc_min.measure.measures import sees
 from purecc_min.measure.toy import CONCEPTS
 from tinyflow.errors import report_errors
 from tinyflow.flow import euler, guide, noise_for
-from tinyflow.mmdit import Block
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reader
-from tinyflow.pipeline import Pipeline
+from tinyflow.pipeline import Pipeline, in_one_batch
 from tinyflow.weights import write_whole
 
 SECOND = "[W]"                                   # the second concept's name in a text
@@ -42,36 +40,19 @@ Field = Callable[[Tensor, Tensor], Tensor]       # (x, t) -> velocity, guided
 Drawn = tuple[dict[str, Tensor], Tensor]         # what the reader sees, bool [12, .] by name; the pictures
 
 
-def slots_of(pipe: Pipeline, texts: list[str], token: str, words: dict[str, str]) -> Tensor:
-    """[B, T] bool: where one placeholder stands, the others being read as words."""
-    for other in words.keys() - {token}:
-        texts = [text.replace(other, words[other]) for text in texts]
-    return pipe.encode_text(texts, {token: words[token]}).slots
-
-
-def field_for(pipe: Pipeline, texts: list[str], words: dict[str, str], thetas: dict[str, Branch],
-              attached: list[Branch]) -> Field:
+def field_for(pipe: Pipeline, texts: list[str], words: dict[str, str], thetas: list[Branch]) -> Field:
     """The guided velocity for `texts`.
 
     Args:
         words: placeholder -> the word that the text encoder reads there.
-        thetas: placeholder -> the branch whose embeddings stand there.
-        attached: the branches whose adapters are in use.
+        thetas: the n-th stands at the n-th placeholder; the adapters of one more are merely attached. Without
+            any, the base model draws.
     """
-    texts = [""] * len(texts) + texts
-    encoded = pipe.encode_text(texts, words)
-    slots = {token: slots_of(pipe, texts, token, words) for token in thetas}
-
-    def visit(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
-        for token, theta in thetas.items():
-            c = theta.embeddings(l, c, slots[token])
-        with contextlib.ExitStack() as stack:
-            for theta in attached:
-                stack.enter_context(theta.lora.attached(l, block))
-            return block(x, c, vec)
+    text, null = pipe.encode_text(texts, words), pipe.encode_text([""] * len(texts))
+    theta = partial(velocity_with, thetas) if thetas else pipe.velocity
 
     def field(x: Tensor, t: Tensor) -> Tensor:
-        v_null, v_text = pipe.velocity(torch.cat([x, x]), torch.cat([t, t]), encoded, visit).chunk(2)
+        v_null, v_text = in_one_batch(theta, x, t, null, text)
         return guide(v_null, v_text, pipe.guidance)
     return field
 
@@ -97,9 +78,9 @@ def two_instances(pipe: Pipeline, reader: Reader, names: tuple[str, str], thetas
     for toy, place, theta in zip(toys, ("left", "right"), thetas):
         scenes = [world.Scene(toy.class_word, "red", size, place, background) for background, size in SCENES]
         prompts, words = [toy.prompt(scene) for scene in scenes], {TOKEN: toy.class_word}
-        base.append(field_for(pipe, [prompt.base for prompt in prompts], {}, {}, []))
-        custom.append(field_for(pipe, [prompt.complete for prompt in prompts], words, {TOKEN: theta},
-                                thetas if together else [theta]))
+        others = [other for other in thetas if together and other is not theta]
+        base.append(field_for(pipe, [prompt.base for prompt in prompts], {}, []))
+        custom.append(field_for(pipe, [prompt.complete for prompt in prompts], words, [theta, *others]))
     alone = [follow(field) for field in base]
     for label, fields in (("base", base), ("custom", custom)):
         pictures = follow(beside(*fields))
@@ -113,12 +94,11 @@ def two_instances(pipe: Pipeline, reader: Reader, names: tuple[str, str], thetas
 def instance_in_style(pipe: Pipeline, reader: Reader, names: tuple[str, str], thetas: list[Branch]) -> Drawn:
     """Both concepts in one text, "[W] big [V] cat ...", both attached."""
     instance, style = (CONCEPTS[name] for name in names)
-    texts = []
-    for (background, size), place in zip(SCENES, list(world.PLACES) * 4):
-        prompt = instance.prompt(world.Scene(instance.class_word, "red", size, place, background))
-        texts.append(SECOND + prompt.complete.removeprefix("a"))
+    scenes = [world.Scene(instance.class_word, "red", size, place, background)
+              for (background, size), place in zip(SCENES, itertools.cycle(world.PLACES))]
+    texts = [SECOND + instance.prompt(scene).complete.removeprefix("a") for scene in scenes]
     words = {TOKEN: instance.class_word, SECOND: style.class_word}
-    pictures = follow(field_for(pipe, texts, words, dict(zip(words, thetas)), thetas))
+    pictures = follow(field_for(pipe, texts, words, thetas))
     reading = reader(pictures)
     values = {f"style, {names[1]}": sees(reading, style.looks)}
     for head, value in instance.looks.items():

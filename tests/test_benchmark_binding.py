@@ -1,0 +1,27 @@
+"""The benchmark's binding part: bound methods, their extractors, and who answers a text without [V]."""
+
+import torch
+
+from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, set_up, theta_1_cell, train_cell
+from purecc_min.benchmark.methods import BINDING
+
+
+def test_a_bound_method_never_moves_a_text_without_the_token(cheap, tmp_path):
+    """Neither in training nor in sampling; and a LoRA that is switched off is the base model there too."""
+    data, pipe = set_up("checked_cat").data, set_up("checked_cat").pipe
+    x_t, t = torch.randn(4, 3, 32, 32), torch.full((4,), 0.4)
+    for name in ("bound", "bound paper, eta 1", "LoRA switched off", "LoRA, base's empty text"):
+        cell = Cell("checked_cat", name, steps=2)
+        for _, thetas, _ in train_cell(cell, learn_theta_1(cell, tmp_path)):
+            pass
+        theta, options = ALL[name].as_sampled(thetas)
+        kept = torch.equal(theta(x_t, t, data.texts.base), pipe.velocity(x_t, t, data.texts.base))
+        assert kept == (name != "LoRA, base's empty text")
+        assert (options == {"theta_null": pipe.velocity}) == (name != "LoRA switched off")
+
+
+def test_a_bound_extractor_teaches_a_bound_model(cheap):
+    cells = {name: theta_1_cell(Cell("checked_cat", name)) for name in BINDING}
+    teachers = {name: cell.method for name, cell in cells.items() if cell}
+    assert teachers == {"paper, base's empty text": "LoRA", "bound paper, LoRA's extractor": "LoRA",
+                        **{f"bound paper, eta {eta}": "bound" for eta in (1, 0.3, 0.1)}}
