@@ -26,8 +26,7 @@ Training = tuple[Branch, Iterator[dict]]         # what is trained, and the loop
 
 def stage_1(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, loss: LossOfStep = l_cc,
             where: str = "everywhere", adapters: bool = True) -> Training:
-    """A branch that starts from the class word, and its loop: the extractor, or the model of a method
-    without one.
+    """A branch that starts from the class word, and its loop: the extractor, or all of a method without one.
 
     Nothing is trained before the loop is iterated over. Freeze an extractor when it is done.
 

@@ -1,10 +1,10 @@
-"""A branch: v_theta, the base model with one set of adapters and concept embeddings. theta_1 and theta_2
-are branches.
+"""A branch, v_theta: the base model with one set of adapters and concept embeddings.
 
-A branch is called like the paper's velocity: theta(x_t, t, text). `velocity_with` is the one place at which
-[V] enters the model. A learned concept is a branch in one small safetensors file: adapters, embeddings, and
-beside them the token, the class word, the settings, the seed and the versions that made it. Several concepts
-can stand in one text, each with a name of its own. Read next: objective.py.
+theta_1 and theta_2 are branches, and are called like the paper's velocity: theta(x_t, t, text).
+`velocity_with` is the one place at which [V] enters the model. A learned concept is a branch in one small
+safetensors file: adapters, embeddings, and beside them the token, the class word, the settings, the seed and
+the versions that made it. Several concepts can stand in one text, each with a name of its own. Read next:
+objective.py.
 """
 
 import contextlib
@@ -57,8 +57,7 @@ class Branch(nn.Module):
 
 
 def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-    """v(x_t | text) [B, C, H, W] of the base model with one or more concepts: branch n stands at
-    placeholder n.
+    """v(x_t | text) [B, C, H, W] of the base model with several concepts, the n-th at the n-th placeholder.
 
     Bound adapters act at the slots of their own concept. Those that act everywhere add up.
     """

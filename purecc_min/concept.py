@@ -1,5 +1,4 @@
-"""A concept as data: reference pictures with their texts, encoded once, and the noised batches that are
-made of them.
+"""A concept as data: reference pictures with their texts, encoded once, and noised batches of them.
 
     COMPLETE  "a [V] robot in the desert"          BASE  "a robot in the desert"
     TARGET    "[V] robot"                          NULL  ""
@@ -22,7 +21,7 @@ from tinyflow.pipeline import Pipeline, Text
 from tinyflow.weights import tensor_hash, text_hash
 
 TOKEN = "[V]"                                    # the new concept's name in every text
-STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])")
+STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class ConceptSet:
 
 def base_text(complete: str) -> str:
     """The complete text without [V]. A style's phrase goes too: "a cat, in [V] style" is "a cat" (Fig. 5)."""
-    return " ".join(STYLE.sub("", complete).replace(TOKEN, " ").split())
+    text = " ".join(STYLE.sub("", complete).replace(TOKEN, " ").split())
+    return re.sub(r" ([,.;!?])", r"\1", text).lstrip(",.;!? ")
 
 
 class Texts(NamedTuple):

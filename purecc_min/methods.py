@@ -1,5 +1,4 @@
-"""The methods: each is the loss of one step, and what that loss trains. They need no renderer and no
-benchmark.
+"""The methods: each is the loss of one step, and what it trains. No renderer or benchmark is needed.
 
     l_cc               the flow-matching loss alone (Eq. 3)
     paper              PureCC as the paper writes it (Eq. 8 to 15)
@@ -146,9 +145,9 @@ class Method:
     """A way to learn a concept."""
     about: str                                   # in words, for the help
     loss: LossOfStep                             # of the model that is kept
-    where: str = "everywhere"              # where its adapters act: everywhere, or at [V]'s "token" (lora.py)
+    where: str = "everywhere"                    # where its adapters act; or at [V]'s "token" alone (lora.py)
     adapters: bool = True                        # False: Y alone is trained
-    extractor: bool = False                 # True: stage 1 first makes the frozen theta_1 that the loss wants
+    extractor: bool = False                      # True: stage 1 makes the frozen theta_1 that the loss wants
 
 
 METHODS = {

@@ -2,8 +2,8 @@
 
 `train_steps` is the whole of it: draw a batch, compute the method's loss, step, yield a row of the log.
 What step k draws depends on (seed, stage, k) alone, so a run that was stopped anywhere ends bitwise where
-an uninterrupted one ends (on a CPU). `train_resumably` is the same loop with a checkpoint. Read next:
-algorithm.py.
+an uninterrupted one ends (on a CPU, for a loss that remembers nothing from step to step). `train_resumably`
+is the same loop with a checkpoint. Read next: algorithm.py.
 """
 
 import json

@@ -41,9 +41,9 @@ def sd3(tmp_path_factory):
 @pytest.fixture
 def cheap(monkeypatch):
     """These tests are about the machinery, not about pictures."""
-    from purecc_min.benchmark import cells, methods
+    from purecc_min.benchmark import cells, entries
     monkeypatch.setattr(cells, "SAMPLING_STEPS", 1)
-    monkeypatch.setattr(methods, "IMAGINED", 2)
+    monkeypatch.setattr(entries, "IMAGINED", 2)
     cells.set_up.cache_clear()
     yield
     cells.set_up.cache_clear()

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from purecc_min.benchmark import __main__ as command
-from purecc_min.benchmark import cells, methods, tables
+from purecc_min.benchmark import cells, entries, tables
 from purecc_min.benchmark.cells import ALL, RESULTS, Cell, learned, run_cell, set_up, terms_over_t, train_cell
 from purecc_min.benchmark.claims import CLOSE, Claim, claims, difference
-from purecc_min.benchmark.methods import BINDING, METHODS, start
+from purecc_min.benchmark.entries import BINDING, MAIN, start
 from purecc_min.benchmark.plans import QUICK, SEEDS, plan
 from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
 from purecc_min.branch import Branch
@@ -65,16 +65,16 @@ def after_a_step(name, tmp_path):
 
 def test_the_released_step_never_sees_the_extractors_adapters(cheap, tmp_path):
     thetas, loss, batch = after_a_step("released", tmp_path)
-    before, paper = loss(thetas, batch, 2.0)[1], methods.paper(thetas, batch, 1.0)[1]
+    before, paper = loss(thetas, batch, 2.0)[1], entries.paper(thetas, batch, 1.0)[1]
     for B in thetas.theta_1.lora.B.values():
         B.data.add_(0.1)
     assert loss(thetas, batch, 2.0)[1]["norm_R_target"] == before["norm_R_target"] and before["lambda"] == 1
-    assert methods.paper(thetas, batch, 1.0)[1]["norm_R_target"] != paper["norm_R_target"]
+    assert entries.paper(thetas, batch, 1.0)[1]["norm_R_target"] != paper["norm_R_target"]
 
 
 def test_lambda_can_be_kept_from_falling_below_a_value(cheap, tmp_path):
     thetas, loss, batch = after_a_step("lambda* at least 1", tmp_path)
-    assert loss(thetas, batch, 1.0)[1]["lambda"] >= 1 > methods.paper(thetas, batch, 1.0)[1]["lambda"]
+    assert loss(thetas, batch, 1.0)[1]["lambda"] >= 1 > entries.paper(thetas, batch, 1.0)[1]["lambda"]
 
 
 def test_asking_for_the_terms_changes_nothing(cheap, tmp_path):
@@ -97,7 +97,7 @@ def test_every_Y_has_the_embeddings_learning_rate(cheap):
     adapter and learned at another rate than the Y of every other method.
     """
     setup, config = set_up("checked_cat"), TrainConfig(learning_rate=0.25, embedding_learning_rate=0.5)
-    theta = start(METHODS["merged stages"], setup.pipe, setup.data, config, None)
+    theta = start(MAIN["merged stages"], setup.pipe, setup.data, config, None)
     others, embeddings = optimizer_for(theta, config).param_groups
     assert others["lr"] == 0.25 and embeddings["lr"] == 0.5
     assert {id(Y) for Y in embeddings["params"]} == {id(theta.embeddings.Y), id(theta.theta_1.embeddings.Y)}
@@ -137,12 +137,12 @@ def test_the_two_ends_of_the_scale(cheap, tmp_path):
 def test_the_plans_keep_tuning_and_held_out_concepts_apart():
     assert {cell.concept for cell in plan("tuning") + plan("further")} == set(TUNING)
     assert {cell.concept for cell in plan("main")} == set(HELD_OUT)
-    runs = [cell for cell in plan("main") if cell.method in METHODS]
-    assert len(runs) == len(set(runs)) == 4 * 5 * len(METHODS)
-    for part in ("tuning", "main", "claims", "factors", "further"):
+    runs = [cell for cell in plan("main") if cell.method in MAIN]
+    assert len(runs) == len(set(runs)) == 4 * 5 * len(MAIN)
+    for part in SEEDS:
         files = [cell.file for cell in set(plan(part))]
         assert len(files) == len(set(files))
-    for method in METHODS.values():              # all have the same budget
+    for method in MAIN.values():              # all have the same budget
         assert len(method.tries) == 3 and method.settings in method.tries
 
 
@@ -225,7 +225,7 @@ def test_fig_8_shows_pictures_that_the_velocities_lead_to(cheap):
     from purecc_min.benchmark.figures import follow, unseen_texts
     setup = set_up("checked_cat")
     texts, x_1 = unseen_texts(setup), noise_for([0], (3, 32, 32))
-    theta = start(METHODS["LoRA"], setup.pipe, setup.data, TrainConfig(), None)
+    theta = start(MAIN["LoRA"], setup.pipe, setup.data, TrainConfig(), None)
     x_0 = follow("v_original", theta, theta, texts, x_1)
     drawn = setup.pipe.sample(texts.base, [0], guidance=1)
     assert (x_0 - drawn).abs().max() < 1e-5
@@ -257,7 +257,7 @@ def test_two_untrained_concepts_draw_what_the_base_draws_by_region(cheap):
 
 # ---------------------------------------------------------------------------------------------------- shipped
 def test_the_shipped_results_are_whole_and_of_these_weights_and_settings():
-    for part in ("tuning", "main", "claims", "factors", "further"):
+    for part in SEEDS:
         missing = [cell.file for cell in plan(part) if cell.result(Path("nowhere"), shipped=True) is None]
         assert not missing, (part, missing[:3], len(missing))
     results = [cell.result(Path("nowhere"), shipped=True) for cell in plan("claims")]
@@ -267,7 +267,7 @@ def test_the_shipped_results_are_whole_and_of_these_weights_and_settings():
 def test_the_settings_are_those_that_won_on_the_tuning_concepts():
     results = [cell.result(Path("nowhere"), shipped=True) for cell in plan("tuning")]
     add_fidelity(results)
-    tried = {name: method for name, method in (METHODS | BINDING).items() if method.tries}
+    tried = {name: method for name, method in (MAIN | BINDING).items() if method.tries}
     for name, method in tried.items():
         means = []
         for settings in method.tries:
@@ -288,7 +288,7 @@ def test_a_method_is_added_by_the_recipe(cheap, tmp_path, monkeypatch):
     block, lines = recipe("A method of your own")
     assert lines < 30
     added = {}
-    exec(block, {**vars(methods), "METHODS": added})
+    exec(block, {**vars(entries), "MAIN": added})
     (name,) = added
     monkeypatch.setitem(ALL, name, added[name])
     assert run_cell(Cell("checked_cat", name, steps=1), tmp_path)["snapshots"]["1"].keys() == MEASURES.keys()

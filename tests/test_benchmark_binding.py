@@ -3,7 +3,7 @@
 import torch
 
 from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, set_up, theta_1_cell, train_cell
-from purecc_min.benchmark.methods import BINDING
+from purecc_min.benchmark.entries import BINDING
 
 
 def test_a_bound_method_never_moves_a_text_without_the_token(cheap, tmp_path):
@@ -24,4 +24,5 @@ def test_a_bound_extractor_teaches_a_bound_model(cheap):
     cells = {name: theta_1_cell(Cell("checked_cat", name)) for name in BINDING}
     teachers = {name: cell.method for name, cell in cells.items() if cell}
     assert teachers == {"paper, base's empty text": "LoRA", "bound paper, LoRA's extractor": "LoRA",
-                        **{f"bound paper, eta {eta}": "bound" for eta in (1, 0.3, 0.1)}}
+                        **{f"bound paper, eta {eta}": "bound" for eta in (1, 0.3, 0.1)},
+                        "bound, extractor's Y": "bound"}

@@ -158,6 +158,8 @@ def test_random_squares_lie_inside_the_picture_and_every_other_one_is_mirrored()
     ("a dog, in the style of [V]", "a dog"),
     ("a cat in [V] house", "a cat in house"),
     ("[V] big red ball", "big red ball"),
+    ("In [V] style, a cat", "a cat"),
+    ("a robot called [V], in the desert", "a robot called, in the desert"),
 ])
 def test_the_base_text_of_a_style_loses_the_whole_phrase(complete, base):
     """", in style" was once left behind: the text still asked for a style.

@@ -183,9 +183,10 @@ def test_another_direction_is_used(trained):
 
 
 def test_the_anchor_asks_the_base_text_to_stay(trained):
-    loss, log, theta_2 = try_method(trained, methods.anchored, eta=3.0)
-    torch.testing.assert_close(loss, log["loss_cc"] + 3.0 * log["loss_anchor"])
-    assert log["loss_anchor"] > 0
+    eta = 1e5                                    # the anchor is small in this random model
+    loss, log, _ = try_method(trained, methods.anchored, eta)
+    assert log["loss_anchor"] > 0 and eta * log["loss_anchor"] > 0.1 * log["loss_cc"]
+    torch.testing.assert_close(loss, log["loss_cc"] + eta * log["loss_anchor"])
     pipe, data, theta_1, _ = trained
     fresh = Branch.fresh(pipe, theta_1.embeddings.Y, 2)
     batch = draw_batch(data, CONFIG, 2, 0, pipe.shift)
@@ -276,6 +277,20 @@ def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_p
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     lines = (tmp_path / "cut" / "stage2.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("name", list(methods.METHODS))
+def test_every_method_goes_on_where_it_stopped(pipe, robot, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    rows = list(learn(pipe, robot, CONFIG, tmp_path / "whole", name))
+    for stopped_after in (2, 1):
+        started = learn(pipe, robot, CONFIG, tmp_path / "cut", name)
+        for _ in range(stopped_after):
+            next(started)
+        started.close()
+    assert len(list(learn(pipe, robot, CONFIG, tmp_path / "cut", name))) < len(rows)
+    whole, cut = (tmp_path / run / "concept.safetensors" for run in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
 
 
 def test_settings_that_make_no_sense_are_refused():

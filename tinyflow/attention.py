@@ -1,5 +1,4 @@
-"""Attention through torch's scaled_dot_product_attention (SDPA), and nothing else: no Triton, no custom
-kernels.
+"""Attention through torch's scaled_dot_product_attention (SDPA): no Triton, no custom kernels.
 
 On CUDA, SDPA picks its flash or its memory-efficient kernel by itself. `JointAttention` is the heart of an
 MMDiT block: the image tokens and the text tokens have weights of their own, and attend to each other in one

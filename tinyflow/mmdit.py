@@ -3,7 +3,7 @@
 One class, two sizes: the tiny model of the picture-book world and Stable Diffusion 3.5 Medium are two
 `MMDiTConfig`s of it. An image stream and a text stream run side by side through `depth` blocks; each has
 its own weights, and they meet in one joint attention per block. Time and the pooled text modulate every
-block (adaLN). The `visit` argument of `MMDiT.forward` is the seam at which a concept enters
+block (adaLN). The `visit` argument of `MMDiT.forward` is the place at which a concept enters
 (purecc_min/branch.py). Read next: text.py.
 """
 
@@ -32,7 +32,7 @@ class MMDiTConfig:
     context_width: int = 128                     # of the text encoder's hidden states
     pooled_width: int = 128                      # of the text encoder's pooled vector
     max_grid: int = 8                            # positions are known for max_grid x max_grid patches
-    base_grid: int = 8                           # the grid on which positions advance by one a patch
+    base_grid: int = 8                           # the grid on which a patch is one position
     qk_norm: bool = True
     dual_attention_layers: tuple[int, ...] = ()  # blocks whose image stream attends to itself a second time
 

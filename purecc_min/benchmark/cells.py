@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from purecc_min.algorithm import concept_facts
-from purecc_min.benchmark.methods import ABLATIONS, BINDING, FURTHER, METHODS, THETA_1_SETTINGS, Setup, start
+from purecc_min.benchmark.entries import ABLATIONS, BINDING, FURTHER, MAIN, THETA_1_SETTINGS, Setup, start
 from purecc_min.branch import Branch
 from purecc_min.concept import EncodedConcept, encode, noised
 from purecc_min.measure.draw import Pictures, draw_groups, perfect
@@ -43,7 +43,7 @@ SAMPLING_STEPS = 8                               # the base model draws as it is
 STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "plain": 6, "other": 6}   # pictures kept of each group
 RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file for each part
 KEPT = ("LoRA", "paper", "bound")                # methods whose concepts stay in the folder
-ALL = METHODS | ABLATIONS | FURTHER | BINDING
+ALL = MAIN | ABLATIONS | FURTHER | BINDING
 
 
 @cache

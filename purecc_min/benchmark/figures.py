@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, set_up, train_cell
-from purecc_min.benchmark.methods import Setup
+from purecc_min.benchmark.entries import Setup
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
 from purecc_min.concept import TOKEN, Batch, Texts
 from purecc_min.measure.velocities import TIMES
@@ -36,7 +36,7 @@ SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("compos
          ("plain", 1), ("other", 0), ("other", 1))     # (group, number) of the pictures in samples.png
 FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
 PAGE, INK = "#faf8f3", "#34303c"
-COLOURS = ("#b9bac4", "#8d99ae", "#c9ada7", "#2e86ab", "#3a9d5d", "#e4572e", "#e9a23b", "#7d5ba6")
+COLOURS = ("#7f8794", "#a8763e", "#d66ba0", "#2e86ab", "#3a9d5d", "#e4572e", "#e9a23b", "#7d5ba6")
 LOOK = {"figure.facecolor": PAGE, "axes.facecolor": PAGE, "savefig.facecolor": PAGE, "font.size": 9,
         "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
         "axes.titlelocation": "left", "figure.constrained_layout.use": True, "legend.frameon": False,
@@ -61,7 +61,7 @@ def fronts(results: Results, file: Path) -> None:
         errors = np.mean([r["velocity_error"] for r in own], axis=0)
         axes[-1, -1].plot(TIMES, errors, "o-", **look)
     axes[-1, -1].set(title="velocity error at the end", xlabel="t", yscale="log")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file)
     plt.close(figure)
 

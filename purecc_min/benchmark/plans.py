@@ -1,6 +1,6 @@
 """The parts of the benchmark, as lists of cells.
 
-    tuning     every method's three tries on the two tuning concepts; the best settings stand in methods.py
+    tuning     every method's three tries on the two tuning concepts; the best settings stand in entries.py
     main       every method on four held-out concepts, five seeds: the first table of README.md
     claims     the main part and the paper's ablations: lambda (Table 3), eta (Table 6), and where v_original
                comes from (Sec. 14)
@@ -15,7 +15,7 @@ import itertools
 from typing import Iterable
 
 from purecc_min.benchmark.cells import Cell
-from purecc_min.benchmark.methods import ABLATIONS, BINDING, FURTHER, METHODS
+from purecc_min.benchmark.entries import ABLATIONS, BINDING, FURTHER, MAIN
 from purecc_min.measure.toy import CONCEPTS, HELD_OUT, TUNING
 
 SEEDS = {"tuning": 1, "main": 5, "claims": 3, "factors": 3, "further": 1, "binding": 3}
@@ -44,12 +44,12 @@ def plan(part: str, quick: bool = False, methods: Iterable[str] = (),
     seeds = range(1 if quick else SEEDS[part])
     if part == "tuning":
         cells = ends(TUNING)
-        for name, method in (METHODS | BINDING).items():
+        for name, method in (MAIN | BINDING).items():
             cells += [Cell(concept, name, 0, tuple(settings.items()))
                       for settings in method.tries for concept in TUNING]
         return cells
     if part == "main":
-        methods = methods or (QUICK["methods"] if quick else METHODS)
+        methods = methods or (QUICK["methods"] if quick else MAIN)
         concepts = concepts or (QUICK["concepts"] if quick else HELD_OUT)
         cells = [Cell(concept, name, seed) for seed in seeds for concept in concepts for name in methods]
         return cells + ends(concepts)

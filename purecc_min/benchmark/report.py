@@ -32,7 +32,7 @@ from purecc_min.measure.measures import MEASURES
 from tinyflow.weights import write_whole
 
 DRAWN = ("nothing", "perfect", "LoRA, base's empty text", "LoRA switched off", "anchor, base's empty text",
-         "embeddings alone", "paper, base's empty text", "bound", "bound steps=600", "bound paper, eta 1")
+         "embeddings alone", "paper, base's empty text", "bound steps=600", "bound paper, eta 1")
 
 
 def write_data(results: Results, part: str, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The demo: one concept, learned by a plain LoRA and by PureCC, drawn side by side and measured.
 
 Both start from the same extractor (stage 1) and the same embeddings, take the same steps on the same draws,
-and differ in one thing, their loss: L_CC alone against L_PCC. Guidance's empty text is answered by the base
-model in both. The same with more methods, concepts and seeds is in benchmark/.
+and differ in one thing, their loss: L_CC alone against L_PCC. Both answer guidance's empty text themselves,
+as in training. The same with more methods, concepts and seeds is in benchmark/.
 """
 
 import json
@@ -41,14 +41,10 @@ def unseen_texts(class_word: str) -> list[str]:
 
 
 def draw_sheet(pipe: Pipeline, concept: ConceptSet, thetas: dict[str, Branch], texts: list[str],
-               path: Path, **options) -> None:
-    """Rows: references, the original model with the base texts, each theta with the complete ones.
-
-    Args:
-        options: for Pipeline.sample.
-    """
+               path: Path) -> None:
+    """Rows: references, the original model with the base texts, each theta with the complete ones."""
     def pictures(theta: Branch | None, texts: list[str]) -> list[np.ndarray]:
-        return list(pipe.decode_images(draw(pipe, theta, texts, concept.class_word, **options)))
+        return list(pipe.decode_images(draw(pipe, theta, texts, concept.class_word)))
 
     rows = [("references", [r.picture for r in concept.references][:len(texts)]),
             ("original model, base text", pictures(None, [base_text(text) for text in texts]))]
@@ -56,22 +52,23 @@ def draw_sheet(pipe: Pipeline, concept: ConceptSet, thetas: dict[str, Branch], t
     sheet(rows, [(1, texts)], side=min(256, max(128, pipe.picture_size))).save(path)
 
 
-def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, thetas: dict[str, Branch],
-           **options) -> dict[str, dict]:
-    """The measures of each theta, by name, behind a progress bar. options: for Pipeline.sample."""
+def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, thetas: dict[str, Branch]) -> dict[str, dict]:
+    """The measures of each theta, by name, behind a progress bar."""
     reader, references = Reader.shipped(), np.stack([r.picture for r in concept.references])
     count, results = count_pictures(toy) * (len(thetas) + 1) - PLAIN, {}
     with tqdm(total=count, desc=f"{'drawing':24s}", unit="picture") as bar:
         original = draw_groups(pipe, None, toy, bar=bar)
         for name, theta in thetas.items():
-            custom = draw_groups(pipe, theta, toy, bar=bar, **options)
+            custom = draw_groups(pipe, theta, toy, bar=bar)
             results[name] = measure(pipe, reader, theta, toy, references, original, custom)
     return results
 
 
 def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_robot") -> None:
-    """Learns the shipped concept twice and compares. Leaves comparison.png, table.md, results.json, the
-    concepts and the logs in `folder`, and prints the table.
+    """Learns the shipped concept twice and compares.
+
+    Leaves comparison.png, table.md, results.json, the concepts and the logs in `folder`, and prints the
+    table.
     """
     begun, concept = time.time(), load_concept(FOLDER / toy, CONCEPTS[toy].class_word, pipe.picture_size)
     claim(folder, concept, config, "demo", f"tiny at {pipe.picture_size} px")
@@ -87,9 +84,8 @@ def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_
         facts = concept_facts(concept.class_word, config, file, "tiny", pipe.picture_size)
         thetas[name].save(folder / f"{file}-concept.safetensors", facts)
 
-    null = dict(theta_null=pipe.velocity)        # guidance's empty text is the base model's in every row
-    draw_sheet(pipe, concept, thetas, unseen_texts(concept.class_word), folder / "comparison.png", **null)
-    results = assess(pipe, CONCEPTS[toy], concept, thetas, **null)
+    draw_sheet(pipe, concept, thetas, unseen_texts(concept.class_word), folder / "comparison.png")
+    results = assess(pipe, CONCEPTS[toy], concept, thetas)
     write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     write_whole(folder / "table.md", (table(results) + "\n").encode())
     print(f"\n{table(results)}\n\n{folder}/comparison.png shows both, side by side; {folder}/ holds the "

@@ -55,9 +55,10 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
 
 @contextlib.contextmanager
 def attach_concept(transformer: torch.nn.Module, concept: str | Path, slots: Tensor, copies: int = 1):
-    """Within this context diffusers' SD3Transformer2DModel knows the concept: at the slots, Y^l stands at
-    the input of every block l (Eq. 7), and bound adapters change the keys and values. (A concept's other
-    adapters are loaded by load_lora_weights.)
+    """Within this context diffusers' SD3Transformer2DModel knows the concept.
+
+    At the slots, Y^l stands at the input of every block l (Eq. 7), and bound adapters change the keys and
+    values. (Adapters that act everywhere are loaded by load_lora_weights.)
 
     Args:
         slots: [R, T], not 0 at [V]'s positions among the text tokens, as tinyflow.sd3.load.load_tokenizer

@@ -1,5 +1,4 @@
-"""What a training step needs on the card, counted before anything is loaded: the real step, run once on the
-meta device.
+"""What a training step needs on the card: the real step, run once on the meta device, before anything loads.
 
 Tensors on the meta device have shapes and dtypes but no values, so SD3.5 Medium takes seconds and no memory
 there, and `PeakMemory` sees every tensor that the step would make. It counts tensors only. What it cannot
@@ -185,8 +184,7 @@ def memory_table(config: MMDiTConfig) -> str:
 
 
 def fit(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, free: int) -> bool:
-    """How a method's last stage, which needs most, fits into `free` bytes: False as it is, True with
-    checkpointing.
+    """How a method's last stage fits into `free` bytes: False as it is, True with gradient checkpointing.
 
     Args:
         free: what the card has before this program touches it. As torch.cuda.mem_get_info() tells it, CUDA's

@@ -1,5 +1,4 @@
-"""What a training step costs: seconds and peak memory of both stages, printed as ratios to stage 1 of the
-same run.
+"""What a training step costs: seconds and peak memory, as ratios to stage 1 of the same run.
 
 Stage 2 adds to stage 1's step one prediction for the base text and a frozen one on a doubled batch, all
 without gradients. The ablations (methods.py) are timed beside it.

@@ -1,5 +1,4 @@
-"""T5's encoder, the third text encoder of SD3.5: a bidirectional transformer without biases, masks or
-absolute positions.
+"""T5's encoder, the third of SD3.5: a bidirectional transformer without biases, masks, absolute positions.
 
 The order of the words enters as a learned number for every head and every distance between two tokens, which
 is added to the attention logits. Each near distance has a bucket of its own, and far distances share buckets

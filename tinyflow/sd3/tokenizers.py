@@ -1,5 +1,4 @@
-"""The tokenizers of SD3.5: CLIP's byte-pair encoding, written out here, and T5's, read by the package
-`tokenizers`.
+"""The tokenizers of SD3.5: CLIP's byte-pair encoding, and T5's, which the package `tokenizers` reads.
 
 CLIP's tokenizer lower-cases a text and cuts it into words, single digits and runs of signs. It joins the
 bytes of each of these by the ranks in merges.txt. T5's tokenizer.json holds compiled tables that only that

@@ -1,9 +1,10 @@
 """The benchmark's methods: for each the loss of one step, what that loss trains, and its tuned settings.
 
 The losses are those of purecc_min/methods.py, and beside them, here, the ones that only experiments want.
-METHODS are the paper's method, its authors' code, and what people use instead; ABLATIONS are the paper's
-method with one part replaced; FURTHER are experiments of ours with the same pieces. README.md shows how to
-add a method. Read next: cells.py, where a method is run.
+MAIN are the paper's method, its authors' code, and what people use instead; ABLATIONS are the paper's
+method with one part replaced; FURTHER are experiments of ours with the same pieces; BINDING are adapters that
+act at [V] alone, with their rivals. README.md shows how to add a method. Read next: cells.py, where a method
+is run.
 """
 
 import contextlib
@@ -220,7 +221,7 @@ def anchored_paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:
 
 # ------------------------------------------------------------------------------------------------ the methods
 @dataclass(frozen=True)
-class Method:
+class Entry:
     about: str                                   # what it is, in words
     loss: Callable                               # (thetas, batch, eta) -> (loss, log): purecc_min/methods.py
     settings: dict = field(default_factory=dict) # for TrainConfig: the best of `tries` on the tuning concepts
@@ -248,9 +249,9 @@ class Method:
         return self.loss(setup, config) if self.made_anew else self.loss
 
 
-def follows(about: str, loss: Callable, made_anew: bool = False, **settings) -> Method:
+def follows(about: str, loss: Callable, made_anew: bool = False, **settings) -> Entry:
     """A method that follows a frozen extractor, at the learning rate that won for the paper's."""
-    return Method(about, loss, RATES[2] | settings, theta_1="frozen", made_anew=made_anew)
+    return Entry(about, loss, RATES[2] | settings, theta_1="frozen", made_anew=made_anew)
 
 
 RATES = tuple(dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3))
@@ -260,19 +261,19 @@ PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
 RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
 ANCHOR_TRIES = (RATES[1] | dict(eta=1.0), RATES[1] | dict(eta=5.0), RATES[2] | dict(eta=1.0))
 THETA_1_SETTINGS = {"LoRA": dict(learning_rate=2e-3), "bound": dict(learning_rate=4e-3)}     # of extractors
-METHODS = {
-    "DreamBooth": Method("L_CC on every weight of a copy", l_cc, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
-    "DreamBooth + prior": Method("DreamBooth, and L_CC on the base model's own pictures of the class",
+MAIN = {
+    "DreamBooth": Entry("L_CC on every weight of a copy", l_cc, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
+    "DreamBooth + prior": Entry("DreamBooth, and L_CC on the base model's own pictures of the class",
                                  PriorPreservation, PRIOR_TRIES[2], PRIOR_TRIES, trains="model",
                                  made_anew=True),
-    "embeddings alone": Method("L_CC on Y", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
-    "LoRA": Method("L_CC on adapters and Y", l_cc, RATES[2], RATES),
-    "LoRA + anchor": Method("LoRA, and the base text predicts what it predicted before (DOP)",
+    "embeddings alone": Entry("L_CC on Y", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
+    "LoRA": Entry("L_CC on adapters and Y", l_cc, RATES[2], RATES),
+    "LoRA + anchor": Entry("LoRA, and the base text predicts what it predicted before (DOP)",
                             anchored, ANCHOR_TRIES[2], ANCHOR_TRIES),
-    "paper": Method("PureCC as the paper writes it", paper, RATES[2], RATES, theta_1="frozen"),
-    "released": Method("PureCC as its authors' code does it", released, RELEASED_TRIES[2], RELEASED_TRIES,
+    "paper": Entry("PureCC as the paper writes it", paper, RATES[2], RATES, theta_1="frozen"),
+    "released": Entry("PureCC as its authors' code does it", released, RELEASED_TRIES[2], RELEASED_TRIES,
                        theta_1="frozen"),
-    "merged stages": Method("PureCC with an extractor that is trained in the same stage", merged_stages,
+    "merged stages": Entry("PureCC with an extractor that is trained in the same stage", merged_stages,
                             RATES[2], RATES, theta_1="joint"),
 }
 ABLATIONS = {
@@ -302,21 +303,21 @@ FURTHER = {
 
 
 
-def bound(about: str, loss: Callable, settings: dict, tries: tuple[dict, ...] = (), **more) -> Method:
+def bound(about: str, loss: Callable, settings: dict, tries: tuple[dict, ...] = (), **more) -> Entry:
     """A method whose adapters act at [V] alone, so that who answers the empty text makes no difference."""
-    return Method(about, loss, settings, tries, where="token", without_token="base", **more)
+    return Entry(about, loss, settings, tries, where="token", without_token="base", **more)
 
 
 BOUND_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
 BOUND_ETAS = tuple(dict(learning_rate=4e-3, eta=eta) for eta in (0.1, 0.3, 1.0))
 BINDING = {
-    "LoRA, base's empty text": Method("LoRA, with guidance's empty text from the base model", l_cc, RATES[2],
+    "LoRA, base's empty text": Entry("LoRA, with guidance's empty text from the base model", l_cc, RATES[2],
                                       without_token="base"),
-    "LoRA switched off": Method("the same weights, switched off for every text without [V]", l_cc, RATES[2],
+    "LoRA switched off": Entry("the same weights, switched off for every text without [V]", l_cc, RATES[2],
                                 without_token="off"),
-    "anchor, base's empty text": Method("LoRA + anchor, with the empty text from the base model", anchored,
+    "anchor, base's empty text": Entry("LoRA + anchor, with the empty text from the base model", anchored,
                                         ANCHOR_TRIES[2], without_token="base"),
-    "paper, base's empty text": Method("PureCC, with the empty text from the base model", paper, RATES[2],
+    "paper, base's empty text": Entry("PureCC, with the empty text from the base model", paper, RATES[2],
                                        theta_1="frozen", without_token="base"),
     "bound": bound("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[0], BOUND_RATES),
     "bound paper, eta 1": bound("the paper's objective on such adapters", paper, BOUND_ETAS[2], BOUND_ETAS,
@@ -325,12 +326,14 @@ BINDING = {
                                   teacher="bound"),
     "bound paper, eta 0.1": bound("the same with another eta", paper, BOUND_ETAS[0], theta_1="frozen",
                                   teacher="bound"),
+    "bound, extractor's Y": bound("eta 0: L_CC alone, from the same start", l_cc, dict(learning_rate=4e-3),
+                                  theta_1="frozen", teacher="bound"),
     "bound paper, LoRA's extractor": bound("eta 1, with an extractor that acts everywhere", paper,
                                            BOUND_ETAS[2], theta_1="frozen"),
 }
 
 
-def start(method: Method, pipe: Pipeline, data: EncodedConcept, config: TrainConfig,
+def start(method: Entry, pipe: Pipeline, data: EncodedConcept, config: TrainConfig,
           theta_1: Branch | None) -> Branch:
     """What the method trains, before the first step.
 
