@@ -2,7 +2,7 @@
 
     python -m purecc_min.benchmark                     the main table on the shipped base model
     python -m purecc_min.benchmark --quick             one seed, two concepts, four methods
-    python -m purecc_min.benchmark claims              another part: tuning, claims, factors, further
+    python -m purecc_min.benchmark claims              another part: binding, tuning, factors, further
     python -m purecc_min.benchmark --methods NAME      a method of your own, beside the shipped results
     python -m purecc_min.benchmark --concepts NAME     a concept of your own
 

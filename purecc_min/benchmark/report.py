@@ -2,7 +2,7 @@
 
     PART/results.json, results.csv      every measure of every snapshot of every cell
     PART/table.md                       the tables that the command prints
-    main/*.png                          figures.py says what they show
+    main/*.png, binding/fronts.png      figures.py says what they show
 
 Read next: README.md, the report on the shipped results.
 """
@@ -75,8 +75,10 @@ def main_text(results: Results) -> str:
 
 
 def binding_text(results: Results) -> str:
-    """The binding part's two tables; the second compares along fronts, with bound L_CC as the reference."""
-    return "\n\n".join([methods_table(grouped(results)), equal_fidelity(results, "bound")])
+    """The binding part's tables: the ends of training, then along fronts against three ways of bound L_CC."""
+    references = ("bound", "bound steps=600", "bound, extractor's Y")
+    return "\n\n".join([methods_table(grouped(results)),
+                        *(equal_fidelity(results, reference) for reference in references)])
 
 
 def by_concept(results: Results) -> str:
