@@ -104,12 +104,13 @@ def add_out(parser: argparse.ArgumentParser, default: str, about: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(default), help=f"{about} (%(default)s)")
 
 
+RAW = argparse.RawDescriptionHelpFormatter       # keeps the lines of a text as they are
 RUN_FOLDER = "folder for everything; the same run found there goes on"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m purecc_min", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=RAW)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     one = commands.add_parser("demo", help="what runs without a command")
@@ -117,12 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_options(one)
     one.set_defaults(run=demo_command)
 
-    one = commands.add_parser("learn", help="learn a concept from a folder of pictures")
+    ways = "".join(f"\n  {name:12s} {method.about}" for name, method in METHODS.items())
+    one = commands.add_parser("learn", help="learn a concept from a folder of pictures",
+                              epilog=f"methods:{ways}", formatter_class=RAW)
     one.add_argument("folder", type=Path, help="3 to 5 pictures, with texts (.txt, metadata.jsonl or a CSV)")
     one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
     add_out(one, "output/learned", RUN_FOLDER)
-    ways = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
-    one.add_argument("--method", choices=tuple(METHODS), default="paper", help=f"{ways} (%(default)s)")
+    one.add_argument("--method", choices=tuple(METHODS), default="paper", help="see below (%(default)s)")
     one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
                      help="the base model to learn it on (%(default)s)")
     add_weights(one)

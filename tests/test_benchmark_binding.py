@@ -4,6 +4,7 @@ import torch
 
 from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, set_up, theta_1_cell, train_cell
 from purecc_min.benchmark.entries import BINDING
+from tutorials.experiments import pool
 
 
 def test_a_bound_method_never_moves_a_text_without_the_token(cheap, tmp_path):
@@ -26,3 +27,13 @@ def test_a_bound_extractor_teaches_a_bound_model(cheap):
     assert teachers == {"paper, base's empty text": "LoRA", "bound paper, LoRA's extractor": "LoRA",
                         **{f"bound paper, eta {eta}": "bound" for eta in (1, 0.3, 0.1)},
                         "bound, extractor's Y": "bound"}
+
+
+def test_a_pool_that_is_never_used_twice_is_the_fresh_draws(cheap, tmp_path, monkeypatch):
+    """What is remembered is what would have been computed."""
+    monkeypatch.setattr(pool, "FOLDER", tmp_path)
+    monkeypatch.setattr(pool, "SAMPLING_STEPS", 1)
+    cell = Cell("striped_robot", pool.METHOD, steps=2)
+    fresh, remembered, reused = (pool.train(cell, size) for size in (0, 8, 4))
+    for name in ("similarity", "outside change"):
+        assert fresh[name] == remembered[name] != reused[name]

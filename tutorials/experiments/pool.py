@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purecc_min.benchmark.cells import SAMPLING_STEPS, Cell, learn_theta_1, set_up
-from purecc_min.benchmark.entries import ALL, start
+from purecc_min.benchmark.cells import ALL, SAMPLING_STEPS, Cell, learn_theta_1, set_up
+from purecc_min.benchmark.entries import start
 from purecc_min.benchmark.tables import markdown
 from purecc_min.measure.draw import draw_groups
 from purecc_min.measure.measures import measure
