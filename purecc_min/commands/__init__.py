@@ -1,0 +1,1 @@
+"""What a user runs: __main__ calls one of these files for each command."""
