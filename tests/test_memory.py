@@ -24,7 +24,7 @@ from tinyflow.attention import attention
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.sd3.load import SD35_MEDIUM
-from tinyflow.sd3.vae import VAE, VAEConfig
+from tinyflow.vae import VAE, VAEConfig
 
 SMALL = MMDiTConfig(channels=4, patch=2, width=64, depth=3, heads=2, context_width=32, pooled_width=16,
                     base_grid=8, dual_attention_layers=(0, 1))

@@ -58,6 +58,17 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1], as a codec takes them."""
+    return rearrange(torch.tensor(np.asarray(pictures)), "b h w c -> b c h w") / 127.5 - 1
+
+
+def to_pictures(pixels: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+
+
 class Pixels(nn.Module):
     """The codec of the tiny world: x_0 is the picture itself."""
     factor = 1                                   # one value of x_0 covers factor x factor pixels
@@ -108,16 +119,18 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def encode_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 [B, H, W, 3] -> x_0 [B, C, H / factor, W / factor]."""
-        pixels = torch.tensor(np.asarray(pictures), device=self.device) / 127.5 - 1
-        pixels = rearrange(pixels, "b h w c -> b c h w")
+        pixels = to_pixels(pictures).to(self.device)
         return torch.cat([self.codec.encode(pixel[None]) for pixel in pixels])   # one by one, to save memory
 
     @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        """x_0 [B, C, H, W] -> pixels [B, 3, H * factor, W * factor] in [-1, 1], on the CPU."""
+        pixels = [self.codec.decode(latent[None]).clamp(-1, 1).cpu() for latent in x_0.float()]
+        return torch.cat(pixels)                 # one by one, to save memory
+
     def decode_images(self, x_0: Tensor) -> np.ndarray:
         """x_0 [B, C, H, W] -> uint8 [B, H * factor, W * factor, 3]."""
-        pixels = torch.cat([self.codec.decode(latent[None]) for latent in x_0.float()])
-        pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+        return to_pictures(self.decode(x_0))
 
     @torch.no_grad()
     def sample(self, text: Text, seeds: list[int], steps: int = 28, guidance: float | None = None,

@@ -31,7 +31,7 @@ from purecc_min.train import TrainConfig, optimizer_for
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.pipeline import Pipeline, Text
-from tinyflow.sd3.vae import VAE, VAEConfig
+from tinyflow.vae import VAE, VAEConfig
 
 OVERHEAD = 600_000_000                           # bytes, assumed: CUDA's context and the allocator's slack
 TOKENS = 77 + 256                                # of a text in SD3.5: CLIP's, then T5's

@@ -21,8 +21,8 @@ from tinyflow.sd3.layouts import DIFFUSERS, SINGLE, clip_layers, mmdit_layers, t
 from tinyflow.sd3.offload import offload
 from tinyflow.sd3.parts import Part, find_parts
 from tinyflow.sd3.t5 import T5Config, T5Encoder
-from tinyflow.sd3.vae import VAE, VAEConfig
 from tinyflow.text import TextConfig, TextEncoder
+from tinyflow.vae import VAE, VAEConfig
 
 SD35_MEDIUM = MMDiTConfig(channels=16, patch=2, width=1536, depth=24, heads=24,
                           context_width=4096, pooled_width=2048, max_grid=384, base_grid=64,

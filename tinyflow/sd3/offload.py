@@ -4,7 +4,7 @@ The three text encoders of SD3.5 are larger than the model that draws, and each 
 `offload` leaves their weights in the mapped file, in the file's own dtype. Whenever a layer is called, its
 weights are copied to the device of its input, in fp32, and the copies are dropped after the call. The classes
 TextEncoder and T5Encoder know nothing of this. We compute in fp32 because T5 overflows in fp16, and one layer
-at a time fits everywhere. Read next: vae.py.
+at a time fits everywhere. Read next: tinyflow/vae.py.
 """
 
 from functools import partial

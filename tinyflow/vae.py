@@ -1,10 +1,10 @@
-"""SD3's autoencoder: from pictures to latents that are an eighth as wide and high, and back.
+"""SD3's autoencoder: from pictures to latents that are `factor` times less wide and high, and back.
 
 Encoder and decoder mirror each other. Each is a row of levels, and a level is some residual blocks at one
 resolution, which is half (or twice) that of the level before. At the coarsest resolution, every place also
 attends to every other place. The encoder describes a normal distribution for each latent, of which we take
-the mean. Latents are then shifted and scaled to about unit variance, and this is what the MMDiT sees. Read
-next: tinyflow/pipeline.py.
+the mean. Latents are then shifted and scaled to about unit variance, and this is what the MMDiT sees. The
+picture book's codec is a small `VAEConfig` of the same class (picturebook/model.py). Read next: pipeline.py.
 """
 
 from dataclasses import dataclass
@@ -127,8 +127,8 @@ class Encoder(nn.Module):
         self.conv_out = conv(last, 2 * config.latent_channels)   # mean and log-variance
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.down(self.conv_in(x)))                                       # [B, C, H/8, W/8]
-        return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*16, H/8, W/8]
+        x = self.mid(self.down(self.conv_in(x)))                                       # [B, C, H/f, W/f]
+        return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*L, H/f, W/f]
 
 
 class Decoder(nn.Module):
@@ -155,7 +155,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, 16, H/8, W/8].
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f], f the factor.
 
         Raises InputError if a side is no multiple of the factor.
         """
@@ -167,5 +167,5 @@ class VAE(nn.Module):
         return (mean - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 16, H/8, W/8] -> pictures [B, 3, H, W], about in [-1, 1]."""
+        """Latents [B, L, H/f, W/f] -> pictures [B, 3, H, W], about in [-1, 1]."""
         return self.decoder(latents / self.config.scale + self.config.shift)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinyflow.errors import InputError
-from tinyflow.sd3.vae import VAE, VAEConfig
+from tinyflow.vae import VAE, VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
 
