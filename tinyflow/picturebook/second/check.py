@@ -115,12 +115,12 @@ def individuals(reader: Reader, count: int) -> float:
 def same_individual(traits: list[Tensor], spreads: list[Tensor], shown: Tensor) -> Tensor:
     """bool [B]: are the objects of two pictures the same individual?
 
-    Args: traits, spreads: of the two pictures, [B, TRAITS] each, as the reader gives them. shown: bool [B,
-        TRAITS].
+    Args:
+        traits, spreads: of the two pictures, [B, TRAITS] each, as the reader gives them.
+        shown: bool [B, TRAITS], what both pictures show.
 
     If they are the same, each trait's two readings differ by errors alone, which are normal. If not, one of
-    the shown traits, and we do not know which, differs by 1.35 +- .3 besides. The likelier of the two is
-    the answer.
+    the shown traits, and we do not know which, differs by 1.35 +- .3 besides. The likelier answer is taken.
     """
     difference, variance = (traits[0] - traits[1]).abs(), spreads[0] ** 2 + spreads[1] ** 2
     alike = Normal(0.0, variance.sqrt()).log_prob(difference)

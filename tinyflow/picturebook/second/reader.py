@@ -2,10 +2,9 @@
 
 First it looks at the whole picture: how many objects there are, each one's mask (the left one first), its
 size and place, the background, the light and the style. Then it cuts each object out along its mask, all to
-one
-size, and reads what it is: every part that has a name (a classifier, or head, for each), and every number of
-its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds the mask, CLIP
-and DINO tell what a thing is and how much two things are alike.
+one size, and reads what it is: every part that has a name (a classifier, or head, for each), and every number
+of its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds the mask,
+CLIP and DINO tell what a thing is and how much two things are alike.
 
     python -m tinyflow.picturebook.second.reader --out runs/reader      makes reader.safetensors
 
@@ -46,7 +45,7 @@ IGNORED = -100                                   # the label of a trait that a p
 @dataclass
 class Reading:
     """What the reader sees in B pictures. Of the objects, the left one comes first."""
-    logits: dict[str, Tensor]                 # of SCENE and LOOK: [B, options]; of an object: [B, 2, options]
+    logits: dict[str, Tensor]                    # head -> [B, options]; of an object, [B, 2, options]
     mask: Tensor                                 # [B, 2, H, W] logits: above 0 is the object
     traits: Tensor                               # [B, 2, TRAITS]: the numbers of an object's identity
     spread: Tensor                               # [B, 2, TRAITS]: the standard deviations of their errors

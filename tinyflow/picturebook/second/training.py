@@ -43,8 +43,7 @@ class Training:
     """A model with its moving average and optimizer. A subclass says what the loss of step k is.
 
     Args:
-        config: a dataclass with steps, lr, matrix_lr, warmup, flat, ema and seed, and whatever the loss
-            needs.
+        config: a dataclass with steps, lr, matrix_lr, warmup, flat, ema, seed, and what the loss needs.
         by_adam: see Muon.
         rank, processes: when several processes share each batch.
     """
