@@ -100,12 +100,14 @@ class Reader(nn.Module):
         self.scene = nn.Sequential(nn.Linear(128 * 16, 96), nn.SiLU())
         self.look = nn.Sequential(nn.Linear(32 + 64 + 96, 128), nn.SiLU(), nn.Linear(128, 32))
         self.light_and_style = nn.Linear(32, 3)                  # the light's member, the style's as an angle
-        # A norm takes away how bright and how red a thing is, so the first layers have none.
+        # A norm takes away how bright and how red a thing is, so these first layers have none. The palette
+        # looks at the object's pixels one by one, and tells its exact colours wherever they are.
+        self.palette = nn.Sequential(nn.Conv2d(3, 64, 1), nn.SiLU(), nn.Conv2d(64, 64, 1), nn.SiLU())
         self.object = nn.Sequential(nn.PixelUnshuffle(2), convolution(16, 48, norm=False),
                                     convolution(48, 48, norm=False),                    # 20 x 20
                                     convolution(48, 96, 2), convolution(96, 96),        # 10 x 10
                                     convolution(96, 128, 2), nn.Flatten())              # 5 x 5
-        found = (128 + 4) * 25 + 32
+        found = 128 * 25 + 64 + 32
         self.identity = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 96))
         self.individual = nn.Linear(96, len(world.TRAITS))       # so that `identity` tells individuals apart
         self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
@@ -134,9 +136,10 @@ class Reader(nn.Module):
         shape = x.new_zeros((len(alone), 128 * 25))
         if there.any():
             shape[there] = self.object(alone[there]).to(x.dtype)
-        colours = F.avg_pool2d(alone, CROP // 5).flatten(1)                             # [B * 2, 4 * 25]
+        inside = alone[:, 3:]
+        colours = (self.palette(alone[:, :3]) * inside).sum((2, 3)) / (1 + inside.sum((2, 3)))  # [B * 2, 64]
         light = look.repeat_interleave(2, 0)                                            # it tints everything
-        found = torch.cat([shape, colours, light], 1)                                   # [B * 2, 3332]
+        found = torch.cat([shape, colours, light], 1)                                   # [B * 2, 3296]
         identity = F.normalize(self.identity(found), dim=-1)                            # [B * 2, 96]
         traits, log_spread = self.traits(found).float().chunk(2, -1)
 
@@ -264,7 +267,8 @@ class ReaderTraining(Training):
         self.pictures, masks = render_all(scenes)
         self.masks, self.labels = torch.tensor(masks), truth(scenes)
         self.traits, self.members = true_traits(scenes), true_members(scenes)
-        super().__init__(config, Reader(), ("heads", "at_32", "mask_out", "light_and_style", "individual"))
+        by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "palette")
+        super().__init__(config, Reader(), by_adam)
 
     def loss(self, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.config.seed * 10**9 + k)
