@@ -132,17 +132,20 @@ def test_psnr_is_in_decibels_of_the_full_range():
 
 # ------------------------------------------------------------------------------------------------ the reader
 def test_an_object_is_cut_out_to_one_size_wherever_it_is():
-    robot = Thing("robot", "red", "big")
+    robot = Thing("robot", "red", "big", topper="hat", identity=world.Identity(topper_height=1))
     scenes = [Scene((world.replace(robot, place=place, size=size),), "snow", seed=1)
               for place, size in (("left", "big"), ("right", "big"), ("middle", "small"))]
     pictures, masks = render_all(scenes)
-    cut = cut_out(to_pixels(pictures), torch.tensor(masks))
+    big = torch.tensor([[True, False], [True, False], [False, False]])
+    cut = cut_out(to_pixels(pictures), torch.tensor(masks), big)
     assert cut.shape == (6, 4, CROP, CROP)
     left, right, small = cut[0], cut[2], cut[4]
     assert (left - right).abs().mean() < .1 and (left - small).abs().mean() < .15
     assert left[3].sum() > .2 * CROP**2 and (cut[1] == 0).all()  # there is no second object
     nothing_around = left[:3] * (left[3] == 0)
     assert (nothing_around == 0).all()
+    edges = torch.cat([left[3, 0], left[3, :, 0], left[3, :, -1]])
+    assert (edges < .5).all()                                    # all of it is there, the hat included
 
 
 def test_a_picture_without_objects_can_be_read():

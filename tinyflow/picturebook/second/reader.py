@@ -2,7 +2,7 @@
 
 First it looks at the whole picture: how many objects there are, each one's mask (the left one first), its
 size and place, the background, the light and the style. Then it cuts each object out along its mask, all to
-one size, and reads what it is: every part that has a name (a classifier, or head, for each), and every number
+one size and one spot, and reads what it is: every part that has a name (a classifier, or head, for each), and every number
 of its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds the mask,
 CLIP and DINO tell what a thing is and how much two things are alike.
 
@@ -25,7 +25,7 @@ from tinyflow.errors import report_errors
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED
 from tinyflow.picturebook.second.objects import exact_colour
-from tinyflow.picturebook.second.render import brightness, render_all
+from tinyflow.picturebook.second.render import HALF, brightness, render_all
 from tinyflow.picturebook.second.training import Training, follow, halves, train
 from tinyflow.picturebook.second.world import Identity
 from tinyflow.pipeline import to_pixels
@@ -66,25 +66,29 @@ def convolution(width_in: int, width_out: int, stride: int = 1, norm: bool = Tru
     return nn.Sequential(*layers) if norm else nn.Sequential(layers[0], layers[2])
 
 
-def cut_out(x: Tensor, masks: Tensor) -> Tensor:
-    """Each object alone, on grey, its longer side as long as the crop: x [B, 3, H, W] in [-1, 1] and masks,
-    bool [B, 2, H, W] -> [B * 2, 4, CROP, CROP]. The fourth channel is the mask.
+def cut_out(x: Tensor, masks: Tensor, big: Tensor) -> Tensor:
+    """Each object alone, on grey, as if all had one size and stood on one spot.
+
+    Args:
+        x: pictures [B, 3, H, W] in [-1, 1].
+        masks: bool [B, 2, H, W].
+        big: bool [B, 2], which objects are big.
+
+    Returns: [B * 2, 4, CROP, CROP]. The fourth channel is the mask.
     """
     masks = rearrange(masks, "b n h w -> (b n) h w")
     side, index = masks.shape[-1], torch.arange(masks.shape[-1], device=x.device)
-    edges = []
-    for profile in (masks.any(1), masks.any(2)):                                        # along x, along y
-        low = torch.where(profile, index, side).amin(1)
-        high = torch.where(profile, index, -1).amax(1) + 1
-        edges.append((low, torch.maximum(high, low)))
-    (left, right), (top, bottom) = edges
-    centre = torch.stack([left + right, top + bottom], -1) / side - 1                  # [B * 2, 2] in [-1, 1]
-    half = (torch.maximum(right - left, bottom - top) + 2).clamp(8, side) / side        # [B * 2]
-    grid = torch.linspace(-1, 1, CROP, device=x.device) * (1 - 1 / CROP)
+    along_x, along_y = masks.any(1), masks.any(2)                                       # [B * 2, W], [B * 2, H]
+    left = torch.where(along_x, index, side).amin(1)
+    right = torch.where(along_x, index, -1).amax(1) + 1
+    bottom = torch.where(along_y, index, -1).amax(1) + 1
+    half = torch.where(big.flatten(), HALF["big"], HALF["small"])                       # [B * 2], in pixels
+    centre = torch.stack([(left + right) / 2, bottom - 1.4 * half], -1)                # a topper needs room
+    grid = torch.linspace(-1.45, 1.45, CROP, device=x.device)
     grid = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)                   # [CROP, CROP, 2]
-    grid = centre[:, None, None] + half[:, None, None, None] * grid
-    alone = x.repeat_interleave(2, 0) * masks[:, None]
-    return F.grid_sample(torch.cat([alone, masks[:, None].to(x.dtype)], 1), grid, align_corners=False)
+    pixels = centre[:, None, None] + half[:, None, None, None] * grid
+    alone = torch.cat([x.repeat_interleave(2, 0) * masks[:, None], masks[:, None].to(x.dtype)], 1)
+    return F.grid_sample(alone, 2 * pixels / side - 1, align_corners=False)
 
 
 class Reader(nn.Module):
@@ -107,7 +111,7 @@ class Reader(nn.Module):
                                     convolution(48, 48, norm=False),                    # 20 x 20
                                     convolution(48, 96, 2), convolution(96, 96),        # 10 x 10
                                     convolution(96, 128, 2), nn.Flatten())              # 5 x 5
-        found = 128 * 25 + 64 + 32
+        found = 128 * 25 + 64 + 32 + 96
         self.identity = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 96))
         self.individual = nn.Linear(96, len(world.TRAITS))       # so that `identity` tells individuals apart
         self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
@@ -130,25 +134,26 @@ class Reader(nn.Module):
         everywhere = torch.cat([features.mean((2, 3)) for features in (at_32, at_16, at_8)], 1)
         look = F.normalize(self.look(everywhere), dim=-1)                               # [B, 32]
 
+        logits = {head: self.heads[head](scene) for head in SCENE | SPOT}
+        logits |= {head: rearrange(logits[head], "b (n k) -> b n k", n=2) for head in SPOT}
+        logits |= {head: self.heads[head](8 * look) for head in LOOK}     # a unit vector alone is too short
+
         masks = mask > 0 if masks is None else masks
         there = rearrange(masks, "b n h w -> (b n) (h w)").any(1)                       # often only one is
-        alone = cut_out(x, masks)                                                       # [B * 2, 4, 40, 40]
+        big = logits["size"].argmax(-1) == list(world.SIZES).index("big")               # [B, 2]
+        alone = cut_out(x, masks, big)                                                  # [B * 2, 4, 40, 40]
         shape = x.new_zeros((len(alone), 128 * 25))
         if there.any():
             shape[there] = self.object(alone[there]).to(x.dtype)
         inside = alone[:, 3:]
         colours = (self.palette(alone[:, :3]) * inside).sum((2, 3)) / (1 + inside.sum((2, 3)))  # [B * 2, 64]
-        light = look.repeat_interleave(2, 0)                                            # it tints everything
-        found = torch.cat([shape, colours, light], 1)                                   # [B * 2, 3296]
+        light = torch.cat([look, scene], 1).repeat_interleave(2, 0)                     # it tints everything
+        found = torch.cat([shape, colours, light], 1)                                   # [B * 2, 3392]
         identity = F.normalize(self.identity(found), dim=-1)                            # [B * 2, 96]
         traits, log_spread = self.traits(found).float().chunk(2, -1)
 
-        # A unit vector alone is too short to make a head sure of its answer.
-        features = {**dict.fromkeys(SCENE | SPOT, scene), **dict.fromkeys(LOOK, 8 * look),
-                    **dict.fromkeys(IDENTITY, 8 * identity)}
-        logits = {head: linear(features[head]) for head, linear in self.heads.items()}
-        logits |= {head: rearrange(logits[head], "b (n k) -> b n k", n=2) for head in SPOT}
-        logits |= {head: rearrange(logits[head], "(b n) k -> b n k", n=2) for head in IDENTITY}
+        logits |= {head: rearrange(self.heads[head](8 * identity), "(b n) k -> b n k", n=2)
+                   for head in IDENTITY}
         pairs = [rearrange(part, "(b n) d -> b n d", n=2)
                  for part in (traits, .01 + F.softplus(log_spread - 1), identity)]
         return Reading(logits, mask, *pairs, look)
