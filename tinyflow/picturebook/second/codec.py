@@ -22,7 +22,7 @@ from tinyflow.errors import report_errors
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import make_codec
 from tinyflow.picturebook.second.render import render_all
-from tinyflow.picturebook.second.training import Training, follow, halves, train
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
 from tinyflow.pipeline import to_pixels
 from tinyflow.vae import VAE
 from tinyflow.weights import save_tensors
@@ -88,7 +88,7 @@ class CodecTraining(Training):
     def loss(self, k: int) -> Tensor:
         x, weight = self.batch(k)
         torch.manual_seed(self.config.seed * 10**9 + k)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision(x.device):
             mean, log_variance = self.model.encoder(x).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-20, 10)
             z = mean + (log_variance / 2).exp() * torch.randn_like(mean)

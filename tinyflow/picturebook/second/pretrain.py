@@ -29,7 +29,7 @@ from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.second.render import render_all
-from tinyflow.picturebook.second.training import Training, follow, halves, train
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
 from tinyflow.pipeline import Pipeline, choose_device, to_pixels
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
@@ -94,7 +94,7 @@ class Pretraining(Training):
 
     def loss(self, k: int) -> torch.Tensor:
         x_0, x_1, t, captions = self.batch(k)
-        with torch.autocast(x_0.device.type, torch.bfloat16):
+        with fast_precision(x_0.device):
             text = self.model.encode_text(captions)
             v = self.mmdit(path(x_0, x_1, t), t, text.context, text.pooled)
         return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 3

@@ -2,9 +2,9 @@
 
 First it looks at the whole picture: how many objects there are, each one's mask (the left one first), its
 size and place, the background, the light and the style. Then it cuts each object out along its mask, all to
-one size and one spot, and reads what it is: every part that has a name (a classifier, or head, for each), and every number
-of its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds the mask,
-CLIP and DINO tell what a thing is and how much two things are alike.
+one size and one spot, and reads what it is: every part that has a name (a classifier, or head, for each), and
+every number of its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds
+the mask, CLIP and DINO tell what a thing is and how much two things are alike.
 
     python -m tinyflow.picturebook.second.reader --out runs/reader      makes reader.safetensors
 
@@ -26,7 +26,7 @@ from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED
 from tinyflow.picturebook.second.objects import exact_colour
 from tinyflow.picturebook.second.render import HALF, brightness, render_all
-from tinyflow.picturebook.second.training import Training, follow, halves, train
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
 from tinyflow.picturebook.second.world import Identity
 from tinyflow.pipeline import to_pixels
 from tinyflow.weights import load_into, load_tensors, save_tensors
@@ -78,7 +78,7 @@ def cut_out(x: Tensor, masks: Tensor, big: Tensor) -> Tensor:
     """
     masks = rearrange(masks, "b n h w -> (b n) h w")
     side, index = masks.shape[-1], torch.arange(masks.shape[-1], device=x.device)
-    along_x, along_y = masks.any(1), masks.any(2)                                       # [B * 2, W], [B * 2, H]
+    along_x, along_y = masks.any(1), masks.any(2)                                       # [B * 2, W], [., H]
     left = torch.where(along_x, index, side).amin(1)
     right = torch.where(along_x, index, -1).amax(1) + 1
     bottom = torch.where(along_y, index, -1).amax(1) + 1
@@ -257,7 +257,7 @@ class ReaderConfig:
     warmup: int = 200
     flat: float = .3
     ema: float = .998
-    pictures: int = 60000
+    pictures: int = 40000
     seed: int = 0
 
 
@@ -273,13 +273,14 @@ class ReaderTraining(Training):
         self.masks, self.labels = torch.tensor(masks), truth(scenes)
         self.traits, self.members = true_traits(scenes), true_members(scenes)
         by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "palette")
-        super().__init__(config, Reader(), by_adam)
+        reader = Reader().to(memory_format=torch.channels_last)  # a third faster on a CPU
+        super().__init__(config, reader, by_adam)
 
     def loss(self, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.config.seed * 10**9 + k)
         rows = torch.randint(self.config.pictures, (self.config.batch,), generator=generator)
         x, masks = augment(to_pixels(self.pictures[rows.numpy()]), generator), self.masks[rows]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision(x.device):
             reading = self.model(x, masks)
             members = self.model.light_and_style(8 * reading.look).float()
             individual = self.model.individual(8 * reading.identity).float()
