@@ -5,7 +5,7 @@ import pytest
 
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import make_tiny
-from tinyflow.picturebook.second.objects import exact_colour
+from tinyflow.picturebook.second.objects import OBJECTS, draw_thing, exact_colour
 from tinyflow.picturebook.second.reader import shows
 from tinyflow.picturebook.second.render import LIGHTS, STYLES, render, tint
 from tinyflow.picturebook.second.world import Identity, Scene, Thing
@@ -84,6 +84,24 @@ def test_no_identity_leads_into_another_colour():
             own = np.array(exact_colour(name, Identity(hue=hue)))
             near = min(plain, key=lambda other: np.linalg.norm(plain[other] - own))
             assert near == name, (name, hue, near)
+
+
+@pytest.mark.parametrize("marking", world.MARKINGS[1:])
+def test_a_red_thing_with_white_stripes_is_no_white_thing_with_red_ones(marking):
+    """Stripes and checks once covered one half. Only the marking's phase could tell the colour of a thing
+    from that of its marking, and the reader took one for the other in one picture out of five.
+    """
+    rng = np.random.default_rng(0)
+    for name in OBJECTS:
+        shares = []
+        for _ in range(20):
+            identity = replace(world.random_identity(rng), hue=0, tone=0)
+            thing = Thing(name, "red", marking=marking, accent="blue", identity=identity)
+            drawn = np.array(draw_thing(thing, (32, 32), 15.5))[..., :3]
+            body, accent = ((drawn == exact_colour(colour, Identity())).all(-1).sum()
+                            for colour in ("red", "blue"))
+            shares.append(accent / (accent + body))
+        assert .15 < np.mean(shares) < .42, (name, shares)
 
 
 # ---------------------------------------------------------------------------------------------------- scenes

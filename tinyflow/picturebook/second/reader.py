@@ -8,6 +8,8 @@ the mask, CLIP and DINO tell what a thing is and how much two things are alike.
 
     python -m tinyflow.picturebook.second.reader --out runs/reader      makes reader.safetensors
 
+`--start` goes on from other weights, in another stage on new pictures.
+
 Read next: check.py, which tells how good the reader and the base model are.
 """
 
@@ -29,7 +31,7 @@ from tinyflow.picturebook.second.render import HALF, brightness, render_all
 from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
 from tinyflow.picturebook.second.world import Identity
 from tinyflow.pipeline import to_pixels
-from tinyflow.weights import load_into, load_tensors, save_tensors
+from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
 SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}
 LOOK = {"light": list(world.LIGHTS), "style": list(world.STYLES)}
@@ -39,6 +41,7 @@ IDENTITY = {"object": list(world.OBJECTS), "colour": list(world.COLOURS), "marki
 HEADS = SCENE | LOOK | SPOT | IDENTITY           # a trait -> its options
 COLOURLESS = ("print", "chalk")                  # styles in which neither colour nor light can be told
 CROP = 40                                        # pixels a side of an object that is cut out
+PARTS, TRAITS = 8, len(world.TRAITS)
 IGNORED = -100                                   # the label of a trait that a picture does not show
 
 
@@ -104,18 +107,17 @@ class Reader(nn.Module):
         self.scene = nn.Sequential(nn.Linear(128 * 16, 96), nn.SiLU())
         self.look = nn.Sequential(nn.Linear(32 + 64 + 96, 128), nn.SiLU(), nn.Linear(128, 32))
         self.light_and_style = nn.Linear(32, 3)                  # the light's member, the style's as an angle
-        # A norm takes away how bright and how red a thing is, so these first layers have none. The palette
-        # looks at the object's pixels one by one, and tells its exact colours wherever they are.
-        self.palette = nn.Sequential(nn.Conv2d(3, 64, 1), nn.SiLU(), nn.Conv2d(64, 64, 1), nn.SiLU())
-        self.object = nn.Sequential(nn.PixelUnshuffle(2), convolution(16, 48, norm=False),
-                                    convolution(48, 48, norm=False),                    # 20 x 20
-                                    convolution(48, 96, 2), convolution(96, 96),        # 10 x 10
-                                    convolution(96, 128, 2), nn.Flatten())              # 5 x 5
-        found = 128 * 25 + 64 + 32 + 96
+        # A norm takes away how bright and how red a thing is, so these first layers have none.
+        self.object_20 = nn.Sequential(nn.PixelUnshuffle(2), convolution(16, 48, norm=False),
+                                       convolution(48, 48, norm=False))
+        self.object_5 = nn.Sequential(convolution(48, 96, 2), convolution(96, 96), convolution(96, 128, 2))
+        self.parts = nn.Conv2d(48, PARTS, 1)                     # where the body is, the marking, ...
+        self.shade = nn.Sequential(nn.Linear(3 * PARTS + 32 + 96, 128), nn.SiLU(), nn.Linear(128, 4))
+        found = 128 * 25 + 3 * PARTS + 32 + 96
         self.identity = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 96))
-        self.individual = nn.Linear(96, len(world.TRAITS))       # so that `identity` tells individuals apart
+        self.individual = nn.Linear(96, TRAITS)       # so that `identity` tells individuals apart
         self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
-                                    nn.Linear(256, 2 * len(world.TRAITS)))
+                                    nn.Linear(256, 2 * TRAITS))
         self.heads = nn.ModuleDict()
         for head, options in HEADS.items():
             width = 32 if head in LOOK else 96
@@ -142,21 +144,33 @@ class Reader(nn.Module):
         there = rearrange(masks, "b n h w -> (b n) (h w)").any(1)                       # often only one is
         big = logits["size"].argmax(-1) == list(world.SIZES).index("big")               # [B, 2]
         alone = cut_out(x, masks, big)                                                  # [B * 2, 4, 40, 40]
-        shape = x.new_zeros((len(alone), 128 * 25))
+        seen = x.new_zeros((len(alone), 128 * 25 + 3 * PARTS))
         if there.any():
-            shape[there] = self.object(alone[there]).to(x.dtype)
-        inside = alone[:, 3:]
-        colours = (self.palette(alone[:, :3]) * inside).sum((2, 3)) / (1 + inside.sum((2, 3)))  # [B * 2, 64]
+            seen[there] = self.look_at(alone[there]).to(x.dtype)
         light = torch.cat([look, scene], 1).repeat_interleave(2, 0)                     # it tints everything
-        found = torch.cat([shape, colours, light], 1)                                   # [B * 2, 3392]
+        found = torch.cat([seen, light], 1)                                             # [B * 2, 3352]
         identity = F.normalize(self.identity(found), dim=-1)                            # [B * 2, 96]
-        traits, log_spread = self.traits(found).float().chunk(2, -1)
+        traits = self.traits(found).float()
+        shade = self.shade(found[:, 128 * 25:]).float()                                 # hue and tone
+        traits, log_spread = traits[:, :TRAITS], traits[:, TRAITS:]
+        traits = torch.cat([shade[:, :2], traits[:, 2:]], 1)
+        log_spread = torch.cat([shade[:, 2:], log_spread[:, 2:]], 1)
 
         logits |= {head: rearrange(self.heads[head](8 * identity), "(b n) k -> b n k", n=2)
                    for head in IDENTITY}
         pairs = [rearrange(part, "(b n) d -> b n d", n=2)
                  for part in (traits, .01 + F.softplus(log_spread - 1), identity)]
         return Reading(logits, mask, *pairs, look)
+
+    def look_at(self, alone: Tensor) -> Tensor:
+        """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of the
+        parts that they are made of, [N, 3200 + 3 * PARTS].
+        """
+        at_20 = self.object_20(alone)
+        small = F.avg_pool2d(alone, 2).flatten(2)                                       # [N, 4, 400]
+        weight = (self.parts(at_20).flatten(2) - 20 * (1 - small[:, 3:])).softmax(-1)   # inside the mask
+        colours = weight @ small[:, :3].transpose(1, 2)                                 # [N, PARTS, 3]
+        return torch.cat([self.object_5(at_20).flatten(1), colours.flatten(1)], 1)
 
     @classmethod
     def shipped(cls, device: str | torch.device = "cpu",
@@ -208,7 +222,7 @@ def truth(scenes: list[world.Scene]) -> dict[str, Tensor]:
 
 def true_traits(scenes: list[world.Scene]) -> Tensor:
     """[B, 2, TRAITS], and nan where a picture does not determine a trait."""
-    values = torch.full((len(scenes), 2, len(world.TRAITS)), torch.nan)
+    values = torch.full((len(scenes), 2, TRAITS), torch.nan)
     for row, scene in enumerate(scenes):
         for n in range(len(scene.things)):
             for k, trait in enumerate(world.TRAITS):
@@ -259,22 +273,21 @@ class ReaderConfig:
     ema: float = .998
     pictures: int = 40000
     seed: int = 0
+    start: str = ""                              # the hash of the weights that this stage goes on from
 
 
 class ReaderTraining(Training):
     """The rendered pictures with all that is true about them, and the reader."""
     kind = "tinyflow reader"
 
-    def __init__(self, config: ReaderConfig):
-        torch.manual_seed(config.seed)
+    def __init__(self, config: ReaderConfig, reader: Reader):
         rng = np.random.default_rng(config.seed)
         scenes = [world.any_scene(rng) for _ in range(config.pictures)]
         self.pictures, masks = render_all(scenes)
         self.masks, self.labels = torch.tensor(masks), truth(scenes)
         self.traits, self.members = true_traits(scenes), true_members(scenes)
-        by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "palette")
-        reader = Reader().to(memory_format=torch.channels_last)  # a third faster on a CPU
-        super().__init__(config, reader, by_adam)
+        by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "parts")
+        super().__init__(config, reader.to(memory_format=torch.channels_last), by_adam)  # faster on a CPU
 
     def loss(self, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.config.seed * 10**9 + k)
@@ -305,11 +318,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tinyflow.picturebook.second.reader",
                                      description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default="runs/reader", help="folder; a run found there goes on")
+    parser.add_argument("--start", type=Path, help="weights to go on from, by default none")
     parser.add_argument("--steps", type=int, default=ReaderConfig.steps, help="training steps")
+    parser.add_argument("--seed", type=int, default=ReaderConfig.seed, help="of weights, pictures and noise")
     options = parser.parse_args(arguments)
     with report_errors():
-        config = ReaderConfig(options.steps)
-        follow(train(ReaderTraining(config), options.out, 500), "reader", config.steps)
+        torch.manual_seed(options.seed)
+        reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
+        start = tensor_hash(reader.state_dict()) if options.start else ""
+        config = ReaderConfig(options.steps, seed=options.seed, start=start)
+        follow(train(ReaderTraining(config, reader), options.out, 500), "reader", config.steps)
 
 
 if __name__ == "__main__":
