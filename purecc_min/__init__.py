@@ -4,3 +4,5 @@ The core, in the order in which to read it: concept, embeddings, lora, branch, o
 algorithm. Three folders serve it: measure/ says what was learned and what it cost, benchmark/ compares
 methods, commands/ is what a user runs.
 """
+
+__version__ = "0.2.0"

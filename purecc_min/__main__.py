@@ -5,172 +5,25 @@
     python -m purecc_min sample concept.safetensors "a [V] robot on the beach"
     python -m purecc_min sample one.safetensors two.safetensors "a [V1] robot and a [V2] cat"
     python -m purecc_min export concept.safetensors          the adapters as a LoRA for diffusers and ComfyUI
+    python -m purecc_min words                               what the tiny model's texts can say
     python -m purecc_min memory                              what Stable Diffusion 3.5 Medium needs on a card
     python -m purecc_min speed                               seconds a step and peak memory
     python -m purecc_min.benchmark                           how purely each method learns
 """
 
-import argparse
 import sys
-from dataclasses import fields, replace
-from pathlib import Path
 
-from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for, usable_device
-from purecc_min.commands.demo import demo
-from purecc_min.commands.export import export_lora
-from purecc_min.commands.learn import learn_folder
-from purecc_min.commands.memory import memory_table
-from purecc_min.commands.sample import sample_concepts
-from purecc_min.commands.speed import speed
-from purecc_min.methods import METHODS
-from purecc_min.train import TrainConfig
-from tinyflow.errors import positive, report_errors
-from tinyflow.sd3.load import SD35_MEDIUM
-
-TINY, PUBLIC = BASE_MODELS["tiny"], BASE_MODELS["sd3.5-medium"]
-
-
-# ----------------------------------------------------------------------------------------------- the commands
-def demo_command(options: argparse.Namespace) -> None:
-    pipe = open_base_model("tiny", None, None, TINY.size, usable_device(options.device))
-    demo(pipe, training_config(options, TINY.training), options.out)
-
-
-def learn_command(options: argparse.Namespace) -> None:
-    model = BASE_MODELS[options.base]
-    config = training_config(options, training_for(options.base, options.method))
-    learn_folder(options.folder, options.class_word, config, options.out, options.method, options.base,
-                 options.weights, options.text, options.size or model.size, options.device)
-
-
-def sample_command(options: argparse.Namespace) -> None:
-    seeds = list(range(options.seed, options.seed + options.number))
-    sample_concepts(options.concept, options.prompt, options.weights, options.text, seeds, options.steps,
-                    options.guidance, options.empty_text, options.only_with_token, options.out,
-                    options.device)
-
-
-def export_command(options: argparse.Namespace) -> None:
-    count = export_lora(options.concept, options.out)
-    print(f"{options.out}: {count} tensors; the layer-wise embeddings stay behind (tinyflow/sd3/README.md)")
-
-
-def memory_command(options: argparse.Namespace) -> None:
-    print(memory_table(SD35_MEDIUM))
-
-
-def speed_command(options: argparse.Namespace) -> None:
-    print(speed(options.steps, str(usable_device(options.device))))
-
-
-def training_config(options: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """The defaults, with what was given on the command line in their place."""
-    given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
-    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
-
-
-# ---------------------------------------------------------------------------------------------- their options
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options of TrainConfig. None stands for the base model's default."""
-    def add(option: str, kind: type, about: str) -> None:
-        name = option.removeprefix("--").replace("-", "_")
-        tiny, public = getattr(TINY.training, name), getattr(PUBLIC.training, name)
-        default = f"{tiny}" if tiny == public else f"{tiny}; on public weights {public}"
-        parser.add_argument(option, type=kind, help=f"{about} ({default})")
-
-    add("--steps", positive, "steps of each stage; more: closer to the references, and more damage")
-    add("--batch", positive, "pictures a step")
-    add("--rank", positive, "rank of the adapters")
-    add("--learning-rate", float, "of the adapters")
-    add("--embedding-learning-rate", float, "of the embeddings Y")
-    add("--eta", float, "weight of L_PureCC, Eq. 15, or of the anchor")
-    add_common_options(parser)
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", type=Path,
-                        help="public weights: the model's diffusers folder, or its single .safetensors file")
-    parser.add_argument("--text", type=Path,
-                        help="a folder with the text encoders and tokenizers that --weights lacks")
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw (%(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-                        help="auto takes CUDA, then MPS, then CPU")
-
-
-def add_out(parser: argparse.ArgumentParser, default: str, about: str) -> None:
-    parser.add_argument("--out", type=Path, default=Path(default), help=f"{about} (%(default)s)")
-
-
-RAW = argparse.RawDescriptionHelpFormatter       # keeps the lines of a text as they are
-RUN_FOLDER = "folder for everything; the same run found there goes on"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m purecc_min", description=__doc__,
-                                     formatter_class=RAW)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    one = commands.add_parser("demo", help="what runs without a command")
-    add_out(one, "output/demo", RUN_FOLDER)
-    add_training_options(one)
-    one.set_defaults(run=demo_command)
-
-    ways = "".join(f"\n  {name:12s} {method.about}" for name, method in METHODS.items())
-    one = commands.add_parser("learn", help="learn a concept from a folder of pictures",
-                              epilog=f"methods:{ways}", formatter_class=RAW)
-    one.add_argument("folder", type=Path, help="3 to 5 pictures, with texts (.txt, metadata.jsonl or a CSV)")
-    one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
-    add_out(one, "output/learned", RUN_FOLDER)
-    one.add_argument("--method", choices=tuple(METHODS), default="paper", help="see below (%(default)s)")
-    one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
-                     help="the base model to learn it on (%(default)s)")
-    add_weights(one)
-    one.add_argument("--size", type=positive,
-                     help=f"pixels a side; on public weights, a multiple of 16 ({PUBLIC.size})")
-    add_training_options(one)
-    one.set_defaults(run=learn_command)
-
-    one = commands.add_parser("sample", help="draw pictures with a learned concept")
-    one.add_argument("concept", type=Path, nargs="+", help="a concept's .safetensors file, or several")
-    one.add_argument("prompt", help="with [V] where the concept's name stands, before the class word; "
-                                    "of several concepts the names are [V1], [V2], ...")
-    add_weights(one)
-    one.add_argument("--number", type=positive, default=4,
-                     help="pictures, at seeds seed, seed + 1, ... (%(default)s)")
-    one.add_argument("--guidance", type=float,
-                     help="classifier-free guidance; more: closer to the text, less varied (3; public 5)")
-    one.add_argument("--steps", type=positive, default=28, help="Euler steps (%(default)s)")
-    one.add_argument("--empty-text", choices=("adapted", "base"), default="adapted",
-                     help="who answers guidance's empty text: the adapted model, as in training, or the base "
-                          "model, which a bound concept leaves it to in any case (%(default)s)")
-    one.add_argument("--only-with-token", action="store_true",
-                     help="switch the adapters off for every text without [V], the empty one included")
-    add_out(one, "output/sample.png", "the picture file")
-    add_common_options(one)
-    one.set_defaults(run=sample_command)
-
-    one = commands.add_parser("export", help="the adapters as a LoRA file for diffusers and ComfyUI")
-    one.add_argument("concept", type=Path, help="a concept's .safetensors file, learned on public weights")
-    add_out(one, "output/pytorch_lora_weights.safetensors", "the LoRA file")
-    one.set_defaults(run=export_command)
-
-    one = commands.add_parser("memory", help="what Stable Diffusion 3.5 Medium needs on a card")
-    one.set_defaults(run=memory_command)
-
-    one = commands.add_parser("speed", help="seconds a step and peak memory")
-    one.add_argument("--steps", type=positive, default=60, help="steps measured of each (%(default)s)")
-    add_common_options(one)
-    one.set_defaults(run=speed_command)
-    return parser
+from tinyflow.errors import report_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. Options without a command are the demo's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments or ["demo"])
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
+        arguments = ["demo", *arguments]
     with report_errors():
+        from purecc_min.commands.options import build_parser  # loads torch, which takes seconds to stop in
+        options = build_parser(__doc__).parse_args(arguments)
         options.run(options)
 
 

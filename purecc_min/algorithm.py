@@ -19,7 +19,7 @@ from purecc_min.embeddings import class_word_states
 from purecc_min.methods import METHODS, LossOfStep, Thetas, l_cc, paper
 from purecc_min.train import TrainConfig, generator_for, train_resumably
 from tinyflow.pipeline import Pipeline
-from tinyflow.weights import tensor_hash, text_hash
+from tinyflow.weights import sample_of, tensor_hash, text_hash
 
 Training = tuple[Branch, Iterator[dict]]         # what is trained, and the loop that trains it
 
@@ -53,8 +53,8 @@ def stage_2(pipe: Pipeline, theta_1: Branch, data: EncodedConcept, config: Train
 
 
 def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path, method: str = "paper",
-          base_model: str = "tiny") -> Iterator[tuple[int, dict]]:
-    """Yields (stage, row of the log) and leaves folder/concept.safetensors.
+          base_model: str = "tiny") -> Iterator[tuple[int, Branch, dict]]:
+    """Yields (stage, what it trains, row of the log) and leaves folder/concept.safetensors.
 
     Args:
         method: a key of METHODS.
@@ -64,18 +64,19 @@ def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path
     way = METHODS[method]
     loss = l_cc if way.extractor else way.loss
     theta, rows = stage_1(pipe, data, config, folder, loss, way.where, way.adapters)
-    yield from ((1, row) for row in rows)
+    yield from ((1, theta, row) for row in rows)
     if way.extractor:
         theta, rows = stage_2(pipe, theta.requires_grad_(False), data, config, folder, way.loss)
-        yield from ((2, row) for row in rows)
+        yield from ((2, theta, row) for row in rows)
     if tensor_hash(pipe.mmdit.state_dict()) != before:
         raise RuntimeError("the base model changed during training")
-    facts = concept_facts(concept.class_word, config, method, base_model, pipe.picture_size)
+    facts = concept_facts(pipe, concept.class_word, config, method, base_model)
     theta.save(folder / "concept.safetensors", facts)
 
 
-def concept_facts(class_word: str, config: TrainConfig, method: str, base_model: str, size: int) -> dict:
-    """What a concept's file says about itself. size: pixels a side of the pictures it was learned on."""
+def concept_facts(pipe: Pipeline, class_word: str, config: TrainConfig, method: str, base_model: str) -> dict:
+    """What a concept's file says about itself, and by what the base model's weights are recognised."""
     versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__.split("+")[0]}
-    return {"token": TOKEN, "class_word": class_word, "method": method, "rank": config.rank, "size": size,
-            "base": base_model, "seed": config.seed, "config": asdict(config), "versions": versions}
+    return {"token": TOKEN, "class_word": class_word, "method": method, "rank": config.rank,
+            "size": pipe.picture_size, "base": base_model, "base_sample": sample_of(pipe.mmdit),
+            "seed": config.seed, "config": asdict(config), "versions": versions}

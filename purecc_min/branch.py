@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from purecc_min.embeddings import ConceptEmbeddings
 from purecc_min.lora import LoRA
+from tinyflow.errors import InputError
 from tinyflow.flow import expand
 from tinyflow.mmdit import Block
 from tinyflow.pipeline import Pipeline, Text, Velocity
-from tinyflow.weights import load_into, load_tensors, save_tensors
+from tinyflow.weights import load_into, load_tensors, sample_of, save_tensors
 
 
 class Branch(nn.Module):
@@ -49,11 +50,33 @@ class Branch(nn.Module):
 
         Raises: InputError for a file that is missing, foreign, damaged, or of another base model's size.
         """
-        tensors, facts = load_tensors(path, "concept")
+        tensors, facts = load_concept_file(path)
         Y = torch.zeros(pipe.mmdit.config.depth, pipe.mmdit.config.width)
         branch = cls.fresh(pipe, Y, facts["rank"], where=facts.get("where", "everywhere"))
         load_into(branch, tensors, path)
+        check_base(path, facts, pipe)
         return branch.to(pipe.device).requires_grad_(False), facts
+
+
+def load_concept_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and facts of a concept's file.
+
+    Raises: InputError for a file that is missing, foreign or damaged, or that does not say what it must.
+    """
+    tensors, facts = load_tensors(path, "concept")
+    for name, kind in {"rank": int, "class_word": str}.items():
+        if not isinstance(facts.get(name), kind):
+            raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
+    return tensors, facts
+
+
+def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
+    """Raises: InputError if a concept was learned on other weights, which fit by their shapes alone."""
+    own = torch.tensor(sample_of(pipe.mmdit))
+    learned_on = torch.tensor(facts.get("base_sample", own.tolist()))
+    if learned_on.shape != own.shape or (learned_on - own).norm() > 0.05 * own.norm():
+        raise InputError(f"{path}: learned on other weights than these; use the base model that it was "
+                         "learned on")
 
 
 def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:

@@ -91,7 +91,8 @@ def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
                   pipe.encode_text([r.base for r in references], stand_ins),
                   pipe.encode_text([r.target for r in references], stand_ins),
                   pipe.encode_text([""] * len(references), stand_ins))
-    class_texts = [r.base if word in r.base.split() else word for r in references]
+    named = pipe.tokenizer([r.base for r in references], {word: word})[1].any(1).tolist()    # by its slots
+    class_texts = [r.base if has_word else word for r, has_word in zip(references, named)]
     variants = torch.stack([pipe.encode_images(r.pictures) for r in references])
     class_text = pipe.encode_text(class_texts, {word: word})
     return EncodedConcept([r.id for r in references], variants, texts, class_text)

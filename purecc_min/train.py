@@ -7,6 +7,7 @@ is the same loop with a checkpoint. Read next: algorithm.py.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator
@@ -17,15 +18,9 @@ from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, noised
 from purecc_min.methods import LossOfStep, Thetas
 from tinyflow.errors import InputError
+from tinyflow.files import read_log, write_whole
 from tinyflow.flow import sample_times
-from tinyflow.weights import (
-    load_into,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    save_tensors,
-    write_whole,
-)
+from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
 SAVE_EVERY = 25                                  # steps between checkpoints
 
@@ -45,6 +40,9 @@ class TrainConfig:
         for name in ("steps", "batch", "rank"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "embedding_learning_rate", "eta"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
 
 
 def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
@@ -113,8 +111,7 @@ def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConce
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
         load_into(theta, weights, checkpoint)
         load_optimizer(optimizer, tensors)
-        lines = log_file.read_text().splitlines() if log_file.exists() else []
-        log = [row for row in map(json.loads, lines) if row["step"] <= first]
+        log = [row for row in read_log(log_file) if row["step"] <= first]
 
     try:
         for row in train_steps(loss_of_step, thetas, data, config, stage, optimizer, first):

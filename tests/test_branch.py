@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from purecc_min.algorithm import concept_facts
 from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN, ConceptSet, Reference, encode
 from purecc_min.embeddings import class_word_states
 from purecc_min.lora import LoRA, key_of, target_layers
+from purecc_min.train import TrainConfig
 from tests.conftest import make_pipe
 from tinyflow.errors import InputError
 from tinyflow.weights import tensor_hash
@@ -169,3 +171,17 @@ def test_a_seeds_picture_does_not_depend_on_the_batch(pipe):
     together = pipe.sample(text, [4, 5, 6], steps=4, theta=branch)
     alone = pipe.sample(text[1:2], [5], steps=4, theta=branch)
     torch.testing.assert_close(alone, together[1:2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_concept_is_refused_by_weights_that_fit_by_their_shapes_alone(pipe, tmp_path):
+    """A concept of one base model once drew nonsense on another, with exit code 0."""
+    facts = concept_facts(pipe, "robot", TrainConfig(rank=2), "lora", "tiny")
+    make_branch(pipe).save(tmp_path / "c.safetensors", facts)
+    Branch.load(pipe, tmp_path / "c.safetensors")
+    Branch.load(make_pipe().to(torch.bfloat16), tmp_path / "c.safetensors")          # the same, rounded
+    other = make_pipe()
+    with torch.no_grad():
+        for parameter in other.mmdit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.raises(InputError, match="learned on other weights than these"):
+        Branch.load(other, tmp_path / "c.safetensors")

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from purecc_min.__main__ import build_parser, main
+from purecc_min.__main__ import main
 from purecc_min.branch import Branch
-from purecc_min.measure.measures import MEASURES
+from purecc_min.commands.options import build_parser
+from purecc_min.measure.measures import MEASURES, in_words
 from purecc_min.measure.toy import FOLDER
 from purecc_min.methods import METHODS
-from tinyflow import weights
+from tinyflow import files
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.pipeline import Pipeline
 from tinyflow.weights import load_tensors, save_tensors
@@ -56,7 +59,7 @@ def learned(tmp_path_factory):
 def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
     out = tmp_path / "demo"
     main(["demo", "--out", str(out), *BUDGET])
-    assert "| sees concept |" in capsys.readouterr().out
+    assert "| sees concept ↑ |" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert results.keys() == {"plain LoRA", "PureCC"} and results["PureCC"].keys() == MEASURES.keys()
     rows = [json.loads(line) for line in (out / "paper.jsonl").read_text().splitlines()]
@@ -100,7 +103,7 @@ def test_bad_input_is_one_line_and_exit_code_2(learned, tmp_path, capsys):
     concept = learned / "concept.safetensors"
     assert "no such folder" in fails(capsys, "learn", tmp_path / "none", "--class-word", "robot")
     unknown = fails(capsys, "learn", ROBOT, "--class-word", "robott", "--out", tmp_path / "x")
-    assert "does not know the word 'robott'" in unknown
+    assert "--class-word 'robott': the tiny model knows these kinds of things: ball, robot" in unknown
     assert "does not know the word 'dragon'" in fails(capsys, "sample", concept, "a [V] dragon")
     assert "no such file" in fails(capsys, "sample", tmp_path / "none.safetensors", "a [V] robot")
     assert "not a concept file" in fails(capsys, "sample", SHIPPED / "base.safetensors", "a [V] robot")
@@ -117,7 +120,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert "no space left" in fails(capsys, *LEARN, "--out", tmp_path / "x", *BUDGET)
 
 
@@ -136,11 +139,11 @@ def test_exhausted_memory_is_one_line_and_a_bug_keeps_its_traceback(error, learn
         main(command)
 
 
-def test_no_command_has_more_than_fifteen_options_and_each_is_explained():
-    commands = build_parser()._subparsers._group_actions[0].choices
+def test_no_command_has_more_than_sixteen_options_and_each_is_explained():
+    commands = build_parser("")._subparsers._group_actions[0].choices
     for name, parser in commands.items():
         given = [action for action in parser._actions if action.dest != "help"]
-        assert sum(bool(action.option_strings) for action in given) <= 15, name
+        assert sum(bool(action.option_strings) for action in given) <= 16, name
         assert all(action.help for action in given), name
 
 
@@ -160,7 +163,7 @@ def test_nothing_is_pickled():
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_is_learned_and_sampled(method, tmp_path, monkeypatch):
     out = tmp_path / method
-    monkeypatch.setattr("purecc_min.commands.learn.assess", lambda *_: {})           # pictures take long
+    monkeypatch.setattr("purecc_min.commands.learn.assess", lambda *_: ({}, []))     # pictures take long
     monkeypatch.setattr("purecc_min.commands.learn.draw_sheet", lambda *_: None)
     main([*map(str, LEARN), "--out", str(out), "--method", method, *BUDGET])
     tensors, facts = load_tensors(out / "concept.safetensors", "concept")
@@ -172,6 +175,7 @@ def test_every_method_is_learned_and_sampled(method, tmp_path, monkeypatch):
 
 
 def sampled(out, *arguments) -> np.ndarray:
+    out.unlink(missing_ok=True)                  # otherwise the next sheet gets another name
     main(["sample", *map(str, arguments), "--number", "1", "--device", "cpu", "--out", str(out)])
     return np.asarray(Image.open(out)).astype(int)
 
@@ -212,6 +216,79 @@ def test_two_concepts_stand_in_one_text(tmp_path, capsys):
     assert "has no [V2], which is the concept of" in fails(capsys, "sample", robot, cat, "a [V1] robot")
     assert "has no [V1]" in fails(capsys, "sample", robot, cat, "a [V] robot [V2] cat")
     other = tmp_path / "other.safetensors"
-    facts = {"class_word": "cat", "base": "sd3.5-medium", "size": 512}
+    facts = {"class_word": "cat", "rank": 2, "base": "sd3.5-medium", "size": 512}
     save_tensors(other, "concept", {"x": torch.zeros(1)}, facts)
     assert "they cannot stand in one picture" in fails(capsys, "sample", robot, other, prompt)
+
+
+# ------------------------------------------------------------------------------------------ what users expect
+def test_a_sheet_is_never_overwritten_and_single_pictures_lie_beside_it(tmp_path, capsys):
+    concept, out = make_concept(tmp_path / "c.safetensors", "robot"), tmp_path / "s.png"
+    for _ in range(2):
+        main(["sample", str(concept), "a [v] robot", "--number", "2", "--device", "cpu", "--out", str(out)])
+    names = ["s-2-seed0", "s-2-seed1", "s-2", "s-seed0", "s-seed1", "s"]
+    assert sorted(file.stem for file in tmp_path.glob("*.png")) == sorted(names)
+    single, again = (np.asarray(Image.open(tmp_path / f"{name}-seed0.png")) for name in ("s", "s-2"))
+    assert single.shape[0] == single.shape[1] == load_tiny().picture_size and np.array_equal(single, again)
+    assert str(tmp_path / "s-2.png") in capsys.readouterr().out
+
+
+def test_the_strength_scales_the_adapters(tmp_path):
+    concept, prompt = make_concept(tmp_path / "c.safetensors", "robot"), "a [V] robot"
+    out = tmp_path / "s.png"
+    tensors, facts = load_tensors(concept, "concept")
+    without = {name: 0 * tensor if name.startswith("lora.B") else tensor for name, tensor in tensors.items()}
+    save_tensors(tmp_path / "y.safetensors", "concept", without, facts)
+    none, half, full = (sampled(out, concept, prompt, "--strength", share) for share in (0, 0.5, 1))
+    assert np.array_equal(none, sampled(out, tmp_path / "y.safetensors", prompt))
+    assert not alike(none, full) and not alike(half, full)
+
+
+def test_samples_on_the_way_and_going_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("purecc_min.commands.learn.assess", lambda *_: ({}, ["a sentence"]))
+    monkeypatch.setattr("purecc_min.train.SAVE_EVERY", 1)
+    learn = [*map(str, LEARN), "--out", str(tmp_path / "a"), "--method", "lora", *BUDGET, "--samples-every",
+             "2"]
+    main(learn)
+    assert [file.name for file in (tmp_path / "a").glob("samples*")] == ["samples-1-000002.png"]
+    assert "a sentence" in capsys.readouterr().out
+    (tmp_path / "a" / "concept.safetensors").unlink()
+    checkpoint = tmp_path / "a" / "stage1.safetensors"
+    tensors, facts = load_tensors(checkpoint, "training checkpoint")
+    save_tensors(checkpoint, "training checkpoint", tensors, {**facts, "step": 1})
+    main(learn)
+    assert "going on from step 1" in capsys.readouterr().out
+
+
+def test_the_sentence_says_what_was_learned_and_what_it_cost():
+    original = {"similarity": 0.5}
+    bound = {"similarity": 0.875, "class drift": 0.0, "drift": 0.0}
+    assert in_words("bound", bound, original) == (
+        "bound: pictures with [V] are 0.88 alike to the references (the original model's: 0.50), "
+        "and texts without [V] are drawn as they were.")
+    cost = in_words("LoRA", bound | {"class drift": 0.123, "drift": 0.04}, original)
+    assert "pictures of the class changed by 12 % of the full range, and of other things by 4 %" in cost
+
+
+def test_options_without_a_command_are_the_demos_and_the_version_is_told(capsys):
+    assert "--stepz" in fails(capsys, "--steps", "2", "--stepz", "3")
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and re.fullmatch(r"purecc-min \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_every_word_of_the_tiny_model_is_listed(capsys):
+    main(["words"])
+    listed = set(re.findall(r"[a-z]+", capsys.readouterr().out))
+    assert set(load_tiny().tokenizer.ids) <= listed
+
+
+def test_stopping_while_torch_is_loaded_leaves_no_traceback():
+    child = subprocess.Popen([sys.executable, "-m", "purecc_min", "words"], stderr=subprocess.PIPE, text=True,
+                             stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    while not any("torch" in line for line in Path(f"/proc/{child.pid}/maps").read_text().splitlines()):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in error and "stopped" in error

@@ -125,7 +125,7 @@ def test_captions_that_do_not_match_the_pictures(folder):
     (folder / "1.txt").unlink()
     refused(folder, "1.png: this picture has no text")
     (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a [V] fish"}')
-    refused(folder, "captions name 9.png")
+    refused(folder, "metadata.jsonl: the captions name '9.png'")
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png"}\nnot json')
     refused(folder, "metadata.jsonl, line 1")
     (folder / "metadata.jsonl").unlink()

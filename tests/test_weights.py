@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import make_pipe
-from tinyflow import weights
+from tinyflow import files
 from tinyflow.errors import InputError
 from tinyflow.weights import (
     load_into,
@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_tensors(file, "concept", {"a": torch.zeros(9)}, {})
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
@@ -101,7 +101,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(file, monkeypatch):
     def killed(source, target):
         raise OSError(errno.EACCES, "interrupted")
 
-    monkeypatch.setattr(weights.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(OSError, match="interrupted"):
         save_tensors(file, "concept", {"a": torch.zeros(9)}, {})
     assert file.read_bytes() == before

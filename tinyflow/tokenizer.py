@@ -10,7 +10,7 @@ import difflib
 import torch
 from torch import Tensor
 
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
 
 
 class WordTokenizer:
@@ -41,7 +41,7 @@ class WordTokenizer:
         for row, text in enumerate(texts):
             words = [word.strip(".,;!?") for word in text.split()]
             if len(words) > self.length - 2:
-                raise InputError(f"the text {text!r} has {len(words)} words; "
+                raise InputError(f"the text {shown(text)} has {len(words)} words; "
                                  f"this model reads at most {self.length - 2}")
             for position, word in enumerate(words, start=1):
                 slots[row, position] = numbers.get(word, 0)
@@ -51,7 +51,8 @@ class WordTokenizer:
     def word_id(self, word: str, text: str) -> int:
         known = self.ids.get(word.lower())
         if known is None:
-            near = ", ".join(difflib.get_close_matches(word.lower(), self.ids, n=3, cutoff=0.0))
-            raise InputError(f"the tiny model does not know the word {word!r} in {text!r}; "
-                             f"the nearest words it knows are {near}")
+            near = difflib.get_close_matches(word.lower()[:40], self.ids, n=3)
+            advice = f"did you mean {' or '.join(near)}?" if near else "python -m purecc_min words lists them"
+            raise InputError(f"the tiny model does not know the word {shown(word)} in {shown(text)}; "
+                             f"{advice}")
         return known

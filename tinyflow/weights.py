@@ -6,7 +6,6 @@ a file that is foreign, cut short or damaged ends in one clear error.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tinyflow.errors import InputError, listing
+from tinyflow.files import ordinary_file, write_whole
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:
@@ -36,23 +36,11 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes beside the file and renames: a reader finds the old file or the new one, never half of one.
-
-    Raises: OSError with the file's name, for example when the disk is full.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+def check_finite(path: str | Path, tensors: dict[str, Tensor], advice: str) -> None:
+    """Raises: InputError if a number is infinite or none."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} holds numbers that are not finite; {advice}")
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict,
@@ -60,8 +48,10 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts:
     """Writes tensors with `facts` (JSON-able) beside them.
 
     `metadata` is for entries that other programs read.
+    Raises: InputError for numbers that are not finite; the file stays as it was.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_finite(path, tensors, "nothing was saved; try lower learning rates")
     about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
     # One entry of ours: safetensors writes several in a random order, and equal contents should be one file.
     write_whole(path, save(tensors, {"tinyflow": about} | (metadata or {})))
@@ -70,11 +60,9 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts:
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors and facts of a file that `save_tensors` wrote.
 
-    Raises: InputError if the file is missing, foreign or damaged.
+    Raises: InputError if the file is missing, foreign or damaged, or holds numbers that are not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
+    path = ordinary_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(json.loads((file.metadata() or {}).get("tinyflow", "{}")))
@@ -89,6 +77,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     if about.get("sha256") != seal(kind, tensors, about.get("facts")):
         raise InputError(f"{path}: the content does not match the file's SHA-256; it is damaged, "
                          "copy or make it again")
+    check_finite(path, tensors, "make the file again, with lower learning rates")
     return tensors, about["facts"]
 
 
@@ -106,6 +95,13 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) 
     if wrong:
         raise InputError(f"{where}: the tensors do not fit this model: {listing(wrong)}")
     module.load_state_dict(tensors)
+
+
+def sample_of(module: nn.Module, count: int = 32) -> list[float]:
+    """A few of a module's values, by which its weights can be recognised in whatever dtype they are."""
+    matrices = [parameter for _, parameter in sorted(module.named_parameters()) if parameter.dim() > 1]
+    chosen = matrices[::max(1, len(matrices) // count)][:count]
+    return [matrix.detach().flatten()[matrix.numel() // 2].item() for matrix in chosen]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

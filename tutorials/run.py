@@ -4,12 +4,10 @@
     python -m tutorials.run --save     also keeps their outputs in the files
 """
 
-import argparse
 import time
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
+from tinyflow.errors import InputError, Parser, report_errors
 
 FOLDER = Path(__file__).parent
 
@@ -17,8 +15,14 @@ FOLDER = Path(__file__).parent
 def execute(path: Path, save: bool) -> float:
     """Runs one notebook in its own folder; returns the seconds it took.
 
-    Raises: CellExecutionError where a cell fails; the file then stays as it was.
+    Raises: CellExecutionError where a cell fails; the file then stays as it was. InputError without Jupyter.
     """
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+    except ModuleNotFoundError as error:
+        raise InputError(f"the lessons need {error.name}: "
+                         "pip install -r tutorials/requirements.txt") from None
     notebook, begun = nbformat.read(path, as_version=4), time.time()
     place = {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place, record_timing=False,
@@ -29,12 +33,13 @@ def execute(path: Path, save: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tutorials.run", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m tutorials.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("--save", action="store_true", help="write the outputs back into the notebooks")
     save = parser.parse_args().save
     paths = sorted(FOLDER.glob("*.ipynb"))
-    for path in paths:
-        print(f"{path.name}: {execute(path, save):.0f} s", flush=True)
+    with report_errors():
+        for path in paths:
+            print(f"{path.name}: {execute(path, save):.0f} s", flush=True)
     print(f"{len(paths)} passed, 0 failed")
 
 

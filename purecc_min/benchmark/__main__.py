@@ -20,19 +20,21 @@ from purecc_min.benchmark.cells import ALL, STEPS
 from purecc_min.benchmark.plans import SEEDS, plan
 from purecc_min.benchmark.workers import run
 from purecc_min.measure.toy import CONCEPTS
-from tinyflow.errors import InputError, positive, report_errors
+from tinyflow.errors import InputError, Parser, file_path, number, positive, report_errors, shown
+from tinyflow.files import locked, make_folder
 
 
 def check_known(kind: str, names: list[str], choices: dict) -> None:
     """Raises: InputError for a name that is not among the choices."""
     for name in names:
         if name not in choices:
-            raise InputError(f"--{kind} {name!r}: there is none of this name; there are {', '.join(choices)}")
+            raise InputError(f"--{kind} {shown(name)}: there is none of this name; there are "
+                             f"{', '.join(choices)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m purecc_min.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m purecc_min.benchmark", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=SEEDS, default="main", help="what to run (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="main: one seed, two concepts, four methods")
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME",
@@ -41,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="main: these concepts in place of its own")
     parser.add_argument("--steps", type=positive, default=STEPS,
                         help="of training; fewer to try something out (%(default)s)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(),
+    parser.add_argument("--workers", type=number(int, 1, 256), default=os.cpu_count(),
                         help="cells at once, a core each (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("output/benchmark"),
+    parser.add_argument("--out", type=file_path, default=Path("output/benchmark"),
                         help="folder for everything; goes on where it stopped (%(default)s)")
     return parser
 
@@ -64,9 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
                              f"leave them out of {part}")
         planned = dict.fromkeys(plan(part, options.quick, methods, concepts))    # a name may be given twice
         cells = [replace(cell, steps=options.steps) for cell in planned]
-        run(cells, options.out, options.workers, shipped=bool(methods))
-        shown = list(dict.fromkeys(cells + plan("main"))) if methods else cells
-        print(report(part, shown, options.out, shipped=bool(methods)))
+        make_folder(options.out)
+        with locked(options.out):
+            run(cells, options.out, options.workers, shipped=bool(methods))
+            rows = list(dict.fromkeys(cells + plan("main"))) if methods else cells
+            print(report(part, rows, options.out, shipped=bool(methods)))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES, velocity_error
 from purecc_min.methods import Thetas
 from purecc_min.train import TrainConfig, optimizer_for, train_steps
+from tinyflow.files import write_picture, write_whole
 from tinyflow.flow import noise_for
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline
-from tinyflow.weights import load_tensors, write_whole
+from tinyflow.weights import load_tensors
 
 STEPS = 200                                      # of training, for every method alike
 SNAPSHOTS = (50, 100)                            # and before that, steps at which a cell is measured
@@ -162,8 +163,7 @@ def concept_file(cell: Cell, folder: Path) -> Path:
 
 
 def keep(cell: Cell, theta: Branch, folder: Path) -> None:
-    class_word, size = CONCEPTS[cell.concept].class_word, theta.pipe.picture_size
-    facts = concept_facts(class_word, cell.config(), cell.method, "tiny", size)
+    facts = concept_facts(theta.pipe, CONCEPTS[cell.concept].class_word, cell.config(), cell.method, "tiny")
     theta.save(concept_file(cell, folder), {**facts, "recipe": cell.recipe()})
 
 
@@ -208,8 +208,7 @@ def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
 def write_strip(pipe: Pipeline, drawn: Pictures, file: Path) -> None:
     """The first pictures of each group in STRIP, side by side, to be looked at."""
     pictures = pipe.decode_images(torch.cat([drawn[group][:count] for group, count in STRIP.items()]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(file)
+    write_picture(file, Image.fromarray(np.concatenate(pictures, axis=1)))
 
 
 def run_cell(cell: Cell, folder: Path) -> dict:

@@ -29,7 +29,7 @@ from purecc_min.benchmark.tables import (
     tuning_table,
 )
 from purecc_min.measure.measures import MEASURES
-from tinyflow.weights import write_whole
+from tinyflow.files import write_whole
 
 DRAWN = ("nothing", "perfect", "LoRA, base's empty text", "LoRA switched off", "anchor, base's empty text",
          "embeddings alone", "paper, base's empty text", "bound steps=600", "bound paper, eta 1")

@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from purecc_min.branch import load_concept_file
+from purecc_min.commands.base_models import BASE_MODELS
 from purecc_min.lora import key_of
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
+from tinyflow.files import check_output
 from tinyflow.sd3.layouts import DIFFUSERS, mmdit_layers
-from tinyflow.weights import load_tensors, save_tensors
+from tinyflow.weights import save_tensors
 
 PREFIX = "transformer."                          # of every name in diffusers' LoRA files
 
@@ -31,10 +34,13 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
     Raises: InputError for a file that is no concept, or one learned on the tiny base model, which no other
         program has.
     """
-    tensors, facts = load_tensors(concept, "concept")
+    check_output(Path(out), ".safetensors", [Path(concept)])
+    tensors, facts = load_concept_file(concept)
     if facts.get("base", "tiny") == "tiny":
         raise InputError(f"{concept}: learned on the tiny base model, which no other program has; "
                          "only concepts on public weights are exported")
+    if facts["base"] not in BASE_MODELS:
+        raise InputError(f"{concept}: learned on {shown(facts['base'])}, which this version does not know")
     if facts.get("where") == "token":
         raise InputError(f"{concept}: its adapters act where [V] stands and nowhere else; a LoRA file cannot "
                          "say so, and other programs would use them everywhere; for diffusers there is "
@@ -67,7 +73,7 @@ def attach_concept(transformer: torch.nn.Module, concept: str | Path, slots: Ten
     Raises: InputError if concept, slots and transformer do not go together; at once where that can be seen,
         otherwise when the transformer is called.
     """
-    tensors, facts = load_tensors(concept, "concept")
+    tensors, facts = load_concept_file(concept)
     Y, blocks = tensors["embeddings.Y"], transformer.transformer_blocks
     if len(Y) != len(blocks):
         raise InputError(f"{concept}: learned on {len(Y)} blocks, and this transformer has {len(blocks)}; "

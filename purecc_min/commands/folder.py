@@ -7,6 +7,7 @@ are matched to pictures by the file's name.
 """
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from purecc_min.concept import TOKEN, ConceptSet, Reference, base_text
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
+from tinyflow.files import ordinary_file, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
+MOST = 100                                       # pictures
+STYLE_WORD = "a"                                 # the class word of a style in the tiny world
 UPRIGHT, ORIENTATION = 1, 0x0112                 # of a camera's EXIF data
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
@@ -39,11 +43,11 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)})")
+    if len(paths) > MOST:
+        raise InputError(f"{folder}: {len(paths)} pictures; a concept is learned from 3 to 5, and from "
+                         f"{MOST} at most")
     rows = read_rows(folder, paths)
-    instance_words = [row["instance_word"] for row in rows.values() if "instance_word" in row]
-    class_word = class_word or (instance_words[0] if instance_words else None)
-    if not class_word:
-        raise InputError(f"{folder}: say what kind of thing [V] is, for example --class-word robot")
+    class_word = one_class_word(folder, class_word, rows)
 
     references, notes, rng = [], [], np.random.default_rng(seed)
     for path in paths:
@@ -58,41 +62,71 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
 
 
 # ------------------------------------------------------------------------------------------------------ texts
+def one_class_word(folder: Path, given: str | None, rows: dict[str, dict[str, str]]) -> str:
+    """The class word: the given one, or the CSV's. Raises InputError if there is none, or more than one."""
+    words = {" ".join(row["instance_word"].split()) for row in rows.values() if "instance_word" in row}
+    words |= {" ".join(given.split())} if given is not None else set()
+    if not words - {""}:
+        raise InputError(f"{folder}: say what kind of thing [V] is, for example --class-word robot")
+    if len(words) > 1:
+        raise InputError(f"{folder}: --class-word and the instance_word of the CSV must be one word, and "
+                         f"here are {', '.join(map(shown, sorted(words)))}")
+    return words.pop()
+
+
 def read_rows(folder: Path, paths: list[Path]) -> dict[str, dict[str, str]]:
     """File name -> its texts, by the columns of the CSV; empty if the folder has none."""
     tables = sorted(folder.glob("*.csv"))
     if (folder / "metadata.jsonl").exists():
-        rows = read_jsonl(folder / "metadata.jsonl")
+        table = folder / "metadata.jsonl"
+        rows = read_jsonl(table)
     elif tables:
-        rows = read_csv(tables[0])
+        table = tables[0]
+        rows = read_csv(table)
     else:
         sidecars = {path.name: path.with_suffix(".txt") for path in paths}
-        return {name: {"prompt": sidecar.read_text(encoding="utf-8")}
+        return {name: {"prompt": read_text(sidecar)}
                 for name, sidecar in sidecars.items() if sidecar.exists()}
     absent = sorted(rows.keys() - {path.name for path in paths})
     if absent:
-        raise InputError(f"{folder}: the captions name {absent[0]}, which is not in the folder")
+        raise InputError(f"{table}: the captions name {shown(absent[0])}, which is not in the folder")
     return rows
+
+
+def enter(rows: dict[str, dict[str, str]], table: Path, number: int, name: str, row: dict[str, str]) -> None:
+    """Adds a picture's texts. Raises InputError if it has some already, or if one of them is no text."""
+    if not all(isinstance(text, str) for text in (name, *row.values())):
+        raise InputError(f"{table}, line {number}: the file's name and its texts must be texts, in quotes")
+    name = name.replace("\\", "/").rpartition("/")[2]
+    if name in rows:
+        raise InputError(f"{table}, line {number}: {shown(name)} has its texts in an earlier line already")
+    rows[name] = row
 
 
 def read_jsonl(table: Path) -> dict[str, dict[str, str]]:
     rows = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(table).splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rows[Path(row["file_name"]).name] = {"prompt": row["text"]}
-        except (json.JSONDecodeError, KeyError, TypeError):
+            name, text = row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{table}, line {number}: needs JSON with file_name and text") from None
+        enter(rows, table, number, name, {"prompt": text})
     return rows
 
 
 def read_csv(table: Path) -> dict[str, dict[str, str]]:
-    rows = {}
-    with open(table, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    rows, lines = {}, csv.DictReader(io.StringIO(read_text(table), newline=""))
+    try:
+        for row in lines:
             if not row.get("image_path") or not row.get("prompt"):
                 raise InputError(f"{table}: needs the columns image_path and prompt, filled in every row")
-            rows[Path(row["image_path"]).name] = {key: text for key, text in row.items() if key and text}
+            texts = {key: text for key, text in row.items() if key and text}
+            enter(rows, table, lines.line_num, row["image_path"], texts)
+    except csv.Error as error:
+        raise InputError(f"{table}, line {lines.line_num}: not a readable CSV ({error})") from None
     return rows
 
 
@@ -107,13 +141,17 @@ def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, 
     complete = given("prompt", f"a {TOKEN} {class_word}").replace("[v]", TOKEN)
     target = given("target_prompt", f"{TOKEN} {class_word}").replace("[v]", TOKEN)
     base = given("base_prompt", base_text(complete))
+    advice = f"write it before the class word, as in 'a {TOKEN} {class_word}'"
     for kind, text in (("complete", complete), ("target", target)):
         if TOKEN not in text:
-            raise InputError(f"{path}: the {kind} text {text!r} has no {TOKEN}; write it before the class "
-                             f"word, as in 'a {TOKEN} {class_word}'")
+            raise InputError(f"{path}: the {kind} text {shown(text)} has no {TOKEN}; {advice}")
+        after = text.partition(TOKEN)[2].lower()
+        if class_word != STYLE_WORD and class_word.lower() not in after:
+            raise InputError(f"{path}: in the {kind} text {shown(text)} no {shown(class_word)} follows "
+                             f"{TOKEN}; {advice}")
     if TOKEN.lower() in base.lower():
-        raise InputError(f"{path}: the base text {base!r} has {TOKEN} in it; it must describe the picture "
-                         "without the concept's name")
+        raise InputError(f"{path}: the base text {shown(base)} has {TOKEN} in it; it must describe the "
+                         "picture without the concept's name")
     return complete, base, target
 
 
@@ -125,8 +163,12 @@ def read_picture(path: Path, size: int, variants: int,
     The first variant is the picture, centre-cropped to a square; the others are random squares of it, half
     of them mirrored.
     """
+    ordinary_file(path)                          # a pipe would be waited for
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise InputError(f"{path}: its pixels are fractions, whose range nobody knows; save it with "
+                                 "8 bits a channel")
             if min(image.size) < SMALLEST or max(image.size) > LARGEST:
                 raise InputError(f"{path}: the picture is {image.width} x {image.height}; "
                                  f"sides must be {SMALLEST} to {LARGEST} pixels")

@@ -1,19 +1,26 @@
 """`sample`: pictures drawn with one learned concept, or with several in one text."""
 
+import re
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
-from purecc_min.branch import Branch, only_with_token, velocity_with
-from purecc_min.commands.base_models import check_base_model, open_base_model, usable_device
+from PIL import Image
+from tqdm import tqdm
+
+from purecc_min.branch import Branch, load_concept_file, only_with_token, velocity_with
+from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model, usable_device
 from purecc_min.concept import TOKEN
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
+from tinyflow.files import check_output, write_picture
 from tinyflow.picturebook.sheet import sheet
-from tinyflow.weights import load_tensors
+
+AT_ONCE = 4                                      # pictures
 
 
-def names_of(count: int) -> list[str]:
+def names_of(number: int) -> list[str]:
     """What the concepts are called in a text: "[V]" if there is one, otherwise "[V1]", "[V2]", ..."""
-    return [TOKEN] if count == 1 else [f"[V{n}]" for n in range(1, count + 1)]
+    return [TOKEN] if number == 1 else [f"[V{n}]" for n in range(1, number + 1)]
 
 
 def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]]:
@@ -21,13 +28,15 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
 
     Raises: InputError for files that do not go together, or that the prompt does not name.
     """
-    facts, words = [load_tensors(file, "concept")[1] for file in files], {}
+    facts, words = [load_concept_file(file)[1] for file in files], {}
     learned_on = [(its.get("base", "tiny"), its.get("size", 32)) for its in facts]
     for file, name, its, where in zip(files, names_of(len(files)), facts, learned_on):
         word = words[name] = its["class_word"]
         if name not in prompt:
-            raise InputError(f"the prompt {prompt!r} has no {name}, which is the concept of {file}; write it "
-                             f"before the class word, as in 'a {name} {word}'")
+            raise InputError(f"the prompt {shown(prompt)} has no {name}, which is the concept of {file}; "
+                             f"write it before the class word, as in 'a {name} {word}'")
+        if where[0] not in BASE_MODELS:
+            raise InputError(f"{file}: learned on {shown(where[0])}, which this version does not know")
         if where != learned_on[0]:
             raise InputError(f"{file}: learned on {where[0]} at {where[1]} px, and {files[0]} on "
                              f"{learned_on[0][0]} at {learned_on[0][1]} px; they cannot stand in one picture")
@@ -35,24 +44,44 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
 
 
 def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: Path | None, seeds: list[int],
-                    steps: int, guidance: float | None, empty_text: str, named_only: bool, out: Path,
-                    device_name: str) -> None:
-    """Draws the prompt at every seed and saves one picture sheet.
+                    steps: int, guidance: float | None, strength: float, empty_text: str, named_only: bool,
+                    out: Path, device_name: str) -> None:
+    """Draws the prompt at every seed: one PNG each, and a sheet with all of them. No file is overwritten.
 
     Args:
         files: of concepts; the names of several are [V1], [V2], ... in this order.
+        strength: what the adapters' part of every layer's output is multiplied with.
         empty_text: who answers guidance's empty text, the "adapted" model or the "base" model.
         named_only: whether the adapters are off for every text without a concept's name.
     """
+    check_output(out, ".png")
+    prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", prompt)
     base_model, size, words = read_facts(files, prompt)
     check_base_model(base_model, weights, size)
     pipe = open_base_model(base_model, weights, text, size, usable_device(device_name))
-    theta = partial(velocity_with, [Branch.load(pipe, file)[0] for file in files])
+    branches = [Branch.load(pipe, file)[0] for file in files]
+    for B in (B for branch in branches for B in branch.lora.B.values()):
+        B.mul_(strength)
+    theta = partial(velocity_with, branches)
     if named_only:
         theta = only_with_token(theta, pipe.velocity)
     theta_null = pipe.velocity if empty_text == "base" else None
-    texts = pipe.encode_text([prompt], words)[[0] * len(seeds)]
-    pictures = list(pipe.decode_images(pipe.sample(texts, seeds, steps, guidance, theta, theta_null)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet([(prompt, pictures)], [(0, [f"seed {seed}" for seed in seeds])], side=max(size, 128)).save(out)
-    print(out)
+    text, pictures = pipe.encode_text([prompt], words), []
+    for n in tqdm(range(0, len(seeds), AT_ONCE), "pictures", leave=False, delay=5):
+        some = seeds[n:n + AT_ONCE]
+        x_0 = pipe.sample(text[[0] * len(some)], some, steps, guidance, theta, theta_null)
+        if not x_0.isfinite().all():
+            raise InputError("the pictures hold numbers that are not finite; try a lower --guidance")
+        pictures += list(pipe.decode_images(x_0))
+    page = sheet([(prompt, pictures)], [(0, [f"seed {seed}" for seed in seeds])], side=max(size, 128))
+    out = free_name(out)
+    write_picture(out, page)
+    for seed, picture in zip(seeds, pictures):
+        write_picture(free_name(out.with_name(f"{out.stem}-seed{seed}.png")), Image.fromarray(picture))
+    print(f"{out}, and each picture beside it")
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with -2, -3, ... before its ending the first at which there is no file."""
+    names = chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2)))
+    return next(name for name in names if not name.exists())

@@ -291,6 +291,17 @@ def show(name: str, value: float) -> str:
     return f"{value:.1f}" if name == "path KL" else format(value, "+.3f" if is_difference else ".3f")
 
 
+def better(name: str) -> str:
+    """Which values of a measure are better."""
+    if name in DAMAGES:
+        return "↓"
+    return "→ 0" if MEASURES[name].perfect == 0 else "↑"
+
+
+LEGEND = ("↑ higher is better, ↓ lower, → 0 closer to zero. Numbers with a sign are differences from the "
+          "original model's pictures. Definitions: purecc_min/measure/measures.py")
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
     """A Markdown table of results (method -> name -> value): a row a measure, a column a method.
 
@@ -301,5 +312,16 @@ def table(results: dict[str, dict[str, float]]) -> str:
         if any(name in values for values in results.values()):
             shown = [show(name, values[name]) for values in results.values()]
             shown.append("" if row.perfect is None else f"{row.perfect:g}")
-            lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+            lines.append(f"| {name} {better(name)} | " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", LEGEND])
+
+
+def in_words(name: str, values: dict[str, float], original: dict[str, float]) -> str:
+    """One sentence on what a method learned and what it cost. original: the values of the original model."""
+    learned = f"{values['similarity']:.2f} alike to the references (the original model's: " \
+              f"{original['similarity']:.2f})"
+    if values["class drift"] == values["drift"] == 0:
+        return f"{name}: pictures with [V] are {learned}, and texts without [V] are drawn as they were."
+    return (f"{name}: pictures with [V] are {learned}. Without [V], pictures of the class changed by "
+            f"{100 * values['class drift']:.0f} % of the full range, and of other things by "
+            f"{100 * values['drift']:.0f} %.")

@@ -9,7 +9,6 @@ add an entry to CONCEPTS at the end of this file. To keep its references as a fo
 user brings a concept, run `python -m purecc_min.measure.toy NAME`. Read next: draw.py.
 """
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -20,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from purecc_min.concept import TOKEN, ConceptSet, Reference
+from tinyflow.errors import Parser
+from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook import world
-from tinyflow.weights import write_whole
 
 FOLDER = Path(__file__).parent / "references"
 BARE = dict(size=False, colour=False, place=False, background=False)     # a caption that says only the noun
@@ -159,7 +159,7 @@ def write_references(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for reference in CONCEPTS[name].references().references:
         picture = Image.fromarray(reference.picture).resize((8 * world.SIZE, 8 * world.SIZE), Image.NEAREST)
-        picture.save(folder / reference.id, optimize=True)
+        write_picture(folder / reference.id, picture)
         write_whole((folder / reference.id).with_suffix(".txt"), f"{reference.complete}\n".encode())
 
 
@@ -167,5 +167,7 @@ if __name__ == "__main__":
     # A concept may be added below this line, so this file is read to its end first.
     from purecc_min.measure import toy
 
-    for name in sys.argv[1:]:
+    parser = Parser(prog="python -m purecc_min.measure.toy", description="Keeps references as a folder.")
+    parser.add_argument("names", nargs="+", choices=tuple(toy.CONCEPTS), metavar="NAME", help="of concepts")
+    for name in parser.parse_args().names:
         toy.write_references(name, FOLDER / name)

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
+from tinyflow.files import read_text
 
 WORD_END = "</w>"                                # marks a token that ends a word
 LETTER = "(?:[^\\W_]|[\u0300-\u036f])"           # a letter or a digit, or an accent that belongs to one
@@ -49,14 +50,10 @@ def write_stand_ins(text: str, stand_ins: dict[str, str]) -> tuple[str, list[tup
         is_word = placeholder[0].isalnum() and placeholder[-1].isalnum()     # may be part of a longer word
         if not is_word and any(placeholder in part for part in parts[::2]):
             raise InputError(f"the placeholder {placeholder!r} is glued to its neighbour in "
-                             f"{shortened(text)}; write it as a word of its own")
+                             f"{shown(text)}; write it as a word of its own")
     written = [stand_ins[part] if n % 2 else part for n, part in enumerate(parts)]
     stops = list(accumulate(map(len, written)))
     return "".join(written), list(zip(parts[1::2], stops[1::2]))
-
-
-def shortened(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def read_file(folder: Path, name: str) -> str:
@@ -65,10 +62,7 @@ def read_file(folder: Path, name: str) -> str:
     if not path.is_file():
         raise InputError(f"{folder}: no {name} there; it belongs to the model's tokenizer folder, "
                          "download it too")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text in UTF-8; the file is damaged, download it again") from None
+    return read_text(path)
 
 
 class SlotTokenizer:
@@ -94,12 +88,12 @@ class SlotTokenizer:
         for row, text in enumerate(texts):
             written, found = write_stand_ins(text, stand_ins or {})
             if re.search("[\ud800-\udfff]", written):
-                raise InputError(f"the text {shortened(text)} holds half a character (a lone surrogate); "
+                raise InputError(f"the text {shown(text)} holds half a character (a lone surrogate); "
                                  "write it again in UTF-8")
             tokens, positions = self.encode(written, [stop for _, stop in found])
             for (placeholder, _), position in zip(found, positions):
                 if position >= self.length - 1:
-                    raise InputError(f"the placeholder {placeholder!r} in {shortened(text)} is token "
+                    raise InputError(f"the placeholder {placeholder!r} in {shown(text)} is token "
                                      f"{position + 1}, but a text is cut to {self.length} with the end "
                                      "token; shorten it, or name the placeholder earlier")
                 slots[row, position] = numbers[placeholder]

@@ -31,8 +31,8 @@ from purecc_min.measure.velocities import TIMES
 from purecc_min.methods import Thetas
 from purecc_min.objective import cosine, pcc_loss
 from tinyflow.errors import report_errors
+from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
-from tinyflow.weights import write_whole
 
 CONCEPT, SEEDS = "checked_cat", 3
 STUDIED = ("LoRA", "paper", "not detached", "untouched v_original", "LoRA + anchor", "embeddings alone")

@@ -26,11 +26,11 @@ from purecc_min.concept import TOKEN
 from purecc_min.measure.measures import sees
 from purecc_min.measure.toy import CONCEPTS
 from tinyflow.errors import report_errors
+from tinyflow.files import write_whole
 from tinyflow.flow import euler, guide, noise_for
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline, in_one_batch
-from tinyflow.weights import write_whole
 
 SECOND = "[W]"                                   # the second concept's name in a text
 IS_LEFT = torch.arange(world.SIZE) < world.SIZE // 2     # [W]

@@ -9,9 +9,7 @@ individual or not; the base model by how often the reader sees what the text say
 weights/README.md.
 """
 
-import argparse
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from tqdm import tqdm
 
-from tinyflow.errors import report_errors
+from tinyflow.errors import Parser, file_path, positive, report_errors
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.codec import quality
 from tinyflow.picturebook.second.model import SHIPPED, load_tiny
@@ -237,12 +235,12 @@ def check(reader: Reader, pipe: Pipeline, count: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m tinyflow.picturebook.second.check",
-                                     description=__doc__.split("\n\n")[0])
-    parser.add_argument("--count", type=int, default=500,
+    parser = Parser("python -m tinyflow.picturebook.second.check",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--count", type=positive, default=500,
                         help="pictures of each kind that the base model draws")
     for name in ("base", "codec", "reader"):
-        parser.add_argument(f"--{name}", type=Path, default=SHIPPED / f"{name}.safetensors",
+        parser.add_argument(f"--{name}", type=file_path, default=SHIPPED / f"{name}.safetensors",
                             help="other weights")
     options = parser.parse_args(arguments)
     with report_errors():

@@ -10,7 +10,6 @@ object; the last ones see whole pictures, as the attention in the middle needs.
 Read next: pretrain.py.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflow.errors import report_errors
+from tinyflow.errors import Parser, file_path, positive, report_errors
+from tinyflow.files import make_folder
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import make_codec
 from tinyflow.picturebook.second.render import render_all
-from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves
 from tinyflow.pipeline import to_pixels
 from tinyflow.vae import VAE
 from tinyflow.weights import save_tensors
@@ -121,14 +121,15 @@ def quality(vae: VAE, count: int) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m tinyflow.picturebook.second.codec",
-                                     description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default="runs/codec", help="folder; a run found there goes on")
-    parser.add_argument("--steps", type=int, default=CodecConfig.steps, help="training steps")
+    parser = Parser("python -m tinyflow.picturebook.second.codec",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, default=Path("runs/codec"),
+                        help="folder; a run found there goes on")
+    parser.add_argument("--steps", type=positive, default=CodecConfig.steps, help="training steps")
     options = parser.parse_args(arguments)
     with report_errors():
-        config = CodecConfig(options.steps)
-        follow(train(CodecTraining(config), options.out, 1000), "codec", config.steps)
+        make_folder(options.out)
+        follow(CodecTraining(CodecConfig(options.steps)), options.out, 1000, "codec")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ share the work, with the same result up to rounding:
 Read next: reader.py.
 """
 
-import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
-from tinyflow.errors import report_errors
+from tinyflow.errors import Parser, file_path, positive, report_errors, seed
+from tinyflow.files import make_folder
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.second.render import render_all
-from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves
 from tinyflow.pipeline import Pipeline, choose_device, to_pixels
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
@@ -135,25 +135,27 @@ def begin(start: Path | None, codec: Path | None, seed: int) -> Pipeline:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m tinyflow.picturebook.second.pretrain",
-                                     description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True,
+    parser = Parser("python -m tinyflow.picturebook.second.pretrain",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, required=True,
                         help="folder for checkpoint, log, samples and the weights; a run found there goes on")
-    parser.add_argument("--start", type=Path, help="weights to go on from, by default none")
-    parser.add_argument("--codec", type=Path, default=SHIPPED / "codec.safetensors",
+    parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
+    parser.add_argument("--codec", type=file_path, default=SHIPPED / "codec.safetensors",
                         help="the codec's weights")
-    parser.add_argument("--steps", type=int, default=PretrainConfig.steps, help="training steps")
-    parser.add_argument("--batch", type=int, default=PretrainConfig.batch,
+    parser.add_argument("--steps", type=positive, default=PretrainConfig.steps, help="training steps")
+    parser.add_argument("--batch", type=positive, default=PretrainConfig.batch,
                         help="pictures a step, over all processes")
-    parser.add_argument("--pictures", type=int, default=PretrainConfig.pictures,
+    parser.add_argument("--pictures", type=positive, default=PretrainConfig.pictures,
                         help="pictures rendered for training")
-    parser.add_argument("--seed", type=int, default=1, help="of weights, pictures, captions and noise")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and samples")
+    parser.add_argument("--seed", type=seed, default=1, help="of weights, pictures, captions and noise")
+    parser.add_argument("--save-every", type=positive, default=500,
+                        help="steps between checkpoints and samples")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the MMDiT (needs a C++ compiler): about 1.2x faster on CPU")
     options = parser.parse_args(arguments)
     with report_errors():
+        make_folder(options.out)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = choose_device(options.device)
         if processes > 1:
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
                                 start=start)
         training = Pretraining(config, pipe.to(device), options.out, rank, processes, options.compile)
-        follow(train(training, options.out, options.save_every), "pretraining", config.steps, rank > 0)
+        follow(training, options.out, options.save_every, "pretraining")
         if processes > 1:
             dist.destroy_process_group()
 

@@ -13,7 +13,6 @@ the mask, CLIP and DINO tell what a thing is and how much two things are alike.
 Read next: check.py, which tells how good the reader and the base model are.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +22,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.errors import report_errors
+from tinyflow.errors import Parser, file_path, positive, report_errors, seed
+from tinyflow.files import make_folder
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED
 from tinyflow.picturebook.second.objects import exact_colour
 from tinyflow.picturebook.second.render import HALF, brightness, render_all
-from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves, train
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves
 from tinyflow.picturebook.second.world import Identity
 from tinyflow.pipeline import to_pixels
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
@@ -315,19 +315,21 @@ class ReaderTraining(Training):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m tinyflow.picturebook.second.reader",
-                                     description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default="runs/reader", help="folder; a run found there goes on")
-    parser.add_argument("--start", type=Path, help="weights to go on from, by default none")
-    parser.add_argument("--steps", type=int, default=ReaderConfig.steps, help="training steps")
-    parser.add_argument("--seed", type=int, default=ReaderConfig.seed, help="of weights, pictures and noise")
+    parser = Parser("python -m tinyflow.picturebook.second.reader",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, default=Path("runs/reader"),
+                        help="folder; a run found there goes on")
+    parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
+    parser.add_argument("--steps", type=positive, default=ReaderConfig.steps, help="training steps")
+    parser.add_argument("--seed", type=seed, default=ReaderConfig.seed, help="of weights, pictures and noise")
     options = parser.parse_args(arguments)
     with report_errors():
+        make_folder(options.out)
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
         start = tensor_hash(reader.state_dict()) if options.start else ""
         config = ReaderConfig(options.steps, seed=options.seed, start=start)
-        follow(train(ReaderTraining(config, reader), options.out, 500), "reader", config.steps)
+        follow(ReaderTraining(config, reader), options.out, 500, "reader")
 
 
 if __name__ == "__main__":

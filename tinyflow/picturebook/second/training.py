@@ -6,6 +6,7 @@ What step k sees depends on (seed, k) only, so an interrupted run goes on where 
 uninterrupted one would. Read next: codec.py.
 """
 
+import contextlib
 import copy
 import json
 import time
@@ -20,15 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tinyflow.errors import InputError
+from tinyflow.files import locked, read_log, write_whole
 from tinyflow.picturebook.second.muon import Muon
-from tinyflow.weights import (
-    load_into,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    save_tensors,
-    write_whole,
-)
+from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
 
 def rate_share(k: int, steps: int, warmup: int, flat: float) -> float:
@@ -120,8 +115,7 @@ def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int,
     log, first, seconds = [], 0, 0.0
     if checkpoint.exists():
         first, seconds = training.load(checkpoint)
-        log = [line for line in (out / "log.jsonl").read_text().splitlines()
-               if json.loads(line)["step"] <= first]
+        log = [json.dumps(row) for row in read_log(out / "log.jsonl") if row["step"] <= first]
     begun, recent = time.time() - seconds, []
     for k in range(first, config.steps):
         loss = training.step(k)
@@ -141,9 +135,11 @@ def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int,
                               "torch": torch.__version__})
 
 
-def follow(steps: Iterator[tuple[int, float]], name: str, total: int, disable: bool = False) -> None:
-    """Takes all steps behind a progress bar."""
-    with tqdm(total=total, desc=name, disable=disable) as bar:
+def follow(training: Training, out: Path, save_every: int, name: str) -> None:
+    """Trains behind a progress bar. No other process may train in the same folder meanwhile."""
+    steps, is_first = train(training, out, save_every), training.rank == 0
+    lock = locked(out) if is_first else contextlib.nullcontext()
+    with lock, tqdm(total=training.config.steps, desc=name, disable=not is_first) as bar:
         for k, loss in steps:
             bar.update(k + 1 - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
