@@ -184,7 +184,9 @@ def test_every_measure_has_its_sentence():
     assert all(row.about.endswith(".") and "\n" not in row.about for row in MEASURES.values())
 
 
-def test_the_table_has_a_row_for_each_measure_it_is_given():
-    lines = table({"a": {"similarity": 0.5, "class leak": 0.25, "path KL": 12.34}}).splitlines()
-    assert lines[0] == "| measure | a | perfect |"
-    assert lines[2:] == ["| similarity | 0.500 |  |", "| class leak | +0.250 | 0 |", "| path KL | 12.3 | 0 |"]
+def test_the_table_has_a_row_for_each_measure_it_is_given_and_says_what_is_better():
+    given = {"similarity": 0.5, "class leak": 0.25, "object": -0.1, "path KL": 12.34}
+    lines = table({"a": given}).splitlines()
+    assert lines[0] == "| measure | a | perfect |" and lines[-1].startswith("↑ higher is better, ↓ lower,")
+    assert lines[2:-2] == ["| similarity ↑ | 0.500 |  |", "| class leak ↓ | +0.250 | 0 |",
+                           "| object → 0 | -0.100 | 0 |", "| path KL ↓ | 12.3 | 0 |"]

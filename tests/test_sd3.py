@@ -168,6 +168,24 @@ def test_what_is_missing_is_named_at_once(sd3, tmp_path):
         load_sd3(folder, size=512)
 
 
+@pytest.mark.parametrize("size", [0, -16, 7, 65])
+def test_a_size_that_makes_no_whole_patches_is_refused_at_once(sd3, size):
+    """It was once a bare ValueError, after everything had been loaded."""
+    with pytest.raises(InputError, match=f"^pictures of {size} px: the side must be a multiple of"):
+        load_sd3(sd3[0], size=size)
+
+
+def test_weights_that_are_not_finite_are_named(sd3, tmp_path):
+    """They once led to a training that advised a lower learning rate."""
+    folder = shutil.copytree(sd3[0], tmp_path / "nan")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="proj_out.weight holds numbers that are not finite in bfloat16"):
+        load_sd3(folder, size=64)
+
+
 def test_a_single_file_may_hold_the_text_encoders(sd3, tmp_path):
     """All models are in one file, the tokenizers come from --text, and T5's embedding has its other name."""
     clip_l, clip_g = small_clip(128, "quick_gelu", 3, heads=2), small_clip(64, "gelu", 4, heads=1)

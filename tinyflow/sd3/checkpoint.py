@@ -162,7 +162,8 @@ def load(module: nn.Module, checkpoint: Checkpoint, prefix: str, names: dict[str
             Weight and bias have these names in both.
         dtype: None keeps the file's own dtype, and then nothing is copied on a CPU.
         extra: names behind the prefix that this module does not need.
-    Raises: InputError that lists every missing, unexpected and mis-shaped tensor.
+    Raises: InputError that lists every missing, unexpected and mis-shaped tensor, or names one whose numbers
+        are not finite.
     """
     shapes, own, sources = checkpoint.under(prefix), module.state_dict(), {}
     for name in own:
@@ -185,4 +186,8 @@ def load(module: nn.Module, checkpoint: Checkpoint, prefix: str, names: dict[str
                                     delay=1, leave=False):
         tensor = take(checkpoint.tensor(prefix + source), how)
         tensors[name] = tensor.to(device, dtype or tensor.dtype)
+        is_copy = tensors[name].data_ptr() != tensor.data_ptr()  # what stays in the file is not read for this
+        if is_copy and not tensors[name].isfinite().all():
+            raise InputError(f"{checkpoint.where}: {prefix}{source} holds numbers that are not finite in "
+                             f"{str(tensors[name].dtype).removeprefix('torch.')}; download it again")
     module.load_state_dict(tensors, assign=True)

@@ -137,7 +137,16 @@ def read_config(weights: str | Path, text: str | Path | None, size: int) -> MMDi
     """
     parts, _ = find_parts(weights, text)
     with parts["transformer"].building():
-        return mmdit_config(parts["transformer"], size // vae_config(parts["vae"]).factor)
+        return mmdit_config(parts["transformer"], latent_size(parts["vae"], size))
+
+
+def latent_size(vae: Part, size: int) -> int:
+    """Latents a side of pictures of `size` pixels. Raises InputError if these do not make whole patches."""
+    step = 2 * vae_config(vae).factor            # all published models have patches of 2 x 2 latents
+    if size < step or size % step:
+        raise InputError(f"pictures of {size} px: the side must be a multiple of {step}, for example "
+                         f"{max(step, size // step * step)}")
+    return size // vae_config(vae).factor
 
 
 def load_sd3(weights: str | Path, text: str | Path | None = None, size: int = 512, device="cpu",
@@ -150,14 +159,15 @@ def load_sd3(weights: str | Path, text: str | Path | None = None, size: int = 51
         size: pixels a side of the pictures.
         device: of the MMDiT and the VAE. The text encoders stay in host memory: see offload.py.
         dtype: of the MMDiT.
-    Raises: InputError for everything that cannot be used: see parts.py and checkpoint.py.
+    Raises: InputError for a size that does not make whole patches, and for every file that cannot be used:
+        see parts.py and checkpoint.py.
     """
     parts, folders = find_parts(weights, text)
-    tokenizer = SD3Tokenizer(folders)
+    side, tokenizer = latent_size(parts["vae"], size), SD3Tokenizer(folders)
     clip_l, clip_g = load_clip(parts["clip_l"], "quick_gelu"), load_clip(parts["clip_g"], "gelu")
     t5 = load_t5(parts["t5"]) if "t5" in parts else None
     vae = load_vae(parts["vae"], device)
-    mmdit = load_mmdit(parts["transformer"], size // vae.factor, dtype, device)
+    mmdit = load_mmdit(parts["transformer"], side, dtype, device)
     encoder = SD3Encoder(clip_l, clip_g, t5, mmdit.config.context_width)
     return Pipeline(tokenizer, encoder, mmdit, vae, size, SHIFT, LAST_TIME,
                     GUIDANCE).requires_grad_(False).eval()
