@@ -42,6 +42,7 @@ HEADS = SCENE | LOOK | SPOT | IDENTITY           # a trait -> its options
 COLOURLESS = ("print", "chalk")                  # styles in which neither colour nor light can be told
 CROP = 40                                        # pixels a side of an object that is cut out
 PARTS, TRAITS = 8, len(world.TRAITS)
+COLOURS = 3 * PARTS * 8                          # numbers that say the colours of an object's parts
 IGNORED = -100                                   # the label of a trait that a picture does not show
 
 
@@ -112,8 +113,8 @@ class Reader(nn.Module):
                                        convolution(48, 48, norm=False))
         self.object_5 = nn.Sequential(convolution(48, 96, 2), convolution(96, 96), convolution(96, 128, 2))
         self.parts = nn.Conv2d(48, PARTS, 1)                     # where the body is, the marking, ...
-        self.shade = nn.Sequential(nn.Linear(3 * PARTS + 32 + 96, 128), nn.SiLU(), nn.Linear(128, 4))
-        found = 128 * 25 + 3 * PARTS + 32 + 96
+        self.shade = nn.Sequential(nn.Linear(COLOURS + 32 + 96, 256), nn.SiLU(), nn.Linear(256, 4))
+        found = 128 * 25 + COLOURS + 32 + 96
         self.identity = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 96))
         self.individual = nn.Linear(96, TRAITS)       # so that `identity` tells individuals apart
         self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
@@ -144,11 +145,11 @@ class Reader(nn.Module):
         there = rearrange(masks, "b n h w -> (b n) (h w)").any(1)                       # often only one is
         big = logits["size"].argmax(-1) == list(world.SIZES).index("big")               # [B, 2]
         alone = cut_out(x, masks, big)                                                  # [B * 2, 4, 40, 40]
-        seen = x.new_zeros((len(alone), 128 * 25 + 3 * PARTS))
+        seen = x.new_zeros((len(alone), 128 * 25 + COLOURS))
         if there.any():
             seen[there] = self.look_at(alone[there]).to(x.dtype)
         light = torch.cat([look, scene], 1).repeat_interleave(2, 0)                     # it tints everything
-        found = torch.cat([seen, light], 1)                                             # [B * 2, 3352]
+        found = torch.cat([seen, light], 1)                                             # [B * 2, 3520]
         identity = F.normalize(self.identity(found), dim=-1)                            # [B * 2, 96]
         traits = self.traits(found).float()
         shade = self.shade(found[:, 128 * 25:]).float()                                 # hue and tone
@@ -164,13 +165,19 @@ class Reader(nn.Module):
 
     def look_at(self, alone: Tensor) -> Tensor:
         """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of the
-        parts that they are made of, [N, 3200 + 3 * PARTS].
+        parts that they are made of, [N, 3200 + COLOURS].
+
+        The hue of a red thing moves a colour by a tenth of what lies between red and green. Waves of four
+        lengths make such a difference as large as any.
         """
         at_20 = self.object_20(alone)
         small = F.avg_pool2d(alone, 2).flatten(2)                                       # [N, 4, 400]
         weight = (self.parts(at_20).flatten(2) - 20 * (1 - small[:, 3:])).softmax(-1)   # inside the mask
         colours = weight @ small[:, :3].transpose(1, 2)                                 # [N, PARTS, 3]
-        return torch.cat([self.object_5(at_20).flatten(1), colours.flatten(1)], 1)
+        lengths = torch.tensor([1, 2, 4, 8], device=alone.device)
+        angles = torch.pi / 2 * colours.float().flatten(1)[..., None] * lengths         # [N, 3 * PARTS, 4]
+        waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)                  # [N, COLOURS]
+        return torch.cat([self.object_5(at_20).flatten(1), waves], 1)
 
     @classmethod
     def shipped(cls, device: str | torch.device = "cpu",
