@@ -4,9 +4,9 @@
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
 
-`sample` draws pictures with them. The flow runs on latents: what the codec, an autoencoder, makes of a
-picture. Where it is made: picturebook/model.py (tiny), sd3/load.py (public weights). Read next:
-purecc_min/concept.py.
+`sample` draws pictures with them. The flow runs on what the codec makes of a picture: its pixels in the
+tiny world, the latents of an autoencoder in SD3.5. Where it is made: picturebook/model.py (tiny),
+sd3/load.py (public weights). Read next: purecc_min/concept.py.
 """
 
 from dataclasses import dataclass, fields
@@ -67,6 +67,17 @@ def to_pictures(pixels: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
     pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+
+
+class Pixels(nn.Module):
+    """The codec of the tiny world: x_0 is the picture itself."""
+    factor = 1                                   # one value of x_0 covers factor x factor pixels
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return x_0
 
 
 class Pipeline(nn.Module):

@@ -34,7 +34,7 @@ from tinyflow.files import write_picture, write_whole
 from tinyflow.flow import noise_for
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.reader import Reader
-from tinyflow.pipeline import to_pictures
+from tinyflow.pipeline import Pipeline
 from tinyflow.weights import load_tensors
 
 STEPS = 200                                      # of training, for every method alike
@@ -103,7 +103,7 @@ class Cell:
         toy = CONCEPTS[self.concept]
         texts = [(r.complete, r.base, r.target) for r in toy.references().references]
         parts = [self.settings, THETA_1_SETTINGS["LoRA"], self.snapshots, SAMPLING_STEPS, asdict(toy), texts,
-                 *(hash_of(SHIPPED / f"{name}.safetensors") for name in ("base", "codec", "reader"))]
+                 hash_of(SHIPPED / "base.safetensors"), hash_of(SHIPPED / "reader.safetensors")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def result(self, folder: Path, shipped: bool = False) -> dict | None:
@@ -205,9 +205,9 @@ def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
 
 
 # -------------------------------------------------------------------------------------------------------- run
-def write_strip(drawn: Pictures, file: Path) -> None:
+def write_strip(pipe: Pipeline, drawn: Pictures, file: Path) -> None:
     """The first pictures of each group in STRIP, side by side, to be looked at."""
-    pictures = to_pictures(torch.cat([drawn[group][:count] for group, count in STRIP.items()]))
+    pictures = pipe.decode_images(torch.cat([drawn[group][:count] for group, count in STRIP.items()]))
     write_picture(file, Image.fromarray(np.concatenate(pictures, axis=1)))
 
 
@@ -238,6 +238,6 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         if cell.method in KEPT:
             keep(cell, thetas.theta, folder)
     result["seconds"] = round(time.time() - begun, 1)
-    write_strip(drawn, (folder / cell.file).with_suffix(".png"))
+    write_strip(pipe, drawn, (folder / cell.file).with_suffix(".png"))
     write_whole(folder / cell.file, json.dumps(result).encode())
     return result

@@ -54,7 +54,7 @@ class Setup:
     reader: Reader
     toy: Toy
     data: EncodedConcept
-    pictures: np.ndarray                         # uint8 [n, H, W, 3], the references
+    pictures: np.ndarray                         # uint8 [n, 32, 32, 3], the references
     original: Pictures                           # what the base model draws
 
 
@@ -88,11 +88,17 @@ class Imagining:
 
     def __init__(self, setup: Setup, config: TrainConfig):
         pipe, toy = setup.pipe, setup.toy
-        scenes = [world.random_scene(np.random.default_rng((config.seed, n)), parts=False, pairs=0)
-                  for n in range(IMAGINED)]
-        if not toy.is_style:
-            scenes = [scene.changed(object=toy.class_word) for scene in scenes]
-        prompts = [toy.prompt(scene) for scene in scenes]
+        generator = torch.Generator().manual_seed(config.seed)
+
+        def choose(options) -> str:
+            return list(options)[torch.randint(len(options), (1,), generator=generator).item()]
+
+        prompts = []
+        for _ in range(IMAGINED):
+            noun = choose(world.OBJECTS) if toy.is_style else toy.class_word
+            scene = world.Scene(noun, choose(world.COLOURS), choose(world.SIZES), choose(world.PLACES),
+                                choose(world.BACKGROUND_WORDS))
+            prompts.append(toy.prompt(scene))
         stand_ins, rows = {TOKEN: toy.class_word}, [0] * IMAGINED
         base = pipe.encode_text([prompt.base for prompt in prompts], stand_ins)
         complete = pipe.encode_text([prompt.complete for prompt in prompts], stand_ins)

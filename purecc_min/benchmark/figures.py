@@ -111,8 +111,7 @@ def unseen_texts(setup: Setup) -> Texts:
     """The texts of a scene that no reference shows, with a big object, which is easier to look at."""
     prompts, pipe, texts = setup.toy.prompts()["concept"], setup.pipe, setup.data.texts
     shown = {scene.background for scene in setup.toy.reference_scenes()}
-    unseen = [prompt for prompt in prompts
-              if prompt.scene.background not in shown and prompt.scene.trait("size") == "big"] or prompts
+    unseen = [p for p in prompts if p.scene.background not in shown and p.scene.size == "big"] or prompts
     complete = pipe.encode_text([unseen[0].complete], {TOKEN: setup.toy.class_word})
     return Texts(complete, pipe.encode_text([unseen[0].base]), texts.target[[0]], texts.null[[0]])
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from purecc_min.measure.draw import LAYOUT, Pictures, perfect
+from purecc_min.measure.draw import Pictures, perfect
 from purecc_min.measure.toy import Toy
 from purecc_min.measure.velocities import VelocityError, velocity_error
-from tinyflow.picturebook.reader import Reader, Reading
-from tinyflow.pipeline import Pipeline, Velocity, to_pixels
+from tinyflow.picturebook.reader import SCENE, Reader, Reading, to_tensor
+from tinyflow.pipeline import Pipeline, Velocity
 
 SHARE, SIGNED, POSITIVE = "0 to 1", "-1 to 1", "0 and up"
 NAMED = ("object", "colour", "place", "background")      # what a text names and the reader can check
@@ -36,7 +36,7 @@ def pixel_change(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sees(reading: Reading, traits: dict) -> Tensor:
-    """bool [B, number of traits]: which of these traits the reader sees in each picture."""
+    """bool [B, number of traits]: which of these traits of a Scene the reader sees in each picture."""
     return torch.tensor([[seen == value for seen in reading.names(head)] for head, value in traits.items()]).T
 
 
@@ -54,11 +54,11 @@ class Judge:
 
     def feature(self, reading: Reading) -> Tensor:
         """[B, width] unit vectors that tell what the object is, or for a style how the picture is drawn."""
-        return reading.look if self.toy.is_style else reading.identity[:, 0]
+        return reading.look if self.toy.is_style else reading.identity
 
     def similarity(self, reading: Reading) -> Tensor:
         """[B] cosines between the feature of each picture and the mean feature of the references."""
-        references = self.feature(self.reader(to_pixels(self.references)))
+        references = self.feature(self.reader(to_tensor(self.references)))
         return self.feature(reading) @ F.normalize(references.mean(0), dim=0)
 
 
@@ -71,12 +71,12 @@ class Drawn:
         self.seen = {group: judge.reader(x) for group, x in custom.items()}             # group -> Reading
         self.seen_original = {group: judge.reader(x) for group, x in original.items()}
         self.similarity = judge.similarity(self.seen["concept"])                        # [24]
-        masks = [seen["concept"].mask[:, 0] > 0 for seen in (self.seen, self.seen_original)]
+        masks = [seen["concept"].mask > 0 for seen in (self.seen, self.seen_original)]
         self.masks = torch.stack(masks)                                                 # bool [2, 24, H, W]
 
     def right(self, seen: dict[str, Reading], group: str, head: str) -> np.ndarray:
         """bool [B]: where the reader sees what the text says."""
-        said = [prompt.scene.trait(head) for prompt in self.prompts[group]]
+        said = [getattr(prompt.scene, head) for prompt in self.prompts[group]]
         return np.array(seen[group].names(head)) == np.array(said)
 
     def gained(self, head: str) -> np.ndarray:
@@ -87,7 +87,7 @@ class Drawn:
     def contradicted(self) -> Tensor:
         """bool [24, number of confounders]: where a prompt of the concept group says something else."""
         shared = self.toy.confounder.items()
-        return torch.tensor([[p.scene.trait(head) != value for head, value in shared]
+        return torch.tensor([[getattr(p.scene, head) != value for head, value in shared]
                              for p in self.prompts["concept"]])
 
     def more_shared(self, group: str) -> Tensor:
@@ -232,7 +232,7 @@ def layout(drawn: Drawn) -> Number:
     """In the concept group, the share of pictures in which the reader sees the same size, place and
     background as in the original's pictures."""
     seen, seen_original = drawn.seen["concept"], drawn.seen_original["concept"]
-    same = [np.array(seen.names(head)) == np.array(seen_original.names(head)) for head in LAYOUT]
+    same = [np.array(seen.names(head)) == np.array(seen_original.names(head)) for head in SCENE]
     return np.all(same, axis=0).mean()
 
 
