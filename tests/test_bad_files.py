@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from purecc_min import __main__ as purecc_min
 from purecc_min.commands.folder import load_concept
 from tests.hostile import LONG, WORD, contents, learn_spoiled, refused
-from tinyflow.files import locked
+from tinyflow.files import locked, read_log
 from tinyflow.picturebook.model import SHIPPED
 from tinyflow.weights import load_tensors, save_tensors
 
@@ -158,6 +158,13 @@ def test_a_corrected_command_runs_in_the_same_folder(photos, capsys, monkeypatch
         purecc_min.main(learn)
     assert caught.value.code == 2 and "another process is at work" in capsys.readouterr().err
     shutil.rmtree(out)
+
+
+def test_a_long_runs_log_is_read_whatever_its_size(tmp_path):
+    """A caption of 10 MB cannot be right; the log of 50,000 steps is as large."""
+    row = json.dumps({"step": 1, "about": "x" * 1000})
+    (tmp_path / "log.jsonl").write_text("\n".join([row] * 11_000))
+    assert len(read_log(tmp_path / "log.jsonl")) == 11_000
 
 
 def test_a_run_that_fails_before_it_saves_leaves_no_claim(photos, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Iterable
@@ -35,10 +36,12 @@ def ordinary_file(path: str | Path) -> Path:
     return path
 
 
-def read_text(path: str | Path) -> str:
-    """A text file's content. Raises InputError if it is missing, huge, or not UTF-8."""
+def read_text(path: str | Path, largest: float = LARGEST_TEXT) -> str:
+    """A text file's content. Raises InputError if it is missing, larger than `largest` bytes,
+    or not UTF-8.
+    """
     path = ordinary_file(path)
-    if path.stat().st_size > LARGEST_TEXT:
+    if path.stat().st_size > largest:
         raise InputError(f"{path}: a text of {path.stat().st_size / 1e6:.0f} MB; that cannot be right")
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -51,7 +54,7 @@ def read_text(path: str | Path) -> str:
 
 def read_log(file: Path) -> list[dict]:
     """The rows of a log, none if it is not there. Raises InputError if it is damaged."""
-    lines = read_text(file).splitlines() if file.exists() else []
+    lines = read_text(file, math.inf).splitlines() if file.exists() else []
     try:
         rows = [dict(json.loads(line)) for line in lines]
         return sorted(rows, key=lambda row: row["step"])
