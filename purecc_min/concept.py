@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinyflow.flow import path, velocity_target
@@ -32,6 +33,7 @@ class Reference:
     complete: str
     base: str
     target: str
+    masks: np.ndarray | None = None              # uint8 [V, S, S]: where each picture counts in L_CC; or all
 
     @property
     def picture(self) -> np.ndarray:
@@ -70,6 +72,7 @@ class EncodedConcept(NamedTuple):
     variants: Tensor                             # [n, V, C, H, W]: each picture, then its crops and flips
     texts: Texts
     class_text: Text                             # the base texts (or the bare class word), slots at that word
+    masks: Tensor | None = None                  # [n, V, 1, H, W] in [0, 1], if the references have masks
 
     @property
     def x_0(self) -> Tensor:
@@ -80,7 +83,8 @@ class EncodedConcept(NamedTuple):
         """A SHA-256 over pictures, texts and their order."""
         named = zip(Texts._fields, self.texts)
         tensors = {f"{name}.{part}": tensor for name, text in named for part, tensor in vars(text).items()}
-        return text_hash(tensor_hash(tensors | {"variants": self.variants}) + json.dumps(self.ids))
+        tensors |= {"variants": self.variants} | ({} if self.masks is None else {"masks": self.masks})
+        return text_hash(tensor_hash(tensors) + json.dumps(self.ids))
 
 
 def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
@@ -95,7 +99,11 @@ def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
     class_texts = [r.base if has_word else word for r, has_word in zip(references, named)]
     variants = torch.stack([pipe.encode_images(r.pictures) for r in references])
     class_text = pipe.encode_text(class_texts, {word: word})
-    return EncodedConcept([r.id for r in references], variants, texts, class_text)
+    masks = None
+    if references[0].masks is not None:          # a latent counts as much as the pixels that it stands for
+        pixels = torch.tensor(np.stack([r.masks for r in references])).to(variants) / 255
+        masks = F.adaptive_avg_pool2d(pixels, variants.shape[-2:])[:, :, None]
+    return EncodedConcept([r.id for r in references], variants, texts, class_text, masks)
 
 
 class Batch(NamedTuple):
@@ -104,8 +112,9 @@ class Batch(NamedTuple):
     t: Tensor                                    # [B]
     v: Tensor                                    # [B, C, H, W] the target velocity of Eq. 2
     texts: Texts
+    mask: Tensor | None = None                   # [B, 1, H, W]: what each pixel counts in L_CC
 
 
-def noised(x_0: Tensor, x_1: Tensor, t: Tensor, texts: Texts) -> Batch:
+def noised(x_0: Tensor, x_1: Tensor, t: Tensor, texts: Texts, mask: Tensor | None = None) -> Batch:
     """Pictures x_0 and noise x_1 [B, C, H, W], mixed at times t [B] (Eq. 1), with their texts."""
-    return Batch(path(x_0, x_1, t), t, velocity_target(x_0, x_1), texts)
+    return Batch(path(x_0, x_1, t), t, velocity_target(x_0, x_1), texts, mask)

@@ -35,7 +35,8 @@ LossOfStep = Callable[[Thetas, Batch, float], Loss]      # (thetas, batch, eta) 
 
 def l_cc(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     """L_CC alone (Eq. 3); eta is not used."""
-    return squared_error(thetas.theta(batch.x_t, batch.t, batch.texts.complete), batch.v), {}
+    v_complete = thetas.theta(batch.x_t, batch.t, batch.texts.complete)
+    return squared_error(v_complete, batch.v, batch.mask), {}
 
 
 def paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:
@@ -75,17 +76,15 @@ def log_of(terms: Terms) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------- ablations of the paper's
-def from_parts(v_original: Tensor, v_complete: Tensor, R_target: Tensor, v: Tensor, eta: float,
+def from_parts(v_original: Tensor, v_complete: Tensor, R_target: Tensor, batch: Batch, eta: float,
                lam: Tensor | None = None) -> Loss:
-    """The lines of pcc_loss from Eq.
-
-    10 on, for ablations that bring some parts themselves; lam [B] for lambda*.
-    """
+    """pcc_loss from Eq. 10 on, for ablations that bring some parts themselves; lam [B] for lambda*."""
     R_complete = v_complete - v_original
     if lam is None:
         lam = lambda_star(R_complete, R_target).detach()
     v_purecc = v_original + expand(lam, R_target) * R_target
-    loss_purecc, loss_cc = squared_error(v_purecc, v_complete), squared_error(v_complete, v)
+    loss_purecc = squared_error(v_purecc, v_complete)
+    loss_cc = squared_error(v_complete, batch.v, batch.mask)
     terms = Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
     return loss_cc + eta * loss_purecc, log_of(terms)
 
@@ -109,7 +108,7 @@ def constant_lambda(value: float) -> LossOfStep:
     def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
         R_target = target_direction(thetas.theta_1, batch)
         lam = torch.full((len(batch.t),), value, device=R_target.device)
-        return from_parts(*predictions(thetas, batch), R_target, batch.v, eta, lam)
+        return from_parts(*predictions(thetas, batch), R_target, batch, eta, lam)
     loss.__name__ = f"lambda {value:g}"          # a checkpoint knows its loss by name
     return loss
 
@@ -120,21 +119,21 @@ def untouched_original(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     with torch.no_grad():
         v_original = thetas.theta_0(batch.x_t, batch.t, batch.texts.base)
     v_complete = thetas.theta(batch.x_t, batch.t, batch.texts.complete)
-    return from_parts(v_original, v_complete, R_target, batch.v, eta)
+    return from_parts(v_original, v_complete, R_target, batch, eta)
 
 
 def not_detached(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     """The paper's loss with the gradient through v_original."""
     R_target, texts = target_direction(thetas.theta_1, batch), batch.texts
     v_complete, v_original = in_one_batch(thetas.theta, batch.x_t, batch.t, texts.complete, texts.base)
-    return from_parts(v_original, v_complete, R_target, batch.v, eta)
+    return from_parts(v_original, v_complete, R_target, batch, eta)
 
 
 def another_direction(direction: Callable[[Thetas, Batch], Tensor]) -> LossOfStep:
     """The paper's loss with direction(thetas, batch) [B, C, H, W] in place of R(y_tar)."""
     def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
         R_target = direction(thetas, batch)
-        return from_parts(*predictions(thetas, batch), R_target, batch.v, eta)
+        return from_parts(*predictions(thetas, batch), R_target, batch, eta)
     loss.__name__ = direction.__name__
     return loss
 

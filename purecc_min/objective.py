@@ -46,7 +46,7 @@ def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float) -> 
     lam = lambda_star(R_complete, R_target).detach()                                    # Eq. 11, 12
     v_purecc = v_original + expand(lam, R_target) * R_target                            # Eq. 6, 13
     loss_purecc = squared_error(v_purecc, v_complete)                                   # Eq. 14
-    loss_cc = squared_error(v_complete, batch.v)                                        # Eq. 3
+    loss_cc = squared_error(v_complete, batch.v, batch.mask)                            # Eq. 3
     loss = loss_cc + eta * loss_purecc                                                  # Eq. 15
     return loss, Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
 

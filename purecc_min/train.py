@@ -57,7 +57,8 @@ def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int,
     t = sample_times(count, shift, generator).to(data.variants)
     x_1 = torch.randn((count, *data.x_0.shape[1:]), generator=generator).to(data.variants)
     variants = torch.randint(data.variants.shape[1], (count,), generator=generator)
-    return noised(data.variants[rows, variants], x_1, t, data.texts.rows(rows))
+    mask = None if data.masks is None else data.masks[rows, variants]
+    return noised(data.variants[rows, variants], x_1, t, data.texts.rows(rows), mask)
 
 
 def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:

@@ -38,7 +38,6 @@ def spoil(file: Path, kind: str) -> None:
         file.symlink_to("/dev/zero")
     elif kind == "fractions":
         Image.fromarray(np.random.default_rng(0).random((64, 64), np.float32)).save(file.with_suffix(".tiff"))
-        file.with_suffix(".txt").rename(file.with_suffix(".txt"))
     elif kind in ("1x1", "20000x40", "15x64"):
         width, height = map(int, kind.split("x"))
         Image.new("RGB", (width, height)).save(file)
@@ -57,6 +56,14 @@ KINDS = ("folder", "pipe", "loop", "device", "fractions", "1x1", "20000x40", "15
 def test_pictures_that_are_none(kind, photos, capsys):
     spoil(photos / "1.png", kind)
     assert "1." in learn_spoiled(capsys, photos)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_that_are_none(kind, photos, capsys):
+    for picture in list(photos.glob("*.png")):
+        shutil.copy(picture, picture.with_suffix(".mask.png"))
+    spoil(photos / "1.mask.png", kind)
+    assert "1.mask." in learn_spoiled(capsys, photos)
 
 
 def test_more_pictures_than_anybody_learns_from(photos, capsys):

@@ -37,9 +37,13 @@ def predicts(**predictions):
     return theta
 
 
+def batch_of(v):
+    return Batch(torch.zeros(SHAPE), torch.zeros(3), v, TEXTS)
+
+
 def step(v_complete, v_original, v_tar, v_null, v, eta=1.0):
     theta_1, theta_2 = predicts(target=v_tar, null=v_null), predicts(complete=v_complete, base=v_original)
-    return pcc_loss(theta_1, theta_2, Batch(torch.zeros(SHAPE), torch.zeros(3), v, TEXTS), eta)
+    return pcc_loss(theta_1, theta_2, batch_of(v), eta)
 
 
 def test_the_step_is_equations_8_to_15(draw):
@@ -58,9 +62,9 @@ def test_the_step_is_equations_8_to_15(draw):
 def test_ablations_share_equations_10_to_15_with_the_paper(draw):
     v_complete, v_original, v_tar, v_null, v = (draw() for _ in range(5))
     loss, terms = step(v_complete, v_original, v_tar, v_null, v, eta=2.0)
-    again, log = from_parts(v_original, v_complete, v_tar - v_null, v, eta=2.0)
+    again, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0)
     assert torch.equal(loss, again) and log == log_of(terms)
-    _, log = from_parts(v_original, v_complete, v_tar - v_null, v, eta=2.0, lam=torch.full((3,), 3.0))
+    _, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0, lam=torch.full((3,), 3.0))
     expected = squared_error(v_original + 3 * (v_tar - v_null), v_complete)
     assert log["lambda"] == 3 and log["loss_purecc"] == expected
 
@@ -122,7 +126,7 @@ def test_v_original_and_the_extractor_receive_no_gradient(draw):
 def test_an_attached_v_original_receives_the_opposite_gradient(draw):
     v_complete, v_original = draw().requires_grad_(True), draw().requires_grad_(True)
     R_target, v = draw(), draw()
-    _, log = from_parts(v_original, v_complete, R_target, v, eta=1.0)
+    _, log = from_parts(v_original, v_complete, R_target, batch_of(v), eta=1.0)
     on_complete, on_original = torch.autograd.grad(log["loss_purecc"], (v_complete, v_original))
     assert on_complete.abs().max() > 1e-3
     torch.testing.assert_close(on_original, -on_complete)

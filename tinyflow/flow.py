@@ -49,9 +49,13 @@ def sample_times(count: int, shift: float = 1.0, generator: torch.Generator | No
     return shift_times(torch.sigmoid(torch.randn(count, generator=generator)), shift)
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, in fp32: the expectation in Eq. 3 and Eq. 14, a mean over batch and pixels."""
-    return (prediction.float() - target.float()).square().mean()
+def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error, in fp32: the expectation in Eq. 3 and Eq. 14, a mean over batch and pixels.
+
+    weight: [B, 1, H, W], 0 or more: what each pixel of [B, C, H, W] counts in the mean. By default all alike.
+    """
+    error = (prediction.float() - target.float()).square()
+    return error.mean() if weight is None else (weight * error).mean() / weight.mean()
 
 
 def guide(v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:

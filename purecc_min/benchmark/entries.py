@@ -120,8 +120,8 @@ class PriorPreservation(Imagining):
     """DreamBooth's second term: L_CC on the base model's own pictures of the class."""
 
     def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
-        x_t, t, v, texts = self.draw(len(batch.t))
-        loss_prior = squared_error(thetas.theta(x_t, t, texts.base), v)
+        prior = self.draw(len(batch.t))
+        loss_prior = squared_error(thetas.theta(prior.x_t, prior.t, prior.texts.base), prior.v)
         return l_cc(thetas, batch, eta)[0] + eta * loss_prior, {"loss_prior": loss_prior}
 
 
@@ -171,7 +171,7 @@ def released(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     texts, Y_alone = batch.texts, Branch(thetas.theta_1.pipe, NoAdapters(), thetas.theta_1.embeddings)
     R_target = target_direction(Y_alone, batch)
     v_complete, v_original = in_one_batch(thetas.theta, batch.x_t, batch.t, texts.complete, texts.base)
-    return from_parts(v_original, v_complete, R_target, batch.v, eta, lam=torch.ones_like(batch.t))
+    return from_parts(v_original, v_complete, R_target, batch, eta, lam=torch.ones_like(batch.t))
 
 
 def merged_stages(thetas: Thetas, batch: Batch, eta: float) -> Loss:
@@ -188,7 +188,7 @@ def lambda_at_least(least: float) -> Callable[[Thetas, Batch, float], Loss]:
         R_target = target_direction(thetas.theta_1, batch)
         v_original, v_complete = predictions(thetas, batch)
         lam = lambda_star(v_complete - v_original, R_target).detach().clamp(min=least)
-        return from_parts(v_original, v_complete, R_target, batch.v, eta, lam)
+        return from_parts(v_original, v_complete, R_target, batch, eta, lam)
     return loss
 
 
@@ -210,7 +210,7 @@ class LambdaOfT:
         for tenth, new in zip(tenths, products):
             self.running[tenth] = torch.lerp(new, self.running.get(tenth, new), DECAY)
         means = torch.stack([self.running[tenth] for tenth in tenths])                  # [B, 2]
-        return from_parts(v_original, v_complete, R_target, batch.v, eta, means[:, 0] / means[:, 1])
+        return from_parts(v_original, v_complete, R_target, batch, eta, means[:, 0] / means[:, 1])
 
 
 def anchored_paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:

@@ -3,9 +3,11 @@
 Texts come from a `.txt` file beside each picture, from `metadata.jsonl` (file_name, text), or from a CSV
 with the columns of the released PureCC (image_path, prompt, target_prompt, base_prompt, instance_word).
 Without any of them the texts are "a [V] <class word>" and its base. A given text is the COMPLETE one. Texts
-are matched to pictures by the file's name.
+are matched to pictures by the file's name. A picture that says where the concept is may lie beside each
+(`1.mask.png` beside `1.jpg`): only what is white in it counts in L_CC.
 """
 
+import copy
 import csv
 import io
 import json
@@ -21,6 +23,7 @@ from tinyflow.files import ordinary_file, read_text
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
 MOST = 100                                       # pictures
+MASK = ".mask"                                   # ends the stem of a mask's file
 STYLE_WORD = "a"                                 # the class word of a style in the tiny world
 UPRIGHT, ORIENTATION = 1, 0x0112                 # of a camera's EXIF data
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
@@ -40,12 +43,7 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)})")
-    if len(paths) > MOST:
-        raise InputError(f"{folder}: {len(paths)} pictures; a concept is learned from 3 to 5, and from "
-                         f"{MOST} at most")
+    paths, masks = find_pictures(folder)
     rows = read_rows(folder, paths)
     class_word = one_class_word(folder, class_word, rows)
 
@@ -54,8 +52,8 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
         if rows and path.name not in rows:
             raise InputError(f"{path}: this picture has no text, though others in the folder do")
         complete, base, target = three_texts(path, rows.get(path.name, {}), class_word)
-        pictures, converted = read_picture(path, size, variants, rng)
-        references.append(Reference(path.name, pictures, complete, base, target))
+        pictures, white, converted = read_picture(path, masks.get(path.stem), size, variants, rng)
+        references.append(Reference(path.name, pictures, complete, base, target, white))
         if converted:
             notes.append(f"{path.name}: {', '.join(converted)}")
     return ConceptSet(class_word, references, notes)
@@ -156,13 +154,57 @@ def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, 
 
 
 # --------------------------------------------------------------------------------------------------- pictures
-def read_picture(path: Path, size: int, variants: int,
-                 rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """A picture file as uint8 RGB [variants, size, size, 3], and what had to be converted. Raises InputError.
+def find_pictures(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The pictures in a folder, and the masks beside them, by the stem of the picture that each is for.
+
+    Raises: InputError if there is no picture, if there are too many, and if a mask or a picture stands alone.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    masks = {path.stem.removesuffix(MASK): path for path in found if path.stem.endswith(MASK)}
+    pictures = [path for path in found if not path.stem.endswith(MASK)]
+    if not pictures:
+        raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)})")
+    if len(pictures) > MOST:
+        raise InputError(f"{folder}: {len(pictures)} pictures; a concept is learned from 3 to 5, and from "
+                         f"{MOST} at most")
+    for path in pictures:
+        if masks and path.stem not in masks:
+            raise InputError(f"{path}: this picture has no mask, though others in the folder do; give it "
+                             f"{path.stem}{MASK}.png")
+    alone = sorted(masks.keys() - {path.stem for path in pictures})
+    if alone:
+        raise InputError(f"{masks[alone[0]]}: a mask of no picture; there is no {shown(alone[0])} beside it")
+    return pictures, masks
+
+
+def read_picture(path: Path, mask: Path | None, size: int, variants: int,
+                 rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """A picture file as uint8 RGB [variants, size, size, 3], its mask, and what had to be converted.
 
     The first variant is the picture, centre-cropped to a square; the others are random squares of it, half
-    of them mirrored.
+    of them mirrored. The mask, uint8 [variants, size, size], is cut in the same way.
+    Raises: InputError.
     """
+    same_rng = copy.deepcopy(rng)
+    image, converted = open_picture(path)
+    pictures = squares_of(image, size, variants, rng)
+    if mask is None:
+        return pictures, None, converted
+    white = open_picture(mask)[0]
+    if white.size != image.size:
+        raise InputError(f"{mask}: the mask has {white.width} x {white.height} pixels and its picture "
+                         f"{image.width} x {image.height}")
+    masks = squares_of(white.convert("L"), size, variants, same_rng)
+    seen = masks.any((1, 2))
+    if not seen[0]:
+        raise InputError(f"{mask}: the mask is black all over the middle square, which is what is learned "
+                         "from; paint white what [V] is")
+    pictures[~seen], masks[~seen] = pictures[0], masks[0]        # squares that lie beside the concept
+    return pictures, masks, converted
+
+
+def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
+    """A picture file as an upright RGB image, and what had to be converted. Raises InputError."""
     ordinary_file(path)                          # a pipe would be waited for
     try:
         with Image.open(path) as image:
@@ -179,10 +221,7 @@ def read_picture(path: Path, size: int, variants: int,
                 converted.append("turned upright")
             if image.mode != "RGB":
                 converted.append(f"converted from {image.mode} to RGB")
-                image = to_rgb(image)
-            method = Image.BOX if min(image.size) % size == 0 else Image.LANCZOS
-            squares = [ImageOps.fit(image, (size, size), method)]
-            squares += [random_square(image, size, rng) for _ in range(variants - 1)]
+            return to_rgb(image), converted
     except InputError:
         raise
     except UNREADABLE as error:
@@ -190,7 +229,14 @@ def read_picture(path: Path, size: int, variants: int,
         if isinstance(error, UnidentifiedImageError):
             reason = "it is not a picture"
         raise InputError(f"{path}: {reason}; replace it or take it out of the folder") from None
-    return np.stack([np.asarray(square) for square in squares]), converted
+
+
+def squares_of(image: Image.Image, size: int, variants: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [variants, size, size, ...]: the middle of the image, then random squares of it."""
+    method = Image.BOX if min(image.size) % size == 0 else Image.LANCZOS
+    squares = [ImageOps.fit(image, (size, size), method)]
+    squares += [random_square(image, size, rng) for _ in range(variants - 1)]
+    return np.stack([np.asarray(square) for square in squares])
 
 
 def random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

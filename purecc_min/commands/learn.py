@@ -46,6 +46,8 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
         check_noun(concept.class_word)
     for note in concept.notes:
         print("converted", note)
+    if concept.references[0].masks is not None:
+        print("masks: only what is white in them counts in L_CC")
     checkpointing = model.public and plan(read_config(weights, text, size), config, size, METHODS[method],
                                           device)
     pipe = open_base_model(base_model, weights, text, size, device)

@@ -1,0 +1,117 @@
+"""Masks beside the references: what is black in them does not count in L_CC, and nothing else changes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from purecc_min.branch import Branch
+from purecc_min.commands.folder import load_concept
+from purecc_min.concept import Batch, encode
+from purecc_min.embeddings import class_word_states
+from purecc_min.methods import METHODS, Thetas
+from purecc_min.train import TrainConfig, draw_batch, generator_for
+from tests.test_folder import refused
+from tinyflow.flow import squared_error
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Wide black pictures with a white thing in each, and masks that are white where it stands."""
+    for n in range(3):
+        picture = np.zeros((60, 90), dtype=np.uint8)
+        picture[20:40, 40 + n:60 + n] = 255
+        Image.fromarray(picture).convert("RGB").save(tmp_path / f"{n}.png")
+        Image.fromarray(picture).save(tmp_path / f"{n}.mask.png")
+    return tmp_path
+
+
+def test_a_mask_is_cut_and_mirrored_as_its_picture_is(folder):
+    for reference in load_concept(folder, "fish", 30, variants=20).references:
+        assert reference.pictures.shape == (20, 30, 30, 3)
+        assert np.array_equal(reference.pictures[..., 0], reference.masks)
+    assert [r.id for r in load_concept(folder, "fish", 30).references] == ["0.png", "1.png", "2.png"]
+
+
+def test_masks_change_neither_pictures_nor_texts(folder):
+    masked = load_concept(folder, "fish", 30, variants=3).references
+    for mask in folder.glob("*.mask.png"):
+        mask.unlink()
+    for one, other in zip(masked, load_concept(folder, "fish", 30, variants=3).references):
+        assert np.array_equal(one.pictures, other.pictures) and one.complete == other.complete
+        assert other.masks is None
+
+
+def test_a_square_beside_the_concept_gives_way_to_the_picture(folder):
+    """A thing in the corner is outside of some random squares: there would be nothing to learn from."""
+    corner = np.zeros((60, 90), dtype=np.uint8)
+    corner[:3, 15:18] = 255                      # the middle square starts at column 15
+    Image.fromarray(corner).save(folder / "1.mask.png")
+    reference = load_concept(folder, "fish", 60, variants=30).references[1]
+    replaced = [(reference.pictures[n] == reference.pictures[0]).all() for n in range(1, 30)]
+    assert reference.masks.any((1, 2)).all() and 3 < sum(replaced) < 29
+
+
+def test_masks_that_cannot_be_used(folder):
+    (folder / "1.mask.png").rename(folder / "7.mask.png")
+    refused(folder, "1.png: this picture has no mask, though others in the folder do; give it 1.mask.png")
+    Image.new("L", (90, 60)).save(folder / "1.mask.png")
+    refused(folder, "7.mask.png: a mask of no picture; there is no '7'")
+    (folder / "7.mask.png").unlink()
+    refused(folder, "1.mask.png: the mask is black all over the middle square")
+    Image.new("L", (60, 60)).save(folder / "1.mask.png")
+    refused(folder, "1.mask.png: the mask has 60 x 60 pixels and its picture 90 x 60")
+    (folder / "1.mask.png").write_text("no picture")
+    refused(folder, "1.mask.png: it is not a picture")
+
+
+def test_a_weighted_error_is_the_mean_over_what_counts():
+    prediction, target = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros(3, 1, 4, 4)
+    weight[0, 0, :2], weight[2, 0, 1, 1] = 1, 1
+    counted = torch.cat([(prediction - target)[0, :, :2].flatten(), (prediction - target)[2, :, 1, 1]])
+    torch.testing.assert_close(squared_error(prediction, target, weight), counted.square().mean())
+    torch.testing.assert_close(squared_error(prediction, target, torch.full_like(weight, .3)),
+                               squared_error(prediction, target))
+
+
+def masked(robot):
+    """The references, each with a mask that is white in one quarter."""
+    quarter = np.zeros(robot.references[0].pictures.shape[:3], dtype=np.uint8)
+    quarter[:, :32, 32:] = 255
+    return replace(robot, references=[replace(r, masks=quarter) for r in robot.references])
+
+
+def test_an_encoded_mask_lies_on_its_latents_and_belongs_to_the_fingerprint(pipe, robot):
+    data, plain = encode(pipe, masked(robot)), encode(pipe, robot)
+    assert data.masks.shape == (*data.variants.shape[:2], 1, 16, 16)
+    assert data.masks[:, :, :, :8, 8:].min() == 1 and data.masks.sum() == data.masks[0].numel() / 4 * len(data.ids)
+    assert data.fingerprint() != plain.fingerprint() and plain.masks is None
+    batch = draw_batch(data, TrainConfig(batch=3), 1, 0, 1.0)
+    assert batch.mask.shape == (3, 1, 16, 16)
+    assert torch.equal(batch.x_t, draw_batch(plain, TrainConfig(batch=3), 1, 0, 1.0).x_t)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_learns_from_what_is_black_in_the_mask(name, pipe, robot):
+    """The target velocity changes where the mask is black: the gradient does not; where it is white, it does.
+
+    All else that a method asks for, as L_PureCC and the anchor, has no target in the pictures.
+    """
+    data, way = encode(pipe, masked(robot)), METHODS[name]
+    generator = generator_for(0, 1, -1)
+    theta = Branch.fresh(pipe, class_word_states(pipe, data, generator), 2, generator, way.where)
+    for B in theta.lora.B.values():
+        B.data.normal_(std=.1, generator=generator)
+    batch = draw_batch(data, TrainConfig(), 1, 0, pipe.shift)
+
+    def gradient(change):
+        loss, _ = way.loss(Thetas(pipe.velocity, theta, theta), batch._replace(v=batch.v + change), 1.0)
+        return torch.autograd.grad(loss, theta.embeddings.Y)[0]
+
+    black = torch.randn(batch.v.shape, generator=generator) * (batch.mask == 0)
+    assert torch.equal(gradient(black), gradient(torch.zeros(())))
+    assert not torch.allclose(gradient(batch.mask), gradient(torch.zeros(())))
+    assert isinstance(batch, Batch) and batch.mask.mean() == .25
