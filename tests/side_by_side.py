@@ -12,10 +12,11 @@ which also gives its peak memory. A ratio above 1 says that the peer is slower, 
 """
 
 import argparse
+import contextlib
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,58 +31,110 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch, Texts, noised
 from purecc_min.objective import pcc_loss
-from tests.public import randomise, small_vae
+from tests.public import small_vae
 from tinyflow.flow import sample_times, squared_error
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.pipeline import Pipeline, Text
 from tinyflow.sd3.checkpoint import take
 from tinyflow.sd3.layouts import DIFFUSERS, mmdit_layers
 
-DEPTH, HEADS, TOKENS, LATENT, CONTEXT, POOLED = 4, 8, 154, 32, 1024, 512
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
-CLIP = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
-            projection_dim=256)
-T5 = dict(vocab_size=32128, d_model=CONTEXT, d_kv=64, d_ff=2816, num_layers=8, num_heads=16,
-          feed_forward_proj="gated-gelu")
 
 
-def make_theirs(dtype: torch.dtype) -> SD3Transformer2DModel:
-    model = SD3Transformer2DModel(
-        sample_size=LATENT, num_layers=DEPTH, num_attention_heads=HEADS, joint_attention_dim=CONTEXT,
-        caption_projection_dim=64 * HEADS, pooled_projection_dim=POOLED, pos_embed_max_size=LATENT // 2,
-        dual_attention_layers=(0, 1), qk_norm="rms_norm")
-    return randomise(model, scale=0.03).to(dtype)
+def clip_of(width: int, depth: int, projection: int) -> dict:
+    return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
+                num_attention_heads=width // 64, projection_dim=projection)
 
 
-def make_ours(dtype: torch.dtype) -> MMDiT:
-    """With the weights of `make_theirs`."""
-    ours = MMDiT(MMDiTConfig(16, 2, 64 * HEADS, DEPTH, HEADS, CONTEXT, POOLED, LATENT // 2, LATENT // 2,
-                             qk_norm=True, dual_attention_layers=(0, 1)))
-    theirs, layers, state = make_theirs(dtype).state_dict(), mmdit_layers(DIFFUSERS, DEPTH), {}
+def t5_of(width: int, hidden: int, depth: int) -> dict:
+    return dict(vocab_size=32128, d_model=width, d_kv=64, d_ff=hidden, num_layers=depth,
+                num_heads=width // 64, feed_forward_proj="gated-gelu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How large the models are, and where they run."""
+    depth: int = 4
+    heads: int = 8                               # of 64 numbers each
+    dual: tuple[int, ...] = (0, 1)
+    tokens: int = 154                            # of a text
+    latent: int = 32                             # a side
+    batch: int = 2
+    clips: tuple[dict, dict] = (clip_of(512, 6, 256), clip_of(512, 6, 256))
+    t5: dict = field(default_factory=partial(t5_of, 1024, 2816, 8))
+    vae: tuple[int, ...] = (32, 64, 128, 128)
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def config(self) -> MMDiTConfig:
+        pooled = sum(clip["projection_dim"] for clip in self.clips)
+        return MMDiTConfig(16, 2, 64 * self.heads, self.depth, self.heads, self.t5["d_model"], pooled,
+                           self.latent // 2, self.latent // 2, qk_norm=True, dual_attention_layers=self.dual)
+
+    def draw(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+
+    @contextlib.contextmanager
+    def building(self):
+        """Models are made in place and in this precision: twice as much would not fit on a card."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(self.device):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def make_theirs(case: Case) -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    config = case.config
+    with case.building():
+        model = SD3Transformer2DModel(
+            sample_size=case.latent, num_layers=case.depth, num_attention_heads=case.heads,
+            joint_attention_dim=config.context_width, caption_projection_dim=config.width, out_channels=16,
+            pooled_projection_dim=config.pooled_width, pos_embed_max_size=case.latent // 2,
+            dual_attention_layers=case.dual, qk_norm="rms_norm")
+    model.pos_embed.to(case.dtype)               # its positions are in fp32 at first
+    return model.requires_grad_(False).eval()
+
+
+def make_ours(case: Case, theirs: SD3Transformer2DModel) -> MMDiT:
+    """With the weights of `theirs`: the same tensors, where both have the same layout."""
+    with torch.device("meta"):
+        ours = MMDiT(case.config)
+    theirs, layers, state = theirs.state_dict(), mmdit_layers(DIFFUSERS, case.depth), {}
     for name in ours.state_dict():
         layer, _, last = name.rpartition(".")
         source, _, how = layers[layer].removesuffix("]").partition("[")
         state[name] = take(theirs[f"{source}.{last}"], how)
-    ours.load_state_dict(state)
-    return ours.to(dtype).requires_grad_(False).eval()
+    ours.load_state_dict(state, assign=True)
+    ours.positions = theirs["pos_embed.pos_embed"].unflatten(1, (case.latent // 2,) * 2)[0]
+    return ours.requires_grad_(False).eval()
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], device: str = "cpu") -> float:
     begun = time.perf_counter()
     call()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
-def forward_ratios(dtype: torch.dtype, backward: bool, pairs: int) -> tuple[float, float, float]:
-    """Median seconds of theirs and of ours, and the median of the pairs' ratios."""
-    theirs, ours = make_theirs(dtype).requires_grad_(backward), make_ours(dtype).requires_grad_(backward)
-    x, context = draw(2, 16, LATENT, LATENT).to(dtype), draw(2, TOKENS, CONTEXT).to(dtype)
-    pooled, t = draw(2, POOLED).to(dtype), torch.full((2,), 0.5)
+def forward_ratios(case: Case, backward: bool, pairs: int) -> tuple[float, float, float, float]:
+    """Median seconds of theirs and of ours, the median of the pairs' ratios, and how far the two
+    predictions are apart, relative. The backward pass goes to the inputs: the weights are frozen, as they are
+    when a concept is learned.
+    """
+    theirs = make_theirs(case)
+    ours, config = make_ours(case, theirs), case.config
+    x, context = (case.draw(*shape).to(case.dtype).requires_grad_(backward) for shape in (
+        (case.batch, 16, case.latent, case.latent), (case.batch, case.tokens, config.context_width)))
+    pooled, t = case.draw(case.batch, config.pooled_width).to(case.dtype), torch.full((case.batch,), 0.5)
+    t = t.to(case.device)
 
     def run_theirs() -> torch.Tensor:
         return theirs(x, timestep=t * 1000, encoder_hidden_states=context, pooled_projections=pooled).sample
@@ -89,43 +142,47 @@ def forward_ratios(dtype: torch.dtype, backward: bool, pairs: int) -> tuple[floa
     def run_ours() -> torch.Tensor:
         return ours(x, t, context, pooled)
 
-    def run(call: Callable[[], torch.Tensor]) -> None:
+    def run(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.set_grad_enabled(backward):
             out = call()
             if backward:
                 out.float().square().mean().backward()
+        return out.detach().float()
 
-    run(run_theirs), run(run_ours)
+    first, second = run(run_theirs), run(run_ours)
     a, b = [], []
     for n in range(pairs):
         order = ((a, run_theirs), (b, run_ours))
         for times, call in order if n % 2 else order[::-1]:
-            times.append(seconds(partial(run, call)))
-    return median(a), median(b), median(x / y for x, y in zip(a, b))
+            times.append(seconds(partial(run, call), case.device))
+    apart = ((first - second).norm() / first.norm()).item()
+    return median(a), median(b), median(x / y for x, y in zip(a, b)), apart
 
 
-@dataclass
 class Inputs:
     """What a step is given: two references, encoded."""
-    batch: int = 2
 
-    def __post_init__(self):
-        self.x_0 = draw(self.batch, 16, LATENT, LATENT)
+    def __init__(self, case: Case):
+        self.case = case
+        self.x_0 = case.draw(case.batch, 16, case.latent, case.latent)
         self.texts = Texts(self.text(0, True), self.text(1, False), self.text(2, True), self.text(3, False))
 
     def text(self, seed: int, with_token: bool) -> Text:
-        slots = torch.zeros(self.batch, TOKENS).bool()
+        case, config = self.case, self.case.config
+        slots = torch.zeros(case.batch, case.tokens, device=case.device).bool()
         slots[:, [2, 79]] = with_token
-        return Text(draw(self.batch, TOKENS, CONTEXT, seed=seed), draw(self.batch, POOLED, seed=seed), slots)
+        return Text(case.draw(case.batch, case.tokens, config.context_width, seed=seed),
+                    case.draw(case.batch, config.pooled_width, seed=seed), slots)
 
     def noisy(self, step: int) -> Batch:
-        t = sample_times(self.batch, 3.0, torch.Generator().manual_seed(step))
-        return noised(self.x_0, draw(*self.x_0.shape, seed=step), t, self.texts)
+        t = sample_times(self.case.batch, 3.0, torch.Generator().manual_seed(step)).to(self.case.device)
+        return noised(self.x_0, self.case.draw(*self.x_0.shape, seed=step), t, self.texts)
 
 
-def our_step(dtype: torch.dtype) -> Callable[[int], None]:
-    inputs, pipe = Inputs(), Pipeline(None, None, make_ours(dtype), None, LATENT)
-    theta_1, theta_2 = (Branch.fresh(pipe, draw(DEPTH, 64 * HEADS), rank=4) for _ in range(2))
+def our_step(case: Case) -> Callable[[int], None]:
+    inputs, config = Inputs(case), case.config
+    pipe = Pipeline(None, None, make_ours(case, make_theirs(case)), None, 8 * case.latent)
+    theta_1, theta_2 = (Branch.fresh(pipe, case.draw(case.depth, config.width), rank=4) for _ in range(2))
     theta_1.requires_grad_(False)
     optimizer = torch.optim.AdamW(theta_2.parameters(), lr=1e-4)
 
@@ -138,10 +195,12 @@ def our_step(dtype: torch.dtype) -> Callable[[int], None]:
     return step
 
 
-def encoders(dtype: torch.dtype) -> Callable[[], None]:
-    """One batch of texts through two CLIPs and a T5, as released; small, in about the real ones' ratios."""
-    clips = [randomise(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP))).to(dtype) for _ in range(2)]
-    t5, ids = randomise(T5EncoderModel(T5Config(**T5))).to(dtype), torch.arange(2 * 77).view(2, 77)
+def encoders(case: Case) -> Callable[[], None]:
+    """One batch of texts through two CLIPs and a T5, as released."""
+    with case.building():
+        clips = [CLIPTextModelWithProjection(CLIPTextConfig(**clip)).to(case.dtype) for clip in case.clips]
+        t5 = T5EncoderModel(T5Config(**case.t5)).to(case.dtype)
+        ids = torch.arange(case.batch * 77).view(case.batch, 77)
 
     @torch.no_grad()
     def encode() -> None:
@@ -151,25 +210,25 @@ def encoders(dtype: torch.dtype) -> Callable[[], None]:
     return encode
 
 
-def released_step(dtype: torch.dtype, cached: bool, shared: bool) -> Callable[[int], None]:
-    inputs = Inputs()
+def released_step(case: Case, cached: bool, shared: bool) -> Callable[[int], None]:
+    inputs = Inputs(case)
     complete, base, target, null = inputs.texts
-    model = make_theirs(dtype)
-    frozen = model if shared else make_theirs(dtype)
+    model = make_theirs(case)
+    frozen = model if shared else make_theirs(case)
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    encode = None if cached else encoders(dtype)
-    vae = None if cached else small_vae((32, 64, 128, 128), layers=2, groups=32)
-    pictures = draw(2, 3, 8 * LATENT, 8 * LATENT)
+    encode = None if cached else encoders(case)
+    vae = None if cached else small_vae(case.vae, layers=2, groups=32).to(case.device)
+    pictures = case.draw(case.batch, 3, 8 * case.latent, 8 * case.latent)
 
     def predict(transformer, batch: Batch, texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
         text = Text.cat(texts)
-        x_t, timestep = torch.cat([batch.x_t] * 2).to(dtype), torch.cat([batch.t] * 2) * 1000
-        v = transformer(x_t, timestep=timestep, encoder_hidden_states=text.context.to(dtype),
-                        pooled_projections=text.pooled.to(dtype)).sample
+        x_t, timestep = torch.cat([batch.x_t] * 2).to(case.dtype), torch.cat([batch.t] * 2) * 1000
+        v = transformer(x_t, timestep=timestep, encoder_hidden_states=text.context.to(case.dtype),
+                        pooled_projections=text.pooled.to(case.dtype)).sample
         return v.float().chunk(2)
 
     def step(n: int) -> None:
@@ -207,36 +266,43 @@ def resident(entry: str) -> int:
     return 1024 * int(re.search(rf"{entry}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def time_step(name: str, dtype: torch.dtype, steps: int) -> tuple[float, int]:
+def time_step(name: str, case: Case, steps: int) -> tuple[float, int]:
     """Median seconds a step, and the peak memory above that of the process before, in bytes."""
     before = resident("VmRSS")
-    step = STEPS[name](dtype)
+    step = STEPS[name](case)
     step(0)
-    times = [seconds(partial(step, n)) for n in range(1, steps + 1)]
+    times = [seconds(partial(step, n), case.device) for n in range(1, steps + 1)]
+    if case.device == "cuda":
+        return median(times), torch.cuda.max_memory_allocated()
     return median(times), resident("VmHWM") - before
 
 
-def forward_table(dtype: torch.dtype, pairs: int) -> None:
+def in_a_process(call: Callable, *args):
+    """The result of call(*args), in a new process: it alone has the memory, and gives all of it back."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
+
+
+def forward_table(case: Case, pairs: int) -> None:
     print("| MMDiT | diffusers (s) | ours (s) | ratio |\n|---|---|---|---|")
     for backward in (False, True):
-        theirs, ours, ratio = forward_ratios(dtype, backward, pairs)
+        theirs, ours, ratio, _ = forward_ratios(case, backward, pairs)
         title = "forward + backward" if backward else "forward"
-        print(f"| {title}, {str(dtype)[6:]} | {theirs:.3f} | {ours:.3f} | {ratio:.2f} |", flush=True)
+        print(f"| {title}, {str(case.dtype)[6:]} | {theirs:.3f} | {ours:.3f} | {ratio:.2f} |", flush=True)
 
 
-def step_table(dtype: torch.dtype, steps: int, rounds: int) -> None:
+def step_table(case: Case, steps: int, rounds: int) -> None:
     """Each round runs every step once, one after the other; ratios are within a round."""
     rows = {name: [] for name in STEPS}
     for _ in range(rounds):
         for name in STEPS:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                rows[name].append(pool.submit(time_step, name, dtype, steps).result())
+            rows[name].append(in_a_process(time_step, name, case, steps))
     print("| step of stage 2 | s | ratio to ours | peak memory (MB) | ratio to ours |\n|---|---|---|---|---|")
     for name, runs in rows.items():
         paired = list(zip(runs, rows["ours"]))
         time_ratio, memory_ratio = (median(run[n] / ours[n] for run, ours in paired) for n in range(2))
         duration, memory = (median(run[n] for run in runs) for n in range(2))
-        print(f"| {name}, {str(dtype)[6:]} | {duration:.3f} | {time_ratio:.2f} | {memory / 1e6:.0f} "
+        print(f"| {name}, {str(case.dtype)[6:]} | {duration:.3f} | {time_ratio:.2f} | {memory / 1e6:.0f} "
               f"| {memory_ratio:.2f} |", flush=True)
 
 
@@ -245,15 +311,15 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15,
                         help="pairs of runs, or steps, in fp32; in bf16 a fifth of them (%(default)s)")
-    pairs = parser.parse_args().pairs
-    print(f"CPU, {torch.get_num_threads()} threads; depth {DEPTH}, width {64 * HEADS}, {TOKENS} text tokens, "
-          f"{LATENT} x {LATENT} latents, batch 2\n")
+    pairs, case = parser.parse_args().pairs, Case()
+    print(f"CPU, {torch.get_num_threads()} threads; depth {case.depth}, width {case.config.width}, "
+          f"{case.tokens} text tokens, {case.latent} x {case.latent} latents, batch {case.batch}\n")
     for dtype, count, rounds in ((torch.float32, pairs, 3), (torch.bfloat16, max(1, pairs // 5), 1)):
-        forward_table(dtype, count)
+        forward_table(replace(case, dtype=dtype), count)
         print()
-        step_table(dtype, count, rounds)
+        step_table(replace(case, dtype=dtype), count, rounds)
         print()
-    models = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP)), T5EncoderModel(T5Config(**T5))
+    models = CLIPTextModelWithProjection(CLIPTextConfig(**case.clips[0])), T5EncoderModel(T5Config(**case.t5))
     clip, t5 = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models)
     print(f"As released, each step reads {4 * 2} texts with two CLIPs of {clip:.0f} M parameters and a T5 of "
           f"{t5:.0f} M (SD3.5: 124 M, 695 M and 4,762 M), and 2 pictures with a VAE of a quarter the width.")

@@ -64,7 +64,8 @@ def test_ablations_share_equations_10_to_15_with_the_paper(draw):
     loss, terms = step(v_complete, v_original, v_tar, v_null, v, eta=2.0)
     again, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0)
     assert torch.equal(loss, again) and log == log_of(terms)
-    _, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0, lam=torch.full((3,), 3.0))
+    _, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0,
+                        lam=torch.full((3,), 3.0))
     expected = squared_error(v_original + 3 * (v_tar - v_null), v_complete)
     assert log["lambda"] == 3 and log["loss_purecc"] == expected
 

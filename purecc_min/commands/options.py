@@ -109,8 +109,8 @@ def add_learn(commands) -> None:
     one = commands.add_parser("learn", help="learn a concept from a folder of pictures",
                               epilog=f"methods:{ways}", formatter_class=RAW)
     one.add_argument("folder", type=file_path,
-                     help="3 to 5 pictures, with texts (.txt, metadata.jsonl or a CSV), and masks if only a part "
-                          "of each is to be learned: 1.mask.png is white where [V] is in 1.jpg")
+                     help="3 to 5 pictures, with texts (.txt, metadata.jsonl or a CSV), and masks if only a "
+                          "part of each is to be learned: 1.mask.png is white where [V] is in 1.jpg")
     one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
     add_out(one, "output/learned", RUN_FOLDER)
     one.add_argument("--method", choices=tuple(METHODS), default="paper", help="see below (%(default)s)")
