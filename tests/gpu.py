@@ -163,11 +163,10 @@ def matmul_rate(case: Case, side: int) -> float:
 
 
 def counted(case: Case, stage: int, checkpointing: bool) -> int:
-    """What `memory` counts, without its allowance for CUDA's context."""
-    autoencoder = VAEConfig(case.vae)
-    size = case.latent * 2 ** (len(case.vae) - 1)
-    return dry_run(case.config, TrainConfig(batch=case.batch), size, stage, checkpointing, case.tokens,
-                   autoencoder, case.dtype).total - OVERHEAD
+    """What `memory` counts for a step."""
+    need = dry_run(case.config, TrainConfig(batch=case.batch), pixels(case), stage, checkpointing,
+                   case.tokens, VAEConfig(case.vae), case.dtype)
+    return need.weights + need.adapters + need.optimizer + need.activations
 
 
 def training(case: Case, stage: int, checkpointing: bool, steps: int, rate: float) -> Rows:

@@ -59,6 +59,27 @@ def test_what_the_backward_pass_keeps_is_counted():
         assert count.now == 8004                                                     # x, x.grad, the sum
 
 
+def test_what_an_operation_makes_is_remembered_and_still_right():
+    """2 and 2.0 are equal, and make an integer and a fraction of an integer."""
+    for _ in range(2):
+        with PeakMemory() as count:
+            x = torch.zeros(100, device="meta", dtype=torch.int64)                   # 800 bytes
+            whole, fraction = x * 2, x * 2.0                                         # 800 and 400
+            same, view = x.add_(1), x[10:]
+            assert (whole.dtype, fraction.dtype) == (torch.int64, torch.float32)
+            assert same is x and view.untyped_storage() is not None and count.now == 2000
+            del whole, fraction
+            assert count.now == 800
+
+
+def test_texts_are_encoded_layer_by_layer():
+    """T5's largest layer in fp32, its table of words, or what a layer computes: more texts, more of the last.
+    """
+    layer = 4 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
+    one, eight = memory.encoding_memory(1), memory.encoding_memory(8)
+    assert layer < one < 1.3 * layer and one < eight < 2 * layer
+
+
 def test_attention_holds_no_scores_on_meta():
     q = torch.zeros(1, 2, 300, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with flash_attention(), PeakMemory() as count:
@@ -104,8 +125,9 @@ def test_parts_are_what_they_say():
     assert one.adapters == 4 * (layers * 2 * (64 + 64) + 3 * 64) and two.adapters == 2 * one.adapters
     assert 3 * one.adapters <= one.optimizer <= 3 * one.adapters + 4 * 100       # and a step counter a tensor
     assert one.weights == two.weights == 2 * values + 4 * autoencoder
-    assert two.total == two.weights + two.adapters + two.optimizer + two.activations + OVERHEAD
-    assert Memory(5, 1, 1, 1, 9).total == 14 + OVERHEAD
+    assert two.total == two.weights + two.texts + OVERHEAD       # here the text encoders are the largest part
+    assert Memory(5, 1, 1, 1, 9, 2).total == 14 + OVERHEAD
+    assert Memory(5, 1, 1, 1, 9, 20).total == 25 + OVERHEAD
 
 
 def test_gradient_checkpointing_and_detaching_save_memory():
@@ -143,7 +165,7 @@ def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
     """On a card of `free` GB, for a model that needs 10 GB, and 10 or 15 more a sample at 1024 px."""
     def model(config, train, size, stage, checkpointing, method):
         sample = 10_000_000_000 if checkpointing else 15_000_000_000
-        return Memory(10_000_000_000 - OVERHEAD, 0, 0, train.batch * sample * size // 1024, 0)
+        return Memory(10_000_000_000 - OVERHEAD, 0, 0, train.batch * sample * size // 1024, 0, 0)
 
     monkeypatch.setattr(memory, "dry_run", model)
     case = (SD35_MEDIUM, TrainConfig(batch=3), 1024, METHODS["paper"], int(free * 1e9))
@@ -155,8 +177,8 @@ def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
 
 
 def test_the_table_has_a_row_for_every_case(monkeypatch):
-    same = Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000)
+    same = Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000, 900_000_000)
     monkeypatch.setattr(memory, "dry_run", lambda *case, **method: same)
     rows = [line for line in memory_table(SD35_MEDIUM).splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 32 and len({row.count("|") for row in rows}) == 1
-    assert rows[3] == "| lora | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 7.14 |"
+    assert len(rows) == 2 + 16 and len({row.count("|") for row in rows}) == 1
+    assert rows[3] == "| paper | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 0.90 | 7.14 |"
