@@ -23,6 +23,7 @@ from tinyflow.flow import sample_times
 from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
 SAVE_EVERY = 25                                  # steps between checkpoints
+SCALE = 2**12                                    # of gradients on their way: in fp16 small ones would be zero
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def train_steps(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConcept, 
             raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; "
                              "try a lower learning rate")
         optimizer.zero_grad()
-        loss.backward()
+        (SCALE * loss).backward()                # a power of 2 rounds nothing
+        for parameter in theta.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= SCALE
         torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
         optimizer.step()
         yield {"step": step + 1, "loss": loss.item(), **{name: value.item() for name, value in log.items()}}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from purecc_min.__main__ import main
 from purecc_min.algorithm import stage_1, stage_2
 from purecc_min.branch import Branch
-from purecc_min.commands.base_models import open_base_model
+from purecc_min.commands.base_models import half_precision, open_base_model
 from purecc_min.commands.export import attach_concept
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode
@@ -190,6 +190,14 @@ def test_bf16_weights_are_trained_with_fp32_adapters(sd3, tmp_path):
     assert {p.dtype for p in theta.parameters()} == {torch.float32}
     assert pipe.velocity(data.x_0, torch.full((4,), 0.5), data.texts.complete).dtype == torch.float32
     assert tensor_hash(pipe.mmdit.state_dict()) == before
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_cards_without_bf16_compute_in_fp16(sd3, monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert half_precision(torch.device("cuda")) == dtype
+    assert half_precision(torch.device("cpu")) == torch.bfloat16
+    assert load_sd3(sd3[0], size=64, dtype=dtype).mmdit.final_linear.weight.dtype == dtype
 
 
 def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):

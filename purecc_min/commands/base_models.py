@@ -72,5 +72,12 @@ def open_base_model(name: str, weights: Path | None, text: Path | None, size: in
                     device: torch.device) -> Pipeline:
     """The base model as a frozen Pipeline. Raises InputError for weights that cannot be used."""
     if BASE_MODELS[name].public:
-        return load_sd3(weights, text, size, device)
+        return load_sd3(weights, text, size, device, half_precision(device))
     return load_tiny(device)
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """bf16, and fp16 on CUDA cards that do not compute in bf16: those before Ampere, such as a T4."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return torch.float16
+    return torch.bfloat16

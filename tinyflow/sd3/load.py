@@ -79,8 +79,12 @@ def load_clip(part: Part, activation: str) -> TextEncoder:
     hidden, _ = part.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)
     depth, projection = part.count("text_model.encoder.layers."), "text_projection.weight"
     pooled_width = part.shape(projection, 2)[0] if projection in part.shapes else None
+    heads = part.config.get("num_attention_heads", 0 if width % HEAD_WIDTH else width // HEAD_WIDTH)
+    if heads < 1 or width % heads:
+        raise InputError(f"{part.checkpoint.where}: {part.prefix} has width {width} that does not divide "
+                         f"into heads of {HEAD_WIDTH}; its config.json says how many there are: give the "
+                         "folder of the text encoders as --text DIR")
     with part.building():
-        heads = part.config.get("num_attention_heads", width // HEAD_WIDTH)
         encoder = TextEncoder(TextConfig(vocabulary_size, length, width, depth, heads, hidden, pooled_width,
                                          end=vocabulary_size - 1, activation=activation))
     load(encoder, part.checkpoint, part.prefix, clip_layers(depth), None, "cpu")

@@ -6,7 +6,7 @@ Stable Diffusion 3 consists of five models (transformer, VAE, CLIP-L, CLIP-G, T5
 
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -109,9 +109,11 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
             raise InputError(f"{place}: this folder holds a {kind}; "
                              f"a {KIND} (Stable Diffusion 3 or 3.5) is needed")
         for name, (folder, stem, _) in PARTS.items():
-            checkpoint = None if name in parts else Checkpoint.find(place / folder, stem)
-            if checkpoint:
-                parts[name] = Part(checkpoint, "", DIFFUSERS, read_json(place / folder / "config.json"))
+            config = read_json(place / folder / "config.json")
+            if name in parts:                    # a single file has no room for it
+                parts[name] = replace(parts[name], config=parts[name].config or config)
+            elif checkpoint := Checkpoint.find(place / folder, stem):
+                parts[name] = Part(checkpoint, "", DIFFUSERS, config)
         for name, folder in TOKENIZERS.items():
             if (place / folder).is_dir():
                 tokenizers.setdefault(name, place / folder)
