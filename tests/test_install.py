@@ -19,7 +19,7 @@ pipe = load_tiny()
 pixels = pipe.decode(pipe.sample(pipe.encode_text(["a red cat"]), [0], steps=2))
 Reader.shipped()(pixels)
 for folder in FOLDER.iterdir():
-    assert len(load_concept(folder, CONCEPTS[folder.name].class_word, 64).references) == 4
+    assert len(load_concept(folder, CONCEPTS[folder.name].class_word, pipe.picture_size).references) == 4
 """
 
 

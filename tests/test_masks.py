@@ -80,17 +80,19 @@ def test_a_weighted_error_is_the_mean_over_what_counts():
 def masked(robot):
     """The references, each with a mask that is white in one quarter."""
     quarter = np.zeros(robot.references[0].pictures.shape[:3], dtype=np.uint8)
-    quarter[:, :32, 32:] = 255
+    half = quarter.shape[-1] // 2
+    quarter[:, :half, half:] = 255
     return replace(robot, references=[replace(r, masks=quarter) for r in robot.references])
 
 
 def test_an_encoded_mask_lies_on_its_latents_and_belongs_to_the_fingerprint(pipe, robot):
     data, plain = encode(pipe, masked(robot)), encode(pipe, robot)
-    assert data.masks.shape == (*data.variants.shape[:2], 1, 16, 16)
-    assert data.masks[:, :, :, :8, 8:].min() == 1 and data.masks.mean() == .25
+    *_, side = data.variants.shape
+    assert data.masks.shape == (*data.variants.shape[:2], 1, side, side)
+    assert data.masks[..., :side // 2, side // 2:].min() == 1 and data.masks.mean() == .25
     assert data.fingerprint() != plain.fingerprint() and plain.masks is None
     batch = draw_batch(data, TrainConfig(batch=3), 1, 0, 1.0)
-    assert batch.mask.shape == (3, 1, 16, 16)
+    assert batch.mask.shape == (3, 1, side, side)
     assert torch.equal(batch.x_t, draw_batch(plain, TrainConfig(batch=3), 1, 0, 1.0).x_t)
 
 

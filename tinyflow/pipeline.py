@@ -69,17 +69,6 @@ def to_pictures(pixels: Tensor) -> np.ndarray:
     return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
 
 
-class Pixels(nn.Module):
-    """The codec of the tiny world: x_0 is the picture itself."""
-    factor = 1                                   # one value of x_0 covers factor x factor pixels
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        return pictures
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        return x_0
-
-
 class Pipeline(nn.Module):
     """A text-to-image model: everything that a prompt needs to become a picture.
 

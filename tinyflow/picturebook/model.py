@@ -9,15 +9,27 @@ Read next: pretrain.py.
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.picturebook import world
-from tinyflow.pipeline import Pipeline, Pixels
+from tinyflow.pipeline import Pipeline
 from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.tokenizer import WordTokenizer
 from tinyflow.weights import load_into, load_tensors
 
 SHIPPED = Path(__file__).parent / "weights"
+
+
+class Pixels(nn.Module):
+    """The codec of the tiny world: x_0 is the picture itself."""
+    factor = 1                                   # one value of x_0 covers factor x factor pixels
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return x_0
 
 
 def make_tiny(config: MMDiTConfig = MMDiTConfig()) -> Pipeline:
