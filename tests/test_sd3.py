@@ -168,6 +168,18 @@ def test_what_is_missing_is_named_at_once(sd3, tmp_path):
         load_sd3(folder, size=512)
 
 
+def test_a_part_of_the_folder_and_shards_without_their_index_say_what_is_missing(sd3, tmp_path):
+    """The first once was "something this code does not know", the second "no transformer/"."""
+    folder = tmp_path / "sd3"
+    shutil.copytree(sd3[0], folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(InputError, match="give the folder that holds transformer/"):
+        load_sd3(file, size=64)
+    file.rename(file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    with pytest.raises(InputError, match="download diffusion_pytorch_model.safetensors.index.json too"):
+        load_sd3(folder, size=64)
+
+
 @pytest.mark.parametrize("size", [0, -16, 7, 65])
 def test_a_size_that_makes_no_whole_patches_is_refused_at_once(sd3, size):
     """It was once a bare ValueError, after everything had been loaded."""

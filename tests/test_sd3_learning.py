@@ -1,6 +1,7 @@
 """Learning, sampling and exporting a concept on a small random model in the layout of the public weights."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,16 @@ def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     tiny = tmp_path / "tiny.safetensors"
     save_tensors(tiny, "concept", {"embeddings.Y": torch.zeros(6, 128)}, {"rank": 4, "class_word": "robot"})
     assert "learned on the tiny base" in fails(capsys, "export", tiny)
+
+
+def test_a_text_that_cannot_be_encoded_is_refused_before_anything_loads(sd3, tmp_path, capsys, monkeypatch):
+    """16 GB of weights were once read first."""
+    monkeypatch.setattr("purecc_min.commands.learn.open_base_model", None)
+    photos = tmp_path / "photos"
+    shutil.copytree(ROBOT, photos)
+    (photos / "2.txt").write_text("a [V]robot in the desert")
+    line = fails(capsys, "learn", photos, "--weights", sd3[0], "--class-word", "robot", *PUBLIC)
+    assert "2.png: the placeholder '[V]' is glued" in line
 
 
 @pytest.fixture(scope="module")

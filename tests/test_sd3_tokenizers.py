@@ -114,6 +114,18 @@ def test_a_word_of_100_000_letters_takes_seconds(clip, clip_folder):
     assert torch.equal(ids, theirs(words, max_length=77, truncation=True, return_tensors="pt").input_ids)
 
 
+def test_a_folder_saved_by_a_newer_library_has_all_in_one_file(clip, clip_folder, tmp_path):
+    """It lacks vocab.json and merges.txt, and once was refused for that."""
+    transformers.CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    texts = ["a photorealistic dog's 3 hats!"]
+    assert torch.equal(ClipTokenizer(tmp_path, 49407)(texts)[0], clip(texts)[0])
+    (tmp_path / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(InputError, match="tokenizer.json: not CLIP's tokenizer"):
+        ClipTokenizer(tmp_path, 49407)
+
+
 def test_merges_without_a_version_line_are_read_alike(clip, clip_folder, tmp_path):
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").partition("\n")[2]

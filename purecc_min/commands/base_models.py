@@ -14,9 +14,9 @@ import torch
 
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError
-from tinyflow.picturebook.model import load_tiny
+from tinyflow.picturebook.model import load_tiny, make_tiny
 from tinyflow.pipeline import Pipeline, choose_device
-from tinyflow.sd3.load import load_sd3
+from tinyflow.sd3.load import load_sd3, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: torch can use none on this machine; try --device cpu") from None
     return device
+
+
+def open_tokenizer(name: str, weights: Path | None, text: Path | None):
+    """The base model's tokenizer alone, which is there at once. Raises InputError if it cannot be used."""
+    return load_tokenizer(weights, text) if BASE_MODELS[name].public else make_tiny().tokenizer
 
 
 def open_base_model(name: str, weights: Path | None, text: Path | None, size: int,

@@ -1,6 +1,5 @@
 """`learn`: a concept from a folder of pictures, on the tiny base model or on public weights."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
@@ -10,20 +9,20 @@ from purecc_min.commands.base_models import (
     BASE_MODELS,
     check_base_model,
     open_base_model,
+    open_tokenizer,
     usable_device,
 )
 from purecc_min.commands.demo import assess, draw_sheet, unseen_texts
 from purecc_min.commands.folder import STYLE_WORD, load_concept
 from purecc_min.commands.memory import plan
 from purecc_min.commands.run import check_run_folder, follow, run_folder
-from purecc_min.concept import ConceptSet, encode
+from purecc_min.concept import TOKEN, ConceptSet
 from purecc_min.measure.measures import table
 from purecc_min.measure.toy import Toy
 from purecc_min.methods import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError, shown
 from tinyflow.picturebook.world import OBJECTS
-from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.load import read_config
 
 
@@ -48,11 +47,11 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
         print("converted", note)
     if concept.references[0].masks is not None:
         print("masks: only what is white in them counts in L_CC")
+    check_texts(open_tokenizer(base_model, weights, text), concept, folder)
     checkpointing = model.public and plan(read_config(weights, text, size), config, size, METHODS[method],
                                           device)
     pipe = open_base_model(base_model, weights, text, size, device)
     pipe.mmdit.checkpointing = checkpointing
-    check_texts(pipe, concept, folder)
     with run_folder(out, concept, config, method, f"{base_model} at {size} px"):
         texts = [r.complete for r in concept.references]
         if not model.public:
@@ -75,11 +74,13 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
     print(f"\nlearned: {out}/concept.safetensors; {out}/comparison.png shows it")
 
 
-def check_texts(pipe: Pipeline, concept: ConceptSet, folder: Path) -> None:
-    """Raises: InputError that names the picture whose text cannot be encoded, before anything starts."""
+def check_texts(tokenizer, concept: ConceptSet, folder: Path) -> None:
+    """Raises: InputError that names the picture whose text cannot be encoded, before anything is loaded."""
+    word = concept.class_word
     for reference in concept.references:
         try:
-            encode(pipe, replace(concept, references=[reference]))
+            tokenizer([reference.complete, reference.base, reference.target], {TOKEN: word})
+            tokenizer([reference.base, word], {word: word})      # where Y starts from
         except InputError as error:
             raise InputError(f"{folder / reference.id}: {error}") from None
 

@@ -99,7 +99,7 @@ class Checkpoint:
     def find(cls, folder: Path, stem: str) -> "Checkpoint | None":
         """Opens folder/stem.safetensors, or its shards by their index, or the fp16 variant of either.
 
-        Returns None if there is none of these.
+        Returns None if there is none of these. Raises InputError for shards without their index.
         """
         for variant in ("", ".fp16"):
             single = folder / f"{stem}{variant}.safetensors"
@@ -113,6 +113,9 @@ class Checkpoint:
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise InputError(f"{index}: damaged; download it again") from None
                 return cls(paths)
+        if any(folder.glob(f"{stem}-*-of-*.safetensors")):
+            raise InputError(f"{folder}: the shards are here, and what tells them apart is not; download "
+                             f"{stem}.safetensors.index.json too")
         return None
 
     def under(self, prefix: str) -> dict[str, tuple[int, ...]]:

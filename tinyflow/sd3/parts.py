@@ -100,6 +100,9 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
     parts, tokenizers = {}, {}
     if places[0].is_file():
         checkpoint = Checkpoint(places[:1])
+        if checkpoint.under("transformer_blocks."):
+            raise InputError(f"{places[0]}: this is the transformer of a diffusers folder; give the folder "
+                             "that holds transformer/, vae/ and the others")
         found = {name: Part(checkpoint, prefix, SINGLE, {}) for name, (_, _, prefix) in PARTS.items()}
         found["transformer"].shape("x_embedder.proj.weight", 4)  # an error says what the file is instead
         parts = {name: part for name, part in found.items() if part.shapes}

@@ -167,6 +167,25 @@ def sizes(tokens: list[str]) -> list[int]:
     return [len(token.removesuffix(WORD_END)) for token in tokens]
 
 
+def read_clip_files(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The ids of tokens, and the lines of merges: from vocab.json and merges.txt, or, where newer libraries
+    leave these out, from tokenizer.json. Raises InputError if a file is missing or damaged.
+    """
+    whole = folder / "tokenizer.json"
+    name = "vocab.json" if (folder / "vocab.json").is_file() or not whole.is_file() else whole.name
+    try:
+        found = json.loads(read_file(folder, name))
+        if name == "vocab.json":
+            return found, read_file(folder, "merges.txt").split("\n")
+        merges = [line if isinstance(line, str) else " ".join(line) for line in found["model"]["merges"]]
+        return found["model"]["vocab"], merges
+    except (json.JSONDecodeError, RecursionError):
+        raise InputError(f"{folder / name}: not a readable JSON file, perhaps cut short; "
+                         "download it again") from None
+    except (KeyError, TypeError):
+        raise InputError(f"{folder / name}: not CLIP's tokenizer; download it again") from None
+
+
 class ClipTokenizer(SlotTokenizer):
     """CLIP's tokenizer, from vocab.json and merges.txt. `pad` is the end token (CLIP-L) or 0, "!" (CLIP-G).
 
@@ -179,14 +198,9 @@ class ClipTokenizer(SlotTokenizer):
     """
 
     def __init__(self, folder: Path, pad: int):
-        lines = read_file(folder, "merges.txt").split("\n")
+        self.ids, lines = read_clip_files(Path(folder))
         self.ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)
                       if line.strip() and not line.startswith("#version")}
-        try:
-            self.ids = json.loads(read_file(folder, "vocab.json"))
-        except json.JSONDecodeError:
-            raise InputError(f"{Path(folder) / 'vocab.json'}: not a readable JSON file, perhaps cut short; "
-                             "download it again") from None
         expected = {*BYTES, *(symbol + WORD_END for symbol in BYTES), *map("".join, self.ranks),
                     "<|startoftext|>", "<|endoftext|>"}
         if not isinstance(self.ids, dict) or self.ids.keys() != expected:
