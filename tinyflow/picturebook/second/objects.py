@@ -226,7 +226,8 @@ def draw_topper(pen: Pen, thing: Thing, x: float, top: float):
 def with_marking(pen: Pen, thing: Thing, body: Colour) -> Image.Image:
     """Lays stripes, checks or dots of the accent colour over the pixels that hold the body's own colour.
 
-    They cover about a third of it, so that a red cat with white stripes is no white cat with red ones.
+    They cover about a third of it, so that a red cat with white stripes is no white cat with red ones. Checks
+    are lines: the squares of a board lie as dots do, and at this size one was read as the other.
     """
     if thing.marking == "plain":
         return pen.image
@@ -235,16 +236,16 @@ def with_marking(pen: Pen, thing: Thing, body: Colour) -> Image.Image:
     x, y = (x / FINE - pen.centre[0]) * FINE / pen.half, (y / FINE - pen.centre[1]) * FINE / pen.half
     angle = .5 * identity.marking_angle
     across, along = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    period = .56 * (1 + .25 * identity.marking_width)
+    period = .68 * (1 + .25 * identity.marking_width)
     u, v = along / period + identity.marking_phase / 3, across / period                 # periods of 1
     if thing.marking == "stripes":
-        pattern = u % 1 < .38
-    elif thing.marking == "checks":              # every other field of a board, without its rim
-        fields = np.stack([1.5 * u, 1.5 * v])
-        pattern = (np.floor(fields).sum(0) % 2 == 0) & (np.abs(fields % 1 - .5) < .42).all(0)
+        pattern = u % 1 < .35
+    elif thing.marking == "checks":              # as on a table cloth: lines along and across
+        pattern = (u % 1 < .21) | (v % 1 < .21)
     else:
+        u, v = 1.3 * u, 1.3 * v
         shifted = v + .5 * (np.floor(u) % 2)
-        pattern = (u % 1 - .5) ** 2 + (shifted % 1 - .5) ** 2 < .3 ** 2
+        pattern = (u % 1 - .5) ** 2 + (shifted % 1 - .5) ** 2 < .31 ** 2
     own = (pixels[..., :3] == body).all(-1) & (pixels[..., 3] > 0)                      # [H, W]
     pixels[own & pattern, :3] = exact_colour(thing.accent, Identity())
     return Image.fromarray(pixels)
