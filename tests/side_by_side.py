@@ -287,7 +287,7 @@ def forward_table(case: Case, pairs: int) -> None:
     print("| MMDiT | diffusers (s) | ours (s) | ratio |\n|---|---|---|---|")
     for backward in (False, True):
         theirs, ours, ratio, _ = forward_ratios(case, backward, pairs)
-        title = "forward + backward" if backward else "forward"
+        title = "forward + backward to the inputs" if backward else "forward"
         print(f"| {title}, {str(case.dtype)[6:]} | {theirs:.3f} | {ours:.3f} | {ratio:.2f} |", flush=True)
 
 
