@@ -207,7 +207,7 @@ COMMANDS = [
     "purecc_min export good.safetensors", "purecc_min export good.safetensors --out good.safetensors",
     "purecc_min speed --steps none", "purecc_min.benchmark --methods LoRa", "purecc_min.benchmark --out file",
     "purecc_min.measure.toy dragon", "tinyflow.picturebook.second.reader --out file",
-    "tinyflow.picturebook.second.check --base none", "tutorials.run --keep"]
+    "tinyflow.picturebook.second.check --base none", "tutorials.run --keep", "tutorials.build 99"]
 
 
 def test_whole_commands_fail_as_well(ground):

@@ -23,7 +23,8 @@ FORBIDDEN = {("tinyflow.picturebook", "tinyflow.sd3"), ("purecc_min", "tinyflow.
              ("purecc_min.benchmark", "tinyflow.sd3"), ("purecc_min.commands", "purecc_min.benchmark")}
 COMMANDS = ("purecc_min.__main__",)              # the entry point knows every command
 PACKAGES = ("tinyflow", "purecc_min", "tutorials")
-SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+           if path.parent.name != "lessons"]     # these become notebooks
 
 
 def module_of(path: Path) -> str:

@@ -1,0 +1,69 @@
+"""The form of the lessons: one source, a blank notebook and a solved one, and checks that can fail.
+
+The lessons themselves are run by `python -m tutorials.build --check`.
+"""
+
+import re
+from pathlib import Path
+
+import jupytext
+import pytest
+
+from tinyflow.errors import InputError
+from tutorials.build import FOLDER, blank, build, tags, versions
+
+LESSONS = sorted((FOLDER / "lessons").glob("*.py"))
+HEAD = "# %%\nimport sys\nsys.path.insert(0, '../..')\nfrom tutorials.course import YourTurn, expect\n\n"
+EXERCISE = '''# %% tags=["exercise"]
+def double(x):
+    # BEGIN SOLUTION 9.1
+    return 2 * x
+    # END SOLUTION
+
+'''
+WRONG = '# %% tags=["wrong"]\ndef double(x):\n    return x + x + x\n\n'
+CHECK = '# %% tags=["check"]\nexpect(double(3) == 6, "twice 3 is 6.")\n'
+
+
+def try_out(tmp_path: Path, *cells: str) -> str:
+    source = tmp_path / "99_toy.py"
+    source.write_text(HEAD + "".join(cells))
+    return build(source, check=True)
+
+
+def test_a_blank_exercise_keeps_all_but_the_solution():
+    source = "def f(x):\n    # BEGIN SOLUTION 4.2\n    y = x\n    return y\n    # END SOLUTION\n\na = 1"
+    assert blank(source) == 'def f(x):\n    raise YourTurn("4.2")\n\na = 1'
+
+
+def test_a_check_is_tried_on_the_blank_the_wrong_and_the_right_answer(tmp_path):
+    assert "2 answers refused" in try_out(tmp_path, EXERCISE, WRONG, CHECK)
+
+
+@pytest.mark.parametrize("cells, complaint", [
+    ([EXERCISE, WRONG, CHECK.replace("double(3) == 6", "double(3) > 5")], "should raise NotYet"),
+    ([EXERCISE, WRONG, CHECK.replace("double(3) == 6", "True")], "should raise YourTurn"),
+    (["# %%\nimport sys\nprint('careful', file=sys.stderr)\n"], "there is a warning"),
+    (["# %%\nprint('line\\n' * 60)\n"], "longer than"),
+], ids=["a wrong answer passes", "the check looks at nothing", "a warning", "a long output"])
+def test_what_a_lesson_may_not_do(tmp_path, cells, complaint):
+    with pytest.raises(InputError, match=complaint):
+        try_out(tmp_path, *cells)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_exercise_has_a_check_and_a_wrong_answer(path):
+    lesson = jupytext.read(path)
+    kinds = [tag for cell in lesson.cells for tag in tags(cell)]
+    assert re.fullmatch(r"(exercise (wrong )+check ){5,8}", " ".join([*kinds, ""])), kinds
+    made = versions(lesson)
+    blanks = [cell.source for cell in made["learner"].cells if "raise YourTurn" in cell.source]
+    assert len(blanks) == kinds.count("exercise")
+    assert not any("SOLUTION" in cell.source for name in made for cell in made[name].cells)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_fits_a_page(path):
+    for cell in jupytext.read(path).cells:
+        if cell.cell_type == "code":
+            assert max(map(len, cell.source.splitlines())) <= 118, cell.source.splitlines()[0]

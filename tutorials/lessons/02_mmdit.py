@@ -1,0 +1,749 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2 · The MMDiT, built
+#
+# **You write the transformer of Stable Diffusion 3.5, and it draws with trained weights**
+#
+# Lesson 1 needed three linear layers for a velocity in the plane. A velocity for pictures that obeys a sentence
+# needs more: an MMDiT, a *multimodal diffusion transformer*. It has few parts, and none is longer than ten lines.
+# In this lesson you write every one of them as a plain function. The weights are those of the small model that
+# comes with this repository, so each function can be compared with the real one, number by number; and at the end
+# your own transformer draws a picture.
+#
+# **When you are through, you have written**
+#
+# 1. patches and their way back, and the pattern that tells a token where it stands;
+# 2. attention, heads, and the joint attention of a picture and a text;
+# 3. adaLN-Zero, a whole block, and the whole network;
+#
+# **and you can say** why a new network begins with closed gates *and* a last layer of zeros, and what goes wrong
+# when one zero too many, or one too few, is put in.
+#
+# | | |
+# |---|---|
+# | Time | 90 minutes with the exercises; about half a minute of computing on two CPU cores |
+# | Needs | lesson 1; matrix products and the softmax |
+# | Keep open | [`tinyflow/mmdit.py`](../../tinyflow/mmdit.py) and [`tinyflow/attention.py`](../../tinyflow/attention.py), **after** you have tried |
+# | Read after | lesson 3, on where the text tokens come from |
+#
+# An exercise is a function whose body is blank, and the cell below it is its check. A blank exercise stops the
+# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star is a warm-up,
+# three stars are hard.
+
+# %%
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path.cwd().parents[1]))   # the repository, two folders up
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from tinyflow import flow
+from tinyflow.mmdit import MMDiT, time_features
+from tinyflow.picturebook.model import load_tiny
+from tutorials.course import BLUE, CORAL, GOLD, INK, YourTurn, expect, expect_close, show
+
+torch.set_grad_enabled(False)                    # until the last section, nothing is trained here
+pipe = load_tiny()
+model, config = pipe.mmdit, pipe.mmdit.config
+D, H, p = config.width, config.heads, config.patch
+print(f"width D = {D}, heads H = {H}, depth = {config.depth}, patches of {p} x {p}, {config.channels} channels")
+
+prompts = ["a big red cat on the left in the snow", "a big green tree on the right on the beach"]
+text = pipe.encode_text(prompts)                 # context [2, T, D] and pooled [2, D]
+x_0 = pipe.sample(text, seeds=[5, 6], steps=12)                              # [2, C, S, S]
+x_1, t = flow.noise_for([7, 8], tuple(x_0.shape[1:])), torch.tensor([0.5, 0.7])
+x_t = flow.path(x_0, x_1, t)                                                # [2, C, S, S]
+print(f"x_t {list(x_t.shape)}, context {list(text.context.shape)}, pooled {list(text.pooled.shape)}")
+show(pipe.decode_images(torch.cat([x_0, x_t])), ["a cat", "a tree", "x_t at t = 0.5", "x_t at t = 0.7"], columns=4)
+
+# %% [markdown]
+# ## 1 · From a picture to tokens, and back
+#
+# A transformer works on a row of vectors, called *tokens*. A picture becomes one in the plainest way: it is cut
+# into squares of $p \times p$, the numbers of each square are written one after the other, and one linear layer
+# makes a vector of width $D$ of them.
+#
+# ```
+# x_t [B, C, S, S]   --cut-->   [B, N, C*p*p]   --linear-->   tokens [B, N, D],      N = (S / p)^2
+# ```
+#
+# `patch_embedder` in the package is a convolution with stride $p$. That is the same thing: squares that do not
+# overlap, each multiplied with the same matrix. Its weight has the shape $[D, C, p, p]$, so the numbers of a square
+# have to come in the order *channel, row, column*. The last layer of the network goes the other way, and makes of
+# each token the numbers of a square in the order *row, column, channel*. (Both orders are Stable Diffusion 3's.)
+#
+# ### Exercise 2.1 ★ · Cut and join
+#
+# Write both directions with `einops.rearrange`. An example of how it is read:
+# `rearrange(x, "b (h p) w -> b h (w p)", p=2)` takes the second axis apart and joins two others.
+
+# %% tags=["exercise"]
+def to_patches(x, p):
+    # x [B, C, S, S] -> [B, N, C * p * p]: the patches row by row, in each one: channel, row, column
+    # BEGIN SOLUTION 2.1
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+    # END SOLUTION
+
+def to_picture(patches, rows, p):
+    # patches [B, N, p * p * C], in each one: row, column, channel -> [B, C, S, S]. There are `rows` rows of patches.
+    # BEGIN SOLUTION 2.1
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def to_patches(x, p):
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+def to_picture(patches, rows, p):
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
+
+# %% tags=["wrong"]
+def to_patches(x, p):
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+def to_picture(patches, rows, p):
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=p, q=p)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Name every axis: `(h p)` is the height, made of `h` patches of `p` rows each; `(w q)` is the width. On the other
+# side stand `(h w)`, the patches, and the three axes of one patch in the order that is asked for.
+# </details>
+
+# %% tags=["check"]
+convolution = model.patch_embedder                                          # weight [D, C, p, p], bias [D]
+tokens = to_patches(x_t, p) @ convolution.weight.flatten(1).T + convolution.bias
+expect_close(tokens, convolution(x_t).flatten(2).mT, "your tokens, from to_patches,")
+rows = x_t.shape[-1] // p
+numbered = torch.arange(float(x_t[0].numel())).view(1, *x_t.shape[1:])      # every number once
+reordered = rearrange(to_patches(numbered, p), "b n (c p q) -> b n (p q c)", p=p, q=p)
+expect_close(to_picture(reordered, rows, p), numbered, "the picture from to_picture")
+print(f"2.1 right: {list(x_t.shape)} -> {list(to_patches(x_t, p).shape)} -> tokens {list(tokens.shape)}")
+
+# %%
+noisy, clean = pipe.decode_images(torch.cat([x_t[:1], x_0[:1]]))
+figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.9), layout="constrained")
+side = len(clean) // rows                                                   # pixels a patch covers
+for axis, picture, name in zip(axes, (clean, noisy), ("x_0", "x_t: what the network sees")):
+    axis.imshow(picture)
+    axis.set(title=name, xticks=[], yticks=[])
+    for line in range(1, rows):
+        axis.axhline(line * side - 0.5, color="white", lw=0.6)
+        axis.axvline(line * side - 0.5, color="white", lw=0.6)
+axes[2].imshow(tokens[0].T, cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
+axes[2].set(title=f"its {rows * rows} tokens of width {D}", xlabel="token", ylabel="channel")
+plt.show()
+
+# %% [markdown]
+# ## 2 · Where a token stands
+#
+# Nothing in attention knows whether a token was at the top or at the bottom. If the patches are shuffled,
+# everything that follows is shuffled in the same way and is otherwise the same. So a fixed pattern is *added* to
+# the tokens, a different one for each place: waves of many lengths. For one axis, with $D/2$ channels and place
+# $i = 0 \dots G-1$:
+#
+# $$\omega_k = 10000^{-k / (D/4)}, \qquad k = 0 \dots D/4 - 1, \qquad
+# e(i) = \big[\sin(i\,\omega_0), \dots, \sin(i\,\omega_{D/4-1}),\; \cos(i\,\omega_0), \dots, \cos(i\,\omega_{D/4-1})\big].$$
+#
+# The first half of a token's channels gets $e(\text{column})$, the second half $e(\text{row})$.
+#
+# ### Exercise 2.2 ★★ · Positions
+
+# %% tags=["exercise"]
+def positions(D, G):
+    # -> [G * G, D], the places row by row
+    # BEGIN SOLUTION 2.2
+    omega = 10000 ** (-torch.arange(D // 4) / (D // 4))                     # [D / 4]
+    angles = torch.arange(G)[:, None] * omega                               # [G, D / 4]
+    e = torch.cat([angles.sin(), angles.cos()], dim=-1)                     # [G, D / 2]
+    return torch.cat([e.repeat(G, 1), e.repeat_interleave(G, dim=0)], dim=-1)
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def positions(D, G):
+    omega = 10000 ** (-torch.arange(D // 4) / (D // 4))
+    angles = torch.arange(G)[:, None] * omega
+    e = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return torch.cat([e.repeat_interleave(G, dim=0), e.repeat(G, 1)], dim=-1)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Make `e` $[G, D/2]$ first: `torch.arange(G)[:, None] * omega` has all the angles.
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# Row by row, the column goes 0, 1, 2, ..., 0, 1, 2, ...: `e.repeat(G, 1)`. The row goes 0, 0, 0, ..., 1, 1, 1:
+# `e.repeat_interleave(G, dim=0)`.
+# </details>
+
+# %% tags=["check"]
+grid = config.max_grid
+theirs = model.positions.flatten(0, 1)                                      # [G * G, D]
+yours = positions(D, grid)
+if isinstance(yours, torch.Tensor) and yours.shape == theirs.shape:
+    swapped = torch.cat([theirs[:, D // 2:], theirs[:, :D // 2]], dim=1)
+    expect(not torch.allclose(yours, swapped, atol=1e-4), "the first half of the channels is for the column.")
+expect_close(yours, theirs, "positions")
+print("2.2 right: the same pattern as the package's, for", len(yours), "places")
+
+# %% [markdown]
+# What does the pattern do? Below, the same noise and text three times: with the positions, without them, and with
+# the patches of $x_1$ and the positions shuffled alike. The third is the proof of what was said above: shuffle
+# tokens *with* their positions, and the network gives the same velocity, shuffled. It is put back in order before
+# it is shown.
+
+# %%
+def draw(x_1, where, steps=12, guidance=3.0):
+    # samples the first prompt; where [N, D] is added to the patches in place of the positions
+    kept, model.positions = model.positions, where.view_as(model.positions)
+    one = text[:1]
+    null = pipe.encode_text([""])
+    for _, x in flow.euler(lambda x, t: flow.guide(pipe.velocity(x, t, null), pipe.velocity(x, t, one), guidance),
+                           x_1, steps):
+        pass
+    model.positions = kept
+    return x
+
+def shuffle(x, order):                                                      # the patches of x [1, C, S, S]
+    patches = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+    return to_picture(patches[:, order], rows, p)
+
+order = torch.randperm(rows * rows, generator=torch.Generator().manual_seed(0))
+with_them, without = draw(x_1[:1], theirs), draw(x_1[:1], torch.zeros_like(theirs))
+shuffled = draw(shuffle(x_1[:1], order), theirs[order])
+back = shuffle(shuffled, order.argsort())
+show(pipe.decode_images(torch.cat([with_them, without, shuffled, back])),
+     ["with positions", "without", "patches and positions\nshuffled", "the same,\nput back in order"],
+     columns=4, side=1.7)
+print(f"put back in order, it differs from the first by at most {(back - with_them).abs().max():.0e}")
+assert torch.allclose(back, with_them, atol=1e-2)
+
+# %% [markdown]
+# ## 3 · Attention
+#
+# Every token asks a question, its *query* $q$. Every token also has a *key* $k$, by which it is found, and a
+# *value* $v$, which it gives. A token takes the mean of all values, weighted by how well their keys fit its query:
+#
+# $$\text{attention}(q, k, v) = \operatorname{softmax}\!\left(\frac{q\,k^\top}{\sqrt d}\right) v$$
+#
+# Why $\sqrt d$? If the entries of $q$ and $k$ are independent with variance 1, $q \cdot k$ is a sum of $d$ terms
+# and has variance $d$. Without the root, the wider the vectors the larger these numbers, and a softmax of large
+# numbers puts all of its weight on one token, where its gradient is almost zero.
+#
+# ### Exercise 2.3 ★ · Attention
+
+# %% tags=["exercise"]
+def attention(q, k, v):
+    # q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]
+    # BEGIN SOLUTION 2.3
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)               # [B, H, N, M]
+    return weights @ v
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def attention(q, k, v):
+    return (q @ k.mT).softmax(dim=-1) @ v
+
+# %% tags=["wrong"]
+def attention(q, k, v):
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-2) @ v
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `k.mT` swaps the last two axes, so `q @ k.mT` is $[B, H, N, M]$: row = who asks, column = who is asked. The
+# weights of one row have to add up to 1.
+# </details>
+
+# %% tags=["check"]
+random = torch.Generator().manual_seed(0)
+q, k, v = (torch.randn(2, 4, n, 32, generator=random) for n in (7, 9, 9))
+ours = F.scaled_dot_product_attention(q, k, v)
+unscaled = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+result = attention(q, k, v)
+expect(not torch.allclose(result, unscaled, atol=1e-4), "divide q k^T by the root of d, here of 32.")
+expect_close(result, ours, "attention(q, k, v)")
+print("2.3 right: equal to torch's scaled_dot_product_attention")
+
+# %%
+widths = [4, 16, 64, 256, 1024]
+share = {True: [], False: []}                    # of the weight, the largest
+for d in widths:
+    q, k = torch.randn(500, d, generator=random), torch.randn(64, d, generator=random)
+    for scaled in share:
+        weights = (q @ k.T / (d ** 0.5 if scaled else 1)).softmax(dim=-1)   # [500, 64]
+        share[scaled].append(weights.amax(dim=-1).mean().item())
+plt.figure(figsize=(4.6, 2.3), layout="constrained")
+plt.semilogx(widths, share[False], "o-", color=CORAL, label="without the root")
+plt.semilogx(widths, share[True], "o-", color=BLUE, label="divided by the root of d")
+plt.gca().set(xlabel="width d of queries and keys", ylabel="largest weight", ylim=(0, 1), xticks=widths,
+              xticklabels=widths, title="how much of its attention a token gives to ONE of 64 tokens")
+plt.minorticks_off()
+plt.legend()
+plt.show()
+assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
+
+# %% [markdown]
+# ### Heads, and a norm
+#
+# One softmax can follow one question. So the width $D$ is divided into $H$ *heads* of width $d = D / H$, each with
+# an attention of its own; what they find is joined again and mixed by a linear layer. Stable Diffusion 3.5 adds one
+# thing: queries and keys are divided by their root mean square (and multiplied by a learned weight) before they
+# meet. So no query can grow until its softmax is stuck.
+#
+# $$\text{RMSNorm}(q) = \frac{q}{\sqrt{\operatorname{mean}(q^2) + 10^{-6}}} \cdot w, \qquad \text{over the } d \text{ entries of one head}.$$
+#
+# ### Exercise 2.4 ★★ · Queries, keys and values of one stream
+#
+# `P` holds the weights: `P.to_q`, `P.to_k`, `P.to_v` are linear layers, `P.norm_q.weight` and `P.norm_k.weight` are
+# $w$, each $[d]$. Only queries and keys are normalised.
+
+# %% tags=["exercise"]
+def rms_norm(q, w):
+    # q [..., d], w [d]
+    # BEGIN SOLUTION 2.4
+    return q / (q.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * w
+    # END SOLUTION
+
+def qkv(x, P, H):
+    # tokens x [B, N, D] -> queries, keys, values, each [B, H, N, D / H]
+    # BEGIN SOLUTION 2.4
+    q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=H) for layer in (P.to_q, P.to_k, P.to_v))
+    return rms_norm(q, P.norm_q.weight), rms_norm(k, P.norm_k.weight), v
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def rms_norm(q, w):
+    return q / (q.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * w
+
+def qkv(x, P, H):                                # the heads' numbers interleaved
+    q, k, v = (rearrange(layer(x), "b n (d h) -> b h n d", h=H) for layer in (P.to_q, P.to_k, P.to_v))
+    return rms_norm(q, P.norm_q.weight), rms_norm(k, P.norm_k.weight), v
+
+# %% tags=["wrong"]
+def rms_norm(q, w):
+    return q / q.norm(dim=-1, keepdim=True) * w
+
+def qkv(x, P, H):
+    q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=H) for layer in (P.to_q, P.to_k, P.to_v))
+    return rms_norm(q, P.norm_q.weight), rms_norm(k, P.norm_k.weight), v
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Head 0 owns the first $d$ channels, head 1 the next $d$: in einops, `(h d)`. The norm comes after the division
+# into heads.
+# </details>
+
+# %% tags=["check"]
+P, x = model.blocks[2].attention.image, torch.randn(2, 10, D, generator=random)
+expect_close(rms_norm(x[..., :D // H], P.norm_q.weight), P.norm_q(x[..., :D // H]), "rms_norm")
+for name, mine, theirs in zip(("queries", "keys", "values"), qkv(x, P, H), P.qkv(x)):
+    expect_close(mine, theirs, f"the {name}")
+print("2.4 right: queries, keys and values are the package's")
+
+# %% [markdown]
+# ### Joint attention: a picture and a text in one softmax
+#
+# An MMDiT runs two streams, the image tokens $x$ and the text tokens $c$. Each has its own weights for everything,
+# because patches and words are different things. In **one** place they meet: the queries, keys and values of both
+# are put one after the other, image first, and all $N + T$ tokens attend to all $N + T$ tokens in one softmax. Then
+# each stream takes back its own rows.
+#
+# ```
+#    x [B, N, D] --qkv(image)--.                                   .--> first N --> image.to_out --> [B, N, D]
+#                               >-- cat --> one attention --------<
+#    c [B, T, D] --qkv(text)---'           [B, H, N + T, d]        '--> last T  --> text.to_out  --> [B, T, D]
+# ```
+#
+# ### Exercise 2.5 ★★ · Joint attention
+#
+# In the last block nobody needs the text any more; there `text.to_out` is `None`, and the second result is `None`,
+# too.
+
+# %% tags=["exercise"]
+def joint_attention(x, c, image, text, H):
+    # x [B, N, D], c [B, T, D]; image, text: the two streams' weights -> [B, N, D] and [B, T, D] or None
+    # BEGIN SOLUTION 2.5
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(qkv(x, image, H), qkv(c, text, H)))  # [B, H, N + T, d]
+    both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")            # [B, N + T, D]
+    x_out, c_out = both[:, :x.shape[1]], both[:, x.shape[1]:]
+    return image.to_out(x_out), text.to_out(c_out) if text.to_out else None
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def joint_attention(x, c, image, text, H):       # two attentions that never meet
+    def alone(x, P):
+        return P.to_out(rearrange(attention(*qkv(x, P, H)), "b h n d -> b n (h d)")) if P.to_out else None
+    return alone(x, image), alone(c, text)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `zip(qkv(x, image, H), qkv(c, text, H))` gives the two queries, then the two keys, then the two values. The tokens
+# are axis 2.
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# After the attention, join the heads with `rearrange(..., "b h n d -> b n (h d)")`. The first `x.shape[1]` rows are
+# the picture's.
+# </details>
+
+# %% tags=["check"]
+c = torch.randn(2, 6, D, generator=random)
+for l, block in enumerate(model.blocks):
+    theirs = block.attention(x, c)
+    mine = joint_attention(x, c, block.attention.image, block.attention.text, H)
+    expect(isinstance(mine, tuple) and len(mine) == 2, "return two things, one for each stream.")
+    expect_close(mine[0], theirs[0], f"block {l}: the image stream's output")
+    if theirs[1] is None:
+        expect(mine[1] is None, f"block {l} is the last one: its second result is None.")
+    else:
+        expect_close(mine[1], theirs[1], f"block {l}: the text stream's output")
+print(f"2.5 right, in all {len(model.blocks)} blocks")
+
+# %% [markdown]
+# ## 4 · adaLN-Zero: how time and text speak to a block
+#
+# What a block should do at $t = 0.9$, where almost everything is noise, is not what it should do at $t = 0.1$. So
+# the time, and one vector for the whole text (`pooled`), are turned into a single vector `vec` $[B, D]$, and in
+# every block one linear layer makes of it three vectors for each sublayer: a **shift** and a **scale** before it,
+# and a **gate** behind it.
+#
+# $$\text{modulate}(x) = \text{LayerNorm}(x) \cdot (1 + \text{scale}) + \text{shift}, \qquad x \leftarrow x + \text{gate} \cdot f(\text{modulate}(x))$$
+#
+# The LayerNorm has no weights of its own: over the $D$ numbers of a token, subtract their mean and divide by
+# $\sqrt{\text{variance} + 10^{-6}}$ (the variance with $1/D$, not $1/(D-1)$).
+#
+# ### Exercise 2.6 ★ · One sublayer
+
+# %% tags=["exercise"]
+def modulate(x, shift, scale):
+    # x [B, N, D], shift and scale [B, 1, D] -> [B, N, D]. Without F.layer_norm, please.
+    # BEGIN SOLUTION 2.6
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+    return (x - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
+    # END SOLUTION
+
+def sublayer(x, f, shift, scale, gate):
+    # f: a function from [B, N, D] to [B, N, D], such as an MLP
+    # BEGIN SOLUTION 2.6
+    return x + gate * f(modulate(x, shift, scale))
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def modulate(x, shift, scale):
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+    return (x - mean) / (variance + 1e-6).sqrt() * scale + shift
+
+def sublayer(x, f, shift, scale, gate):
+    return x + gate * f(modulate(x, shift, scale))
+
+# %% tags=["wrong"]
+def modulate(x, shift, scale):
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+    return (x - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
+
+def sublayer(x, f, shift, scale, gate):
+    return gate * f(modulate(x, shift, scale))
+
+# %% tags=["check"]
+shift, scale, gate = (torch.randn(2, 1, D, generator=random) for _ in range(3))
+normal = F.layer_norm(x, (D,), eps=1e-6)
+expect(not torch.allclose(modulate(x, shift, scale), normal * scale + shift, atol=1e-3),
+       "the factor is 1 + scale, so that a scale of zero changes nothing.")
+expect_close(modulate(x, shift, scale), normal * (1 + scale) + shift, "modulate(x, shift, scale)")
+doubled = sublayer(x, lambda y: 2 * y, shift, scale, gate)
+expect_close(doubled, x + gate * 2 * (normal * (1 + scale) + shift), "sublayer(x, f, shift, scale, gate)")
+expect_close(sublayer(x, lambda y: 2 * y, shift, scale, 0 * gate), x, "a sublayer whose gate is zero")
+print("2.6 right: and with a gate of zero a sublayer hands on what it got")
+
+# %% [markdown]
+# ## 5 · A block, and the whole network
+#
+# A block is: joint attention with a gate for each stream, then an MLP with a gate for each stream.
+# `b.image_adaln(vec)` returns six tensors $[B, 1, D]$: shift, scale and gate for the attention, then shift, scale
+# and gate for the MLP; `b.text_adaln(vec)` does so for the text. In the **last** block the text ends: its
+# `text_mlp` is `None`, and its `text_adaln` returns two tensors only, the shift and the scale before the attention.
+#
+# ### Exercise 2.7 ★★★ · A block
+
+# %% tags=["exercise"]
+def run_block(b, x, c, vec, H):
+    # b: a block's weights: image_adaln, text_adaln, attention.image, attention.text, image_mlp, text_mlp
+    # x [B, N, D], c [B, T, D], vec [B, D] -> x and c after the block (c: None after the last one)
+    # BEGIN SOLUTION 2.7
+    image, text = b.image_adaln(vec), b.text_adaln(vec)
+    x_out, c_out = joint_attention(modulate(x, *image[:2]), modulate(c, *text[:2]),
+                                   b.attention.image, b.attention.text, H)
+    x = sublayer(x + image[2] * x_out, b.image_mlp, *image[3:])
+    if b.text_mlp is None:
+        return x, None
+    return x, sublayer(c + text[2] * c_out, b.text_mlp, *text[3:])
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def run_block(b, x, c, vec, H):                  # the MLP's input is the block's input
+    image, text = b.image_adaln(vec), b.text_adaln(vec)
+    x_out, c_out = joint_attention(modulate(x, *image[:2]), modulate(c, *text[:2]),
+                                   b.attention.image, b.attention.text, H)
+    x = sublayer(x, b.image_mlp, *image[3:]) + image[2] * x_out
+    if b.text_mlp is None:
+        return x, None
+    return x, sublayer(c, b.text_mlp, *text[3:]) + text[2] * c_out
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The attention's two inputs are modulated first, each with the shift and scale of its own stream; its two outputs
+# are multiplied with the gates and added to `x` and `c`.
+# </details>
+# <details><summary>Hint 2</summary>
+#
+# For the MLPs `sublayer` does everything: `sublayer(x, b.image_mlp, *image[3:])`.
+# </details>
+
+# %% tags=["check"]
+vec = torch.randn(2, D, generator=random)
+for l, b in enumerate(model.blocks):
+    theirs, mine = b(x, c, vec), run_block(b, x, c, vec, H)
+    expect_close(mine[0], theirs[0], f"block {l}: x", tolerance=1e-3)
+    if theirs[1] is None:
+        expect(mine[1] is None, f"block {l} is the last one: return None for the text.")
+    else:
+        expect_close(mine[1], theirs[1], f"block {l}: c", tolerance=1e-3)
+print(f"2.7 right, in all {len(model.blocks)} blocks")
+
+# %% [markdown]
+# Now all of it. What is given: `m.patch_embedder` (the convolution of 2.1), `m.time_embedder` and
+# `m.pooled_embedder` (two small MLPs), `m.context_embedder` (a linear layer on the text tokens), `m.blocks`,
+# `m.final_adaln` (of `vec`: shift and scale), `m.final_linear`, and `time_features(t)`, waves like those of 2.2 for
+# the time.
+#
+# ```
+# x   = patches of x_t, embedded, + positions                     [B, N, D]
+# c   = context_embedder(context)                                 [B, T, D]
+# vec = time_embedder(time_features(t)) + pooled_embedder(pooled) [B, D]
+# x, c = block(x, c, vec)                                         depth times
+# v   = final_linear(modulate(x, final shift, final scale)), joined to a picture
+# ```
+#
+# ### Exercise 2.8 ★★ · The MMDiT
+
+# %% tags=["exercise"]
+def mmdit(m, x_t, t, context, pooled):
+    # x_t [B, C, S, S], t [B], context [B, T, D], pooled [B, D] -> v [B, C, S, S]
+    D, H, p, G = m.config.width, m.config.heads, m.config.patch, x_t.shape[-1] // m.config.patch
+    # BEGIN SOLUTION 2.8
+    x = m.patch_embedder(x_t).flatten(2).mT + positions(D, G)               # [B, N, D]
+    c = m.context_embedder(context)                                         # [B, T, D]
+    vec = m.time_embedder(time_features(t)) + m.pooled_embedder(pooled)     # [B, D]
+    for b in m.blocks:
+        x, c = run_block(b, x, c, vec, H)
+    v = m.final_linear(modulate(x, *m.final_adaln(vec)))                    # [B, N, p * p * C]
+    return to_picture(v, G, p)
+    # END SOLUTION
+
+# %% tags=["wrong"]
+def mmdit(m, x_t, t, context, pooled):           # forgets the positions
+    D, H, p, G = m.config.width, m.config.heads, m.config.patch, x_t.shape[-1] // m.config.patch
+    x = m.patch_embedder(x_t).flatten(2).mT
+    c = m.context_embedder(context)
+    vec = m.time_embedder(time_features(t)) + m.pooled_embedder(pooled)
+    for b in m.blocks:
+        x, c = run_block(b, x, c, vec, H)
+    return to_picture(m.final_linear(modulate(x, *m.final_adaln(vec))), G, p)
+
+# %% tags=["check"]
+ours = model(x_t, t, text.context, text.pooled)
+yours = mmdit(model, x_t, t, text.context, text.pooled)
+expect_close(yours, ours, "v", tolerance=1e-3)
+print(f"2.8 right: your MMDiT predicts the package's velocity, to {(yours - ours).abs().max():.0e}")
+
+# %% [markdown]
+# That was a diffusion transformer. Let it draw: the four sentences below go through *your* network, 16 Euler steps
+# with guidance 3, and beside them is what the package makes of the same noise.
+
+# %%
+asked = ["a big red cat on the left in the snow", "a small yellow fish in the room",
+         "a big purple house on the beach", "a big orange star at night"]
+their_text, null, seeds = pipe.encode_text(asked), pipe.encode_text([""] * 4), [1, 2, 3, 4]
+
+def my_velocity(x, t, text):
+    return mmdit(model, x, t, text.context, text.pooled)
+
+def guided(x, t):
+    return flow.guide(my_velocity(x, t, null), my_velocity(x, t, their_text), 3.0)
+
+for _, mine in flow.euler(guided, flow.noise_for(seeds, tuple(x_0.shape[1:])), 16):
+    pass
+theirs = pipe.sample(their_text, seeds, steps=16, guidance=3.0)
+titles = [prompt.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ") for prompt in asked]
+show(pipe.decode_images(torch.cat([mine, theirs])), titles, ["yours", "the package"], columns=4, side=1.6)
+print(f"largest difference {(mine - theirs).abs().max():.0e}")
+assert torch.allclose(mine, theirs, atol=1e-2)
+
+# %% [markdown]
+# ## 6 · Why the gates begin at zero, and one layer besides
+#
+# How should such a network begin? `MMDiT.initialise` sets every adaLN and the last layer to **zero**. So all gates
+# are closed, each block is the identity, and $v = 0$ for every input. It sounds as if nothing could be learned from
+# there. Two questions, to be answered before you read on:
+#
+# * In the very first step, which weights have a gradient that is not zero? And in the second?
+# * What if the *output* of each MLP and attention began at zero as well, `fc2` and `to_out`, to be quite safe?
+#
+# Think of a gate and the sublayer behind it as a product $g \cdot f$. Its derivatives are
+# $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. If **one** factor is zero, the other one's
+# gradient is zero for the moment, but its own is not: it moves, and in the next step both learn. If **both** are
+# zero, both gradients are zero, and stay so for ever. The cell below takes three steps and prints the share of
+# weights that have a gradient.
+
+# %%
+from dataclasses import replace
+
+torch.set_grad_enabled(True)
+small = replace(config, width=64, depth=3)       # a smaller one, so that we can train it here
+x_t, t, context, pooled = x_t.repeat(8, 1, 1, 1), torch.linspace(0.05, 0.95, 16), \
+    text.context.repeat(8, 1, 1), text.pooled.repeat(8, 1)
+x_0, x_1 = x_0.repeat(8, 1, 1, 1), flow.noise_for(list(range(16)), tuple(x_0.shape[1:]))
+x_t, v = flow.path(x_0, x_1, t), flow.velocity_target(x_0, x_1)             # [16, C, S, S]
+
+def begin(kind):
+    torch.manual_seed(0)
+    m = MMDiT(small)                             # adaLN and final_linear are zero
+    with torch.no_grad():
+        for name, module in m.named_modules():
+            if kind == "gates open" and "adaln" in name and hasattr(module, "weight"):
+                module.weight.normal_(std=0.05)
+                module.bias.normal_(std=0.5)
+            if kind == "last layer random" and name == "final_linear":
+                module.weight.normal_(std=0.2)
+            if kind == "one zero too many" and name.endswith(("fc2", "to_out")) and "blocks" in name:
+                module.weight.zero_()
+    return m, torch.optim.Adam(m.parameters(), lr=2e-3)
+
+def step(m, optimizer):
+    loss = flow.squared_error(m(x_t, t, context, pooled), v)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+def share_with_gradient(m, part):
+    gradients = [q.grad for name, q in m.named_parameters() if any(word in name for word in part)]
+    return sum((g != 0).sum().item() for g in gradients) / sum(g.numel() for g in gradients)
+
+parts = {"last layer": ["final_linear"], "adaLN of the blocks": ["image_adaln"],
+         "queries, keys, values": ["image.to_q", "image.to_k", "image.to_v"], "MLPs": ["image_mlp"]}
+kinds = ["as it is", "gates open", "last layer random", "one zero too many"]
+table = {}
+print(f"{'share of weights with a gradient, in step':42s}" + "".join(f"{k:>9d}" for k in (1, 2, 3)))
+for kind in kinds:
+    m, optimizer = begin(kind)
+    print(kind)
+    for k in (1, 2, 3):
+        step(m, optimizer)
+        for part, words in parts.items():
+            table.setdefault((kind, part), []).append(share_with_gradient(m, words))
+    for part in parts:
+        print(f"    {part:38s}" + "".join(f"{share:9.0%}" for share in table[kind, part]))
+assert [table["as it is", part][0] == 0 for part in parts] == [False, True, True, True]
+assert table["as it is", "adaLN of the blocks"][1] > 0 and table["as it is", "MLPs"][2] > 0
+assert all(table["one zero too many", part] == [0, 0, 0] for part in ("queries, keys, values", "MLPs"))
+
+# %% [markdown]
+# Read the first group downward: in step 1 only the last layer learns, in step 2 the gates as well, in step 3
+# everything. The network wakes up from its end to its beginning, within three steps. In the last group the MLPs
+# never wake up: $g = 0$ and $f = 0$. **Exactly one factor of a product may begin at zero.** Lesson 4 needs this
+# sentence again, for LoRA.
+#
+# And is it worth it? Here are the same four beginnings, trained for 150 steps on the same 16 noised pictures.
+
+# %%
+plt.figure(figsize=(6, 2.8), layout="constrained")
+last, first = {}, {}
+for kind, colour in zip(kinds, (BLUE, GOLD, CORAL, INK)):
+    m, optimizer = begin(kind)
+    losses = [step(m, optimizer) for _ in range(150)]
+    first[kind], last[kind] = losses[0], sum(losses[-10:]) / 10
+    plt.semilogy(losses, color=colour, label=kind)
+plt.gca().set(xlabel="step", ylabel="loss (Eq. 3)")
+plt.legend()
+plt.show()
+print(f"{'loss':22s}" + "".join(f"{kind:>20s}" for kind in kinds))
+for name, losses in (("at first", first), ("after 150 steps", last)):
+    print(f"{name:22s}" + "".join(f"{losses[kind]:20.2f}" for kind in kinds))
+print(f"of v = 0, always      {v.square().mean():20.2f}")
+assert abs(first["as it is"] - v.square().mean()) < 1e-3 and first["last layer random"] > first["as it is"]
+assert last["as it is"] < last["gates open"] < last["last layer random"] < last["one zero too many"]
+
+# %% [markdown]
+# *As it is* learns fastest. *Gates open* begins with six random sublayers stirring every token, and has to learn
+# first to keep out of its own way. *Last layer random* begins by predicting something wild, three times as far from
+# the truth as predicting nothing, and pays for it all the way. *One zero too many* can only learn what the last
+# layer makes of the patches by itself: no token ever hears of another one, and none hears a word. (A table of four
+# runs is an illustration and no proof; the sizes that make it come out so are in `begin`, and you may change them.)
+#
+# ## What you can now say
+#
+# * A picture becomes tokens by cutting and one matrix, and comes back the same way. Attention knows no order:
+# positions are added.
+# * Image and text are two transformers that meet in one softmax. Each attention weight that goes to a word is taken
+# from the patches.
+# * Time and the pooled text speak through shift, scale and gate. All gates begin closed, and so does the last
+# layer, but never two factors of one product.
+#
+# | you wrote | in the package |
+# |---|---|
+# | `to_patches`, `to_picture`, `positions` | `MMDiT.patch_embedder`, the last line of `MMDiT.forward`, `position_features` |
+# | `attention`, `rms_norm`, `qkv`, `joint_attention` | `tinyflow/attention.py`: `attention`, `RMSNorm`, `Projections.qkv`, `JointAttention` |
+# | `modulate`, `sublayer`, `run_block`, `mmdit` | `tinyflow/mmdit.py`: `modulate`, `Block`, `MMDiT.forward` |
+#
+# The package's `MMDiT.forward` has one argument more than yours, `visit`: it may put something in the text tokens
+# before a block sees them. That is where a concept enters, in lesson 4.
+#
+# ## Three questions
+#
+# **1.** A patch gives 30 % of its attention to words. Could it give 30 % to words and 100 % to patches?
+# <details><summary>Answer</summary>
+#
+# No: it is one softmax, and a row of it adds up to 1. What goes to words is taken from patches. With two softmaxes,
+# as in a network with a separate cross attention, both shares would be 100 %.
+# </details>
+#
+# **2.** You exchange the order of two words in the text tokens (after the text encoder), and nothing else. Does $v$
+# change?
+# <details><summary>Answer</summary>
+#
+# No. Nothing in the MMDiT adds a position to text tokens, so to attention they are a set. Where a word stood is
+# known to the text encoder alone, which wrote it into the tokens.
+# </details>
+#
+# **3.** A colleague sets the last layer to zero *and* the last `final_adaln` to zero, and says: two zeros, so it is
+# dead. Is it?
+# <details><summary>Answer</summary>
+#
+# No. `final_adaln` at zero gives shift 0 and scale 0, and the factor is $1 + \text{scale} = 1$: what the last layer
+# is multiplied with is not zero. So the last layer has a gradient in the first step, and `final_adaln` one in the
+# second.
+# </details>
+#
+# **Next:** lesson 3, on words.
