@@ -29,7 +29,7 @@ from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.second.render import render_all
-from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves
+from tinyflow.picturebook.second.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.pipeline import Pipeline, choose_device, to_pixels
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = begin(options.start, options.codec, options.seed)
         start = tensor_hash(pipe.mmdit.state_dict()) if options.start else ""
         config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
-                                start=start)
+                                start=start, **(LATER if start else {}))
         training = Pretraining(config, pipe.to(device), options.out, rank, processes, options.compile)
         follow(training, options.out, options.save_every, "pretraining")
         if processes > 1:

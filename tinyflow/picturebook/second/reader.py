@@ -28,7 +28,7 @@ from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.model import SHIPPED
 from tinyflow.picturebook.second.objects import exact_colour
 from tinyflow.picturebook.second.render import HALF, brightness, render_all
-from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves
+from tinyflow.picturebook.second.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.picturebook.second.world import Identity
 from tinyflow.pipeline import to_pixels
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
         start = tensor_hash(reader.state_dict()) if options.start else ""
-        config = ReaderConfig(options.steps, seed=options.seed, start=start)
+        config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
         follow(ReaderTraining(config, reader), options.out, 500, "reader")
 
 

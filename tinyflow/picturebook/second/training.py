@@ -25,6 +25,9 @@ from tinyflow.files import locked, read_log, write_whole
 from tinyflow.picturebook.second.muon import Muon
 from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
+# What a stage that starts from trained weights changes in its config: half the learning rates, falling soon.
+LATER = {"lr": 8e-4, "matrix_lr": .01, "flat": .1}
+
 
 def rate_share(k: int, steps: int, warmup: int, flat: float) -> float:
     """The share of the full learning rate at step k: up to 1 in `warmup` steps, and from the share `flat`

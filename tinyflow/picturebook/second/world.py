@@ -196,12 +196,15 @@ def random_member(rng: np.random.Generator) -> float:
 
 
 def random_thing(place: str, rng: np.random.Generator, parts: bool = True) -> Thing:
-    """An individual. With parts, half of them have a marking, half a topper, and a third one eye."""
+    """An individual. With parts, seven in ten have a marking, half a topper, and a third one eye.
+
+    A marking is what a base model learns last, so it comes most often.
+    """
     thing = Thing(pick(OBJECTS, rng), pick(COLOURS, rng), pick(SIZES, rng), place,
                   identity=random_identity(rng))
     if not parts:
         return thing
-    return replace(thing, marking=pick(MARKINGS[1:], rng) if rng.random() < .5 else "plain",
+    return replace(thing, marking=pick(MARKINGS[1:], rng) if rng.random() < .7 else "plain",
                    accent=pick([colour for colour in COLOURS if colour != thing.colour], rng),
                    topper=pick(list(TOPPERS)[1:], rng) if rng.random() < .5 else "none",
                    eyes=1 if rng.random() < .33 else 2)
