@@ -8,9 +8,11 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tinyflow.errors import InputError
 from tutorials.build import FOLDER, blank, build, tags, versions
+from tutorials.slides import deck
 
 LESSONS = sorted((FOLDER / "lessons").glob("*.py"))
 HEAD = "# %%\nimport sys\nsys.path.insert(0, '../..')\nfrom tutorials.course import YourTurn, expect\n\n"
@@ -52,14 +54,34 @@ def test_what_a_lesson_may_not_do(tmp_path, cells, complaint):
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_exercise_has_a_check_and_a_wrong_answer(path):
+def test_a_lesson_has_slides_and_every_exercise_a_check_and_a_wrong_answer(path):
     lesson = jupytext.read(path)
     kinds = [tag for cell in lesson.cells for tag in tags(cell)]
-    assert re.fullmatch(r"(exercise (wrong )+check ){5,8}", " ".join([*kinds, ""])), kinds
+    order = " ".join([*[kind for kind in kinds if kind != "slide"], ""])
+    assert re.fullmatch(r"(exercise (wrong )+check ){5,8}", order), order
     made = versions(lesson)
     blanks = [cell.source for cell in made["learner"].cells if "raise YourTurn" in cell.source]
     assert len(blanks) == kinds.count("exercise")
     assert not any("SOLUTION" in cell.source for name in made for cell in made[name].cells)
+    assert 8 <= kinds.count("slide") <= 15
+
+
+def slide(text: str):
+    return new_markdown_cell(text, metadata={"tags": ["slide"]})
+
+
+def test_a_deck_shows_the_pictures_that_the_lesson_made():
+    def drawn(png: str):
+        return new_code_cell("", outputs=[new_output("display_data", {"image/png": png})])
+
+    cells = [slide("# One, $x_0$"), drawn("AA"), drawn("BB"), new_markdown_cell("no slide"),
+             slide("![](last)\n\n*two*")]
+    page, slides = deck(new_notebook(cells=cells), "a < b")
+    assert slides == 2 == page.count("<section>") and "no slide" not in page and "a &lt; b" in page
+    assert "<msub><mi>x</mi><mn>0</mn></msub>" in page and "<em>two</em>" in page
+    assert "base64,BB" in page and "base64,AA" not in page
+    with pytest.raises(ValueError, match="no picture before the slide"):
+        deck(new_notebook(cells=[slide("![](last)")]), "")
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

@@ -1,15 +1,16 @@
 """Makes the notebooks of the lessons: for each one the learner's, with blank exercises, and the solved one.
 
-    python -m tutorials.build              writes notebooks/ and solved/, the solved ones with their outputs
+    python -m tutorials.build              writes notebooks/, solved/ with all outputs, and slides/
     python -m tutorials.build 2 4          of these lessons
     python -m tutorials.build --check      writes none, and fails where a lesson or one of its checks fails
 
-A lesson's source is a Python file in percent format, lessons/NN_name.py, which jupytext reads. Three tags
+A lesson's source is a Python file in percent format, lessons/NN_name.py, which jupytext reads. Four tags
 say what a cell is:
 
     exercise    what stands between "# BEGIN SOLUTION 2.1" and "# END SOLUTION" is for the learner to write
     check       tests the exercise before it
     wrong       a wrong answer that this check has to refuse; it comes into neither notebook
+    slide       comes into the slides only (slides.py)
 """
 
 import time
@@ -63,6 +64,9 @@ def versions(lesson) -> dict:
             cells["learner"].append(code(blank(cell.source)))
             cells["solved"].append(code(answer))
             continue
+        if "slide" in tags(cell):
+            cells["solved"].append(cell)         # so that the deck knows which picture came before
+            continue
         if kind == "check":
             for source, error in tries:
                 cells["check"] += [code(source), code(cell.source, metadata={"tags": ["raises-exception"],
@@ -107,11 +111,17 @@ def build(source: Path, check: bool) -> str:
         tried = sum("error" in cell.metadata for cell in made["check"].cells)
         seconds = execute(made["check"], source.name)
         return f"{source.name}: {seconds:.0f} s, {tried} answers refused"
-    seconds = execute(made["solved"], source.name)
-    for name, folder in (("learner", "notebooks"), ("solved", "solved")):
+    from tutorials.slides import deck
+
+    seconds, solved = execute(made["solved"], source.name), made["solved"]
+    page, slides = deck(solved, solved.cells[0].source.splitlines()[0].lstrip("# "))
+    solved.cells = [cell for cell in solved.cells if "slide" not in tags(cell)]
+    for folder in ("notebooks", "solved", "slides"):
         (FOLDER / folder).mkdir(exist_ok=True)
-        nbformat.write(made[name], FOLDER / folder / f"{source.stem}.ipynb")
-    return f"{source.name}: {seconds:.0f} s"
+    nbformat.write(made["learner"], FOLDER / "notebooks" / f"{source.stem}.ipynb")
+    nbformat.write(solved, FOLDER / "solved" / f"{source.stem}.ipynb")
+    (FOLDER / "slides" / f"{source.stem}.html").write_text(page)
+    return f"{source.name}: {seconds:.0f} s, {slides} slides"
 
 
 def main(arguments: list[str] | None = None) -> None:

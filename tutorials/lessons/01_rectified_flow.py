@@ -42,6 +42,11 @@
 # three stars are hard. If the cores of your machine are busy with something else, start Jupyter with
 # `OMP_NUM_THREADS=1`.
 
+# %% [markdown] tags=["slide"]
+# # 1 · Rectified flow in two dimensions
+#
+# From noise to data along a velocity that is learned, in a world so small that the perfect velocity is known.
+
 # %%
 import sys
 from pathlib import Path
@@ -190,6 +195,14 @@ for axis, t in zip(planes(5), times):
     axis.set_title(f"t = {t}" + {0: "  data", 1: "  noise"}.get(t, ""))
 print(f"{len(data)} points, standard deviation {data.std():.2f} (the noise has 1)")
 
+# %% [markdown] tags=["slide"]
+# ## A straight path from data to noise
+#
+# $$x_t = (1 - t)\,x_0 + t\,x_1, \qquad v = \frac{\mathrm d x_t}{\mathrm d t} = x_1 - x_0$$
+#
+# ![](last)
+#
+# **t = 0 is data, t = 1 is noise.** Training asks a network for $v$, and shows it $x_t$ and $t$ only: $\mathbb E\,\lVert v_\theta(x_t, t) - v \rVert^2$.
 
 # %% [markdown]
 # Every dot slides along its own line at constant speed. Two things are worth noticing. The lines **cross**: through
@@ -305,6 +318,17 @@ for axis, t in zip(planes(5), [0.7, 0.5, 0.3, 0.15, 0.05]):
     axis.plot(*z, "+", color=BLUE, ms=8, mew=1.5)
     axis.set_title(f"t = {t}:  {left:.1f} candidates")
 
+# %% [markdown] tags=["slide"]
+# ## What should the network answer where lines cross?
+#
+# The average. It depends on which data points we could have come from:
+#
+# $$v^*(x, t) = \frac{x - \mathbb E[x_0 \mid x_t = x]}{t}$$
+#
+# ![](last)
+#
+# Coarse first, fine last.
+
 # %% [markdown]
 # At $t$ near 1 the weights are almost equal, and the guess is the mean of the whole data set. As $t$ falls the
 # guess narrows: first to a side of the robot, then to a few neighbours, at last to one point of the eye. Coarse
@@ -339,6 +363,12 @@ for axis, t in zip(axes, [0.9, 0.6, 0.3, 0.1]):
     axis.set_title(f"t = {t}")
 plt.colorbar(drawn, ax=axes, label="speed", shrink=0.8, extend="max");
 
+# %% [markdown] tags=["slide"]
+# ## The velocity field
+#
+# ![](last)
+#
+# At $t = 0.9$ all arrows agree. At $t = 0.1$ every data point has a territory of its own.
 
 # %% [markdown]
 # At $t = 0.9$ all arrows agree on one target. At $t = 0.1$ every data point owns the places whose view $z$ is
@@ -383,6 +413,17 @@ for axis, t in zip(axes, (0.8, 0.4, 0.2)):
     assert torch.allclose(change[1:-1], -outflow, atol=2e-2)
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
 plt.show()
+
+# %% [markdown] tags=["slide"]
+# ## Why it is enough to follow the average
+#
+# Mass is not made or lost, it only moves, and what moves at a place is the density times the *mean* velocity:
+#
+# $$\frac{\partial p_t}{\partial t} = -\nabla\cdot(p_t\,v^*)$$
+#
+# ![](last)
+#
+# A crowd that walks with the mean velocity has the density of the crowd on straight lines, at every $t$.
 
 # %% [markdown]
 # The blue line and the coral one lie on each other: the mean velocity accounts for every change of the density.
@@ -453,6 +494,13 @@ for axis in (left, right):
     axis.set(xlim=(1.03, -0.04), xlabel="t  (noise on the left, data on the right)")
 left.set_ylabel("x");
 
+# %% [markdown] tags=["slide"]
+# ## Lines that cross, curves that never meet
+#
+# ![](last)
+#
+# An ODE has one velocity at each place and time. The journeys differ; the crowd is the same.
+
 # %% [markdown]
 # Now the robot. (Drawn in the plane, without the time axis, two curves may seem to cross: they were there at
 # different times.)
@@ -483,6 +531,13 @@ for axis, steps in zip(axes[1:], [1, 2, 4, 8, 28]):
     axis.set_title(f"{steps} step" + "s" * (steps > 1))
 one = trajectory(v_star, x_1, even(1))[-1]                                     # [400, 2]
 assert torch.allclose(one, data.mean(0).expand(400, 2), atol=1e-4)             # one step: the mean
+
+# %% [markdown] tags=["slide"]
+# ## Euler's method
+#
+# ![](last)
+#
+# A single step from $t = 1$ jumps to the mean of the data. The last step always ends on the last guess.
 
 # %% [markdown]
 # Two and four steps end on blurred guesses, eight draw a robot, and with 28 nearly every sample is at the very
@@ -564,6 +619,15 @@ same = torch.allclose(posterior(x_big, t_big, big), posterior((1 - t[:, None]) *
 print(f"\n{k} copies of each coordinate at the shifted time have the weights of one at the plain time:", same)
 assert same
 
+# %% [markdown] tags=["slide"]
+# ## The timestep shift
+#
+# $$\frac{t'}{1 - t'} = s\,\frac{t}{1 - t}$$
+#
+# ![](last)
+#
+# A picture with $k$ times as many pixels gives itself away at $\sqrt k$ times the noise. Larger pictures want a larger $s$.
+
 # %% [markdown]
 # For two coordinates, $s = 3$ is plainly wrong: the last step starts at $t = 0.3$, when the guess is still a blur,
 # and hardly anybody arrives. Here $s = 1/3$ is best. A large picture is the other way round. Its many pixels give
@@ -609,6 +673,13 @@ plt.show()
 peak = moments[gain.argmax()]
 print(f"most has to be learned at t = {peak:.2f}")
 assert 0.2 < peak < 0.6 and gain[0] < 0.3 * gain.max() and gain[-1] < 0.3 * gain.max()
+
+# %% [markdown] tags=["slide"]
+# ## Which times should training draw?
+#
+# ![](last)
+#
+# Near both ends a linear rule knows the answer. What has to be learned lies in between: logit-normal times.
 
 # %% [markdown]
 # The network is three linear layers. Beside $x$ and $t$ it is given sines and cosines of $x$, without which it
@@ -712,6 +783,15 @@ right.plot(moments, by_time(best, v), color=CORAL, ls="--", label="v*")
 right.set(xlabel="t", ylabel="loss at time t", ylim=(0, None))
 left.legend(), right.legend();
 
+# %% [markdown] tags=["slide"]
+# ## The loss does not go to zero
+#
+# $$\mathbb E\,\lVert v_\theta - v\rVert^2 = \mathbb E\,\lVert v^* - v\rVert^2 + \mathbb E\,\lVert v_\theta - v^*\rVert^2$$
+#
+# ![](last)
+#
+# The first part is a floor that no network can go below. Only the second part is the network's.
+
 # %%
 axes = planes(4, size=2.6)
 for axis, (velocity, name) in zip(axes[:2], [(v_star, "exact"), (model, "learned")]):
@@ -768,6 +848,12 @@ for i in (0, 50, 70, 90):
     print(f"t = {times[i]:.1f}: blur {blur[i].mean():.2f}; still to go, of the whole distance: "
           f"sample {to_go[0]:.0%}, belief {to_go[1]:.0%}")
 
+# %% [markdown] tags=["slide"]
+# ## What the model believes on the way
+#
+# ![](last)
+#
+# $x_0 = x_t - t\,v$ is not a likely point but the *average* of the likely points. For pictures, an average is a blur.
 
 # %% [markdown]
 # The open circles are the starts. All three beliefs begin at the same place, the mean of the robot, and each
@@ -844,6 +930,14 @@ for axis, guidance in zip(planes(4, reach=2.0, size=2.5), [0, 1, 2, 5]):
     axis.scatter(*both.T, s=1000 * use, color=CORAL, alpha=0.6, lw=0)
     axis.set_title(f"guidance {guidance}")
 
+# %% [markdown] tags=["slide"]
+# ## Guidance
+#
+# $$v_g = v_\varnothing + g\,(v_y - v_\varnothing)$$
+#
+# ![](last)
+#
+# Surer samples, and fewer kinds of them. The difference $v_y - v_\varnothing$ will be a *representation of a concept* in lesson 6.
 
 # %% [markdown]
 # With $g = 1$ all 30 points of our heart are used equally, as they should be. Many of them lie on or near the other
@@ -970,6 +1064,13 @@ for axis in (left, right):
     axis.minorticks_off()
     axis.legend()
 
+# %% [markdown] tags=["slide"]
+# ## A better sampler: Heun
+#
+# ![](last)
+#
+# The order of a method says how its error shrinks when the steps are small, and nothing about large ones.
+
 # %% [markdown]
 # On the left the textbook: twice the velocities halve Euler's error and quarter Heun's. On the right the robot:
 # with 4 velocities the two are equally poor, and from 16 on Heun is clearly ahead. The order of a method says how
@@ -1025,3 +1126,10 @@ for axis in (left, right):
 # </details>
 #
 # **Next:** lesson 2 puts pictures, words and a transformer in the place of points, classes and three layers.
+
+# %% [markdown] tags=["slide"]
+# ## Three questions
+#
+# 1. A network has the training loss 0.9, and it falls no further. Is it bad?
+# 2. A single Euler step from $t = 1$ to 0, with the perfect velocity. What do all samples look like?
+# 3. The lines of training cross, and the curves of sampling never do. How can both have the same density?

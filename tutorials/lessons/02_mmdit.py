@@ -41,6 +41,11 @@
 # notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star is a warm-up,
 # three stars are hard.
 
+# %% [markdown] tags=["slide"]
+# # 2 · The MMDiT, built
+#
+# The transformer of Stable Diffusion 3.5, one function after the other, until it draws.
+
 # %%
 import sys
 from pathlib import Path
@@ -150,6 +155,13 @@ axes[2].imshow(tokens[0].T, cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
 axes[2].set(title=f"its {rows * rows} tokens of width {D}", xlabel="token", ylabel="channel")
 plt.show()
 
+# %% [markdown] tags=["slide"]
+# ## A picture becomes tokens
+#
+# Cut into squares, write each one in a row, multiply with one matrix. A convolution with stride $p$ is the same.
+#
+# ![](last)
+
 # %% [markdown]
 # ## 2 · Where a token stands
 #
@@ -235,6 +247,13 @@ show(pipe.decode_images(torch.cat([with_them, without, shuffled, back])),
 print(f"put back in order, it differs from the first by at most {(back - with_them).abs().max():.0e}")
 assert torch.allclose(back, with_them, atol=1e-2)
 
+# %% [markdown] tags=["slide"]
+# ## Where a token stands
+#
+# Attention knows no order. A pattern of waves is *added*: half of the channels for the column, half for the row.
+#
+# ![](last)
+
 # %% [markdown]
 # ## 3 · Attention
 #
@@ -300,6 +319,15 @@ plt.legend()
 plt.show()
 assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
 
+# %% [markdown] tags=["slide"]
+# ## Attention
+#
+# $$\operatorname{softmax}\left(\frac{q\,k^\top}{\sqrt d}\right) v$$
+#
+# A token asks ($q$), is found ($k$), gives ($v$). Why the root?
+#
+# ![](last)
+
 # %% [markdown]
 # ### Heads, and a norm
 #
@@ -314,6 +342,14 @@ assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
 #
 # `P` holds the weights: `P.to_q`, `P.to_k`, `P.to_v` are linear layers, `P.norm_q.weight` and `P.norm_k.weight` are
 # $w$, each $[d]$. Only queries and keys are normalised.
+
+# %% [markdown] tags=["slide"]
+# ## Heads, and a norm
+#
+# * The width $D$ is divided into $H$ heads; each has a softmax of its own.
+# * Queries and keys are divided by their root mean square, so that no query grows until its softmax is stuck.
+#
+# $$\text{RMSNorm}(q) = \frac{q}{\sqrt{\text{mean}(q^2)}}\; w$$
 
 # %% tags=["exercise"]
 def rms_norm(q, w):
@@ -378,6 +414,17 @@ print("2.4 right: queries, keys and values are the package's")
 # In the last block nobody needs the text any more; there `text.to_out` is `None`, and the second result is `None`,
 # too.
 
+# %% [markdown] tags=["slide"]
+# ## Joint attention: two streams, one softmax
+#
+# ```
+# x [B, N, D] --qkv(image)--.                                .--> first N --> image.to_out
+#                            >-- cat --> one attention -----<
+# c [B, T, D] --qkv(text)---'        [B, H, N + T, d]        '--> last T  --> text.to_out
+# ```
+#
+# Each stream has weights of its own for everything. What a patch gives to words it takes from patches.
+
 # %% tags=["exercise"]
 def joint_attention(x, c, image, text, H):
     # x [B, N, D], c [B, T, D]; image, text: the two streams' weights -> [B, N, D] and [B, T, D] or None
@@ -433,6 +480,15 @@ print(f"2.5 right, in all {len(model.blocks)} blocks")
 # $\sqrt{\text{variance} + 10^{-6}}$ (the variance with $1/D$, not $1/(D-1)$).
 #
 # ### Exercise 2.6 ★ · One sublayer
+
+# %% [markdown] tags=["slide"]
+# ## adaLN-Zero: how time and text speak to a block
+#
+# $$\text{modulate}(x) = \text{LayerNorm}(x)\,(1 + \text{scale}) + \text{shift}$$
+#
+# $$x \leftarrow x + \text{gate}\; f(\text{modulate}(x))$$
+#
+# Shift, scale and gate are made, in every block, from one vector: time plus the pooled text.
 
 # %% tags=["exercise"]
 def modulate(x, shift, scale):
@@ -547,6 +603,17 @@ print(f"2.7 right, in all {len(model.blocks)} blocks")
 #
 # ### Exercise 2.8 ★★ · The MMDiT
 
+# %% [markdown] tags=["slide"]
+# ## The whole network
+#
+# ```
+# x   = patches of x_t, embedded, + positions                     [B, N, D]
+# c   = context_embedder(context)                                 [B, T, D]
+# vec = time_embedder(time_features(t)) + pooled_embedder(pooled) [B, D]
+# x, c = block(x, c, vec)                                         depth times
+# v   = final_linear(modulate(x, final shift, final scale)), joined to a picture
+# ```
+
 # %% tags=["exercise"]
 def mmdit(m, x_t, t, context, pooled):
     # x_t [B, C, S, S], t [B], context [B, T, D], pooled [B, D] -> v [B, C, S, S]
@@ -600,6 +667,13 @@ show(pipe.decode_images(torch.cat([mine, theirs])), titles, ["yours", "the packa
 print(f"largest difference {(mine - theirs).abs().max():.0e}")
 assert torch.allclose(mine, theirs, atol=1e-2)
 
+# %% [markdown] tags=["slide"]
+# ## It draws
+#
+# ![](last)
+#
+# Above, functions of ten lines and the trained weights. Below, the package.
+
 # %% [markdown]
 # ## 6 · Why the gates begin at zero, and one layer besides
 #
@@ -615,6 +689,14 @@ assert torch.allclose(mine, theirs, atol=1e-2)
 # gradient is zero for the moment, but its own is not: it moves, and in the next step both learn. If **both** are
 # zero, both gradients are zero, and stay so for ever. The cell below takes three steps and prints the share of
 # weights that have a gradient.
+
+# %% [markdown] tags=["slide"]
+# ## How should such a network begin?
+#
+# All gates closed, and a last layer of zeros: it answers $v = 0$ to everything.
+#
+# * Which weights have a gradient in the first step? And in the second?
+# * What if the output of each MLP and attention began at zero *as well*?
 
 # %%
 from dataclasses import replace
@@ -695,6 +777,13 @@ print(f"of v = 0, always      {v.square().mean():20.2f}")
 assert abs(first["as it is"] - v.square().mean()) < 1e-3 and first["last layer random"] > first["as it is"]
 assert last["as it is"] < last["gates open"] < last["last layer random"] < last["one zero too many"]
 
+# %% [markdown] tags=["slide"]
+# ## Exactly one factor of a product may begin at zero
+#
+# ![](last)
+#
+# $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. One zero: it wakes up. Two zeros: it sleeps for ever.
+
 # %% [markdown]
 # *As it is* learns fastest. *Gates open* begins with six random sublayers stirring every token, and has to learn
 # first to keep out of its own way. *Last layer random* begins by predicting something wild, three times as far from
@@ -747,3 +836,10 @@ assert last["as it is"] < last["gates open"] < last["last layer random"] < last[
 # </details>
 #
 # **Next:** lesson 3, on words.
+
+# %% [markdown] tags=["slide"]
+# ## Three questions
+#
+# 1. A patch gives 30 % of its attention to words. Could it give 30 % to words and 100 % to patches?
+# 2. You exchange two text tokens behind the text encoder. Does $v$ change?
+# 3. The last layer is zero *and* the last adaLN is zero. Is the network dead?
