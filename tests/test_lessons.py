@@ -3,6 +3,7 @@
 The lessons themselves are run by `python -m tutorials.build --check`.
 """
 
+import importlib
 import re
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def test_a_deck_shows_the_pictures_that_the_lesson_made():
     assert "base64,BB" in page and "base64,AA" not in page
     with pytest.raises(ValueError, match="no picture before the slide"):
         deck(new_notebook(cells=[slide("![](last)")]), "")
+    with pytest.raises(ValueError, match="no such command"):
+        deck(new_notebook(cells=[slide("$\\arg\\min x$")]), "")
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -89,3 +92,15 @@ def test_a_lesson_fits_a_page(path):
     for cell in jupytext.read(path).cells:
         if cell.cell_type == "code":
             assert max(map(len, cell.source.splitlines())) <= 118, cell.source.splitlines()[0]
+
+
+def test_the_notation_sheet_names_what_is_there():
+    rows = [row for row in (FOLDER / "notation.md").read_text().splitlines() if row.startswith("| ")]
+    names = [name for row in rows for name in re.findall("`([a-z_]+[.][A-Za-z_.]+)`", row)]
+    assert len(names) > 20
+    for name in names:
+        parts = name.split(".")
+        found = importlib.import_module(".".join(parts[:2]))
+        for position, part in enumerate(parts[2:], 3):
+            module = ".".join(parts[:position])
+            found = getattr(found, part, None) or importlib.import_module(module)

@@ -18,13 +18,16 @@ PAGE = Path(__file__).with_suffix(".html")
 
 def mathml(text: str, options: dict) -> str:
     made = convert(text, display="block" if options["display_mode"] else "inline")
+    if "\\" in made:
+        raise ValueError(f"the slides know no such command: {text}")
     return made.replace('<mi mathvariant="double-struck">E</mi>', "<mi>&#x1D53C;</mi>")  # browsers want it so
 
 
 def deck(notebook, title: str) -> tuple[str, int]:
     """The deck of an executed notebook whose slide cells are still in it, and the number of its slides.
 
-    Raises: ValueError for a slide that wants a picture where there was none.
+    Raises: ValueError for a slide that wants a picture where there was none, and for a formula that
+    latex2mathml does not know.
     """
     markdown = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, renderer=mathml)
     picture, slides = None, []

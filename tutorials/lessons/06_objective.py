@@ -438,7 +438,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## How far one reaches along the other
 #
-# $$\lambda^* = \arg\min_l\,\lVert R_c - l\,R_t \rVert^2 = \frac{\langle R_c, R_t\rangle}{\lVert R_t\rVert^2}$$
+# $$\lambda^* = \operatorname{argmin}_l\,\lVert R_c - l\,R_t \rVert^2 = \frac{\langle R_c, R_t\rangle}{\lVert R_t\rVert^2}$$
 #
 # ![](last)
 #
