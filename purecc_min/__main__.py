@@ -23,8 +23,10 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["demo", *arguments]
     with report_errors():
         from purecc_min.commands.options import build_parser  # loads torch, which takes seconds to stop in
+        from tinyflow.threads import room_for_others
         options = build_parser(__doc__).parse_args(arguments)
-        options.run(options)
+        with room_for_others():
+            options.run(options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,14 @@ from purecc_min.measure.toy import FOLDER
 from tinyflow.mmdit import MMDiTConfig
 from tinyflow.picturebook.model import make_tiny
 from tinyflow.pipeline import Pipeline
+from tinyflow.threads import room_for_others
+
+
+@pytest.fixture(scope="session", autouse=True)
+def polite():
+    """The tests, too, leave cores alone that other programs keep busy."""
+    with room_for_others():
+        yield
 
 
 def make_pipe(**config) -> Pipeline:

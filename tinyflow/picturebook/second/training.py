@@ -23,6 +23,7 @@ from tqdm import tqdm
 from tinyflow.errors import InputError
 from tinyflow.files import locked, read_log, write_whole
 from tinyflow.picturebook.second.muon import Muon
+from tinyflow.threads import room_for_others
 from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
 # What a stage that starts from trained weights changes in its config: half the learning rates, falling soon.
@@ -142,7 +143,7 @@ def follow(training: Training, out: Path, save_every: int, name: str) -> None:
     """Trains behind a progress bar. No other process may train in the same folder meanwhile."""
     steps, is_first = train(training, out, save_every), training.rank == 0
     lock = locked(out) if is_first else contextlib.nullcontext()
-    with lock, tqdm(total=training.config.steps, desc=name, disable=not is_first) as bar:
+    with lock, room_for_others(), tqdm(total=training.config.steps, desc=name, disable=not is_first) as bar:
         for k, loss in steps:
             bar.update(k + 1 - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

@@ -1,0 +1,65 @@
+"""Room for others: as many threads as the machine has cores to spare, while a command runs.
+
+Two threads that share one operation wait for each other many thousand times a second. If another program
+takes a core, one of the two is often not running, and the other one waits: a step takes six times as long,
+not twice. So a command looks once a second at how busy its cores are with other work, and leaves these alone.
+Where OMP_NUM_THREADS is set, or the system is not Linux, the number of threads stays as it is.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from typing import Iterator
+
+import torch
+
+SECONDS = 1.0                                    # between two looks
+
+
+def spare_threads(others: float, cores: int, most: int) -> int:
+    """How many threads to use when other programs keep `others` of the cores busy: 1 to `most`.
+
+    A third of a core is ignored: a browser or a notebook takes that now and then.
+    """
+    return max(1, min(most, int(cores - others + .35)))
+
+
+def busy_seconds(cores: set[int]) -> float:
+    """For how long these cores have been busy since the machine started, added up."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    total = 0
+    with open("/proc/stat") as file:
+        for line in file:
+            name, *numbers = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
+                user, nice, system, idle, waiting, *rest = map(int, numbers[:8])
+                total += user + nice + system + sum(rest)
+    return total / ticks
+
+
+@contextlib.contextmanager
+def room_for_others() -> Iterator[None]:
+    """Within this context, in the main thread, the number of threads follows what other programs leave."""
+    fixed = "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat")
+    if fixed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    most, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    last = [busy_seconds(cores), sum(os.times()[:4]), os.times().elapsed]
+
+    def look(*_) -> None:
+        now = [busy_seconds(cores), sum(os.times()[:4]), os.times().elapsed]
+        busy, own, seconds = (a - b for a, b in zip(now, last))
+        if seconds > .5 * SECONDS:
+            last[:] = now
+            torch.set_num_threads(spare_threads((busy - own) / seconds, len(cores), most))
+
+    before = signal.signal(signal.SIGALRM, look)     # Python calls it in the main thread, where OpenMP asks
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        torch.set_num_threads(most)
