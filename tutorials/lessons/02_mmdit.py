@@ -227,8 +227,11 @@ def draw(x_1, where, steps=12, guidance=3.0):
     kept, model.positions = model.positions, where.view_as(model.positions)
     one = text[:1]
     null = pipe.encode_text([""])
-    for _, x in flow.euler(lambda x, t: flow.guide(pipe.velocity(x, t, null), pipe.velocity(x, t, one), guidance),
-                           x_1, steps):
+
+    def guided(x, t):
+        return flow.guide(pipe.velocity(x, t, null), pipe.velocity(x, t, one), guidance)
+
+    for _, x in flow.euler(guided, x_1, steps, pipe.shift):
         pass
     model.positions = kept
     return x
@@ -659,7 +662,7 @@ def my_velocity(x, t, text):
 def guided(x, t):
     return flow.guide(my_velocity(x, t, null), my_velocity(x, t, their_text), 3.0)
 
-for _, mine in flow.euler(guided, flow.noise_for(seeds, tuple(x_0.shape[1:])), 16):
+for _, mine in flow.euler(guided, flow.noise_for(seeds, tuple(x_0.shape[1:])), 16, pipe.shift):
     pass
 theirs = pipe.sample(their_text, seeds, steps=16, guidance=3.0)
 titles = [prompt.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ") for prompt in asked]

@@ -66,7 +66,7 @@ from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states, states_in_slots
 from purecc_min.lora import LoRA, target_layers
-from purecc_min.measure.toy import CONCEPTS, FOLDER
+from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
@@ -75,8 +75,8 @@ from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, exp
 
 pipe = load_tiny()                               # the base model, frozen
 model, D, depth = pipe.mmdit, pipe.mmdit.config.width, pipe.mmdit.config.depth
-word = CONCEPTS["striped_robot"].class_word
-concept = load_concept(FOLDER / "striped_robot", word, pipe.picture_size)
+word = CONCEPTS[TUNING[0]].class_word
+concept = load_concept(FOLDER / TUNING[0], word, pipe.picture_size)
 data = encode(pipe, concept)                     # x_0 [n, C, S, S] and the texts, encoded once
 settings = TrainConfig(steps=80)                 # batch 4, rank 4, and the learning rates
 r = settings.rank

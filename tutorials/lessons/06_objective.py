@@ -60,15 +60,16 @@ from purecc_min.commands.folder import load_concept
 from purecc_min.concept import TOKEN, encode
 from purecc_min.embeddings import class_word_states
 from purecc_min.measure.draw import draw
-from purecc_min.measure.toy import FOLDER
+from purecc_min.measure.toy import FOLDER, TUNING
 from purecc_min.methods import Thetas
 from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for, train_steps
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
+from tinyflow.pipeline import to_pictures
 from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, expect_close, show
 
 pipe = load_tiny()                               # the base model, frozen
-concept = load_concept(FOLDER / "striped_robot", "robot", pipe.picture_size)
+concept = load_concept(FOLDER / TUNING[0], "robot", pipe.picture_size)
 data, word = encode(pipe, concept), concept.class_word                      # pictures and texts, encoded once
 config = TrainConfig(steps=50)
 
@@ -195,7 +196,7 @@ plt.show()
 asked = ["[V] robot", "a big [V] robot in the middle at night"]
 drawn = torch.cat([draw(pipe, theta, asked, word, steps=12) for theta in (None, theta_1)])
 titles = [f"{text}\n{who}" for who in ("base model", "extractor") for text in ("[V] robot", "... at night")]
-show(pipe.decode_images(drawn), titles, columns=4)
+show(to_pictures(drawn), titles, columns=4)
 assert smooth(losses)[-1] < smooth(losses)[9]
 
 # %% [markdown]
@@ -1056,7 +1057,7 @@ assert late[8.0, "loss_cc"] > late[0.0, "loss_cc"]
 
 asked = ["a small [V] robot on the left in the snow", "a big [V] robot in the middle at night",
          "a big [V] robot on the right on the beach", "a big robot on the left in the snow"]
-rows = [pipe.decode_images(draw(pipe, theta, asked, word, steps=12)) for theta in (None, *runs.values())]
+rows = [to_pictures(draw(pipe, theta, asked, word, steps=12)) for theta in (None, *runs.values())]
 show([picture for row in rows for picture in row], [in_lines(text) for text in asked],
      ["base model"] + [rf"$\eta$ = {eta:g}" for eta in etas], columns=4, side=1.4)
 
