@@ -21,6 +21,7 @@ from tinyflow.weights import load_into, load_tensors
 
 SHIPPED = Path(__file__).parent / "weights"
 LATENTS = MMDiTConfig(channels=16, patch=2)
+SHIFT = 3.0                                      # of times, as in SD3.5: texts decide where t is above .7
 LENGTH = 44                                      # tokens; the longest caption of two things has 42
 
 
@@ -43,7 +44,7 @@ def make_tiny(config: MMDiTConfig = LATENTS) -> Pipeline:
     width = config.context_width
     encoder = TextEncoder(TextConfig(tokenizer.vocabulary_size, LENGTH, width=width, hidden=4 * width,
                                      pooled_width=config.pooled_width))
-    return Pipeline(tokenizer, encoder, MMDiT(config), make_codec(), picture_size=world.SIZE)
+    return Pipeline(tokenizer, encoder, MMDiT(config), make_codec(), picture_size=world.SIZE, shift=SHIFT)
 
 
 def load_base(pipe: Pipeline, path: str | Path) -> None:

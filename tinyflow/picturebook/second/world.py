@@ -42,7 +42,7 @@ class Identity:
     eye_gap: float = 0          # shows if it has two eyes
     marking_width: float = 0    # these three show if it has a marking
     marking_angle: float = 0
-    marking_phase: float = 0
+    marking_cover: float = 0    # how much of the body it covers
     topper_height: float = 0    # shows if it wears a topper
 
 
