@@ -14,6 +14,7 @@ say what a cell is:
 """
 
 import time
+from copy import deepcopy
 from pathlib import Path
 
 from tinyflow.errors import InputError, Parser, report_errors
@@ -73,7 +74,7 @@ def versions(lesson) -> dict:
                                                                              "error": error})]
             cells["check"].append(code(answer))
         for name in cells:
-            cells[name].append(cell)
+            cells[name].append(deepcopy(cell))   # of its own: running one notebook fills its cells with outputs
     return {name: new_notebook(cells=own, metadata=lesson.metadata) for name, own in cells.items()}
 
 
