@@ -64,7 +64,7 @@ def test_a_lesson_has_slides_and_every_exercise_a_check_and_a_wrong_answer(path)
     blanks = [cell.source for cell in made["learner"].cells if "raise YourTurn" in cell.source]
     assert len(blanks) == kinds.count("exercise")
     assert not any("SOLUTION" in cell.source for name in made for cell in made[name].cells)
-    for cell in made["solved"].cells:            # a learner's page once said "right" before anything was written
+    for cell in made["solved"].cells:            # a learner's page said "right" before anything was written
         cell.source = "run"
     assert not any(cell.source == "run" for cell in made["learner"].cells)
     assert 8 <= kinds.count("slide") <= 15

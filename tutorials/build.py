@@ -74,7 +74,7 @@ def versions(lesson) -> dict:
                                                                              "error": error})]
             cells["check"].append(code(answer))
         for name in cells:
-            cells[name].append(deepcopy(cell))   # of its own: running one notebook fills its cells with outputs
+            cells[name].append(deepcopy(cell))   # running a notebook fills its cells with outputs
     return {name: new_notebook(cells=own, metadata=lesson.metadata) for name, own in cells.items()}
 
 
