@@ -37,7 +37,7 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="session")
 def robot():
-    return load_concept(FOLDER / "checked_robot", "robot", 64)
+    return load_concept(FOLDER / "striped_robot", "robot", 32)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.pipeline import Pipeline
 from tinyflow.weights import load_tensors, save_tensors
 
-ROBOT = FOLDER / "checked_robot"
+ROBOT = FOLDER / "striped_robot"
 LEARN = ["learn", ROBOT, "--class-word", "robot"]
 BUDGET = ["--steps", "2", "--batch", "1", "--device", "cpu"]
 
@@ -193,7 +193,7 @@ def make_concept(file, class_word, where="everywhere", seed=0):
     with torch.no_grad():
         for B in theta.lora.B.values():
             B.normal_(std=0.1, generator=generator)
-    theta.save(file, {"class_word": class_word, "rank": 2, "base": "tiny", "size": 64})
+    theta.save(file, {"class_word": class_word, "rank": 2, "base": "tiny", "size": 32})
     return file
 
 

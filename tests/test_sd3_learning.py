@@ -23,7 +23,7 @@ from tinyflow.flow import noise_for
 from tinyflow.sd3.load import load_sd3, load_tokenizer
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
-ROBOT = FOLDER / "checked_robot"
+ROBOT = FOLDER / "striped_robot"
 PUBLIC = ["--base", "sd3.5-medium", "--size", "64", "--steps", "2", "--device", "cpu",
           "--class-word", "robot"]
 

@@ -25,7 +25,7 @@ def execute(path: Path, save: bool) -> float:
                          "pip install -r tutorials/requirements.txt") from None
     notebook, begun = nbformat.read(path, as_version=4), time.time()
     place = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=place, record_timing=False,
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place, record_timing=False,
                    coalesce_streams=True).execute()
     if save:
         nbformat.write(notebook, path)

@@ -4,8 +4,8 @@ A claim says that something is larger than something else. Its value is that dif
 training seed (a mean over concepts). It HOLDS if the whole 95 % interval is above zero, DOES NOT HOLD if
 none of it is, and DEPENDS otherwise. A claim that two things are about equal holds if the interval lies
 within +- CLOSE. Measures stand in for the paper's: similarity for CLIP-I, DINO and CSD, mask IoU and
-outside change for Seg-Cons, text kept (the reader's log-probability of the base text) for dCLIP-T, path KL
-for Fig. 2. Read next: figures.py.
+outside change for Seg-Cons, layout (place, size and background as asked) for dCLIP-T, path KL for Fig. 2.
+Read next: figures.py.
 """
 
 from typing import NamedTuple
@@ -53,19 +53,19 @@ COMPARISONS = [
      "paper", ">", "DreamBooth", "mask IoU", INSTANCES),
     ("Table 1, instances", "Seg-Cons: DreamBooth changes more outside the masks",
      "DreamBooth", ">", "paper", "outside change", INSTANCES),
-    ("Table 1, instances", "dCLIP-T: PureCC follows the text better than DreamBooth, text kept",
-     "paper", ">", "DreamBooth", "text kept", INSTANCES),
+    ("Table 1, instances", "dCLIP-T: PureCC follows the text better than DreamBooth, layout",
+     "paper", ">", "DreamBooth", "layout", INSTANCES),
     ("Table 1, instances", "fidelity (CLIP-I, DINO): PureCC above DreamBooth + prior",
      "paper", ">", "DreamBooth + prior", "similarity", INSTANCES),
     ("Table 1, instances", "Seg-Cons: PureCC above DreamBooth + prior, mask IoU",
      "paper", ">", "DreamBooth + prior", "mask IoU", INSTANCES),
     ("Table 1, instances", "Seg-Cons: DreamBooth + prior changes more outside the masks",
      "DreamBooth + prior", ">", "paper", "outside change", INSTANCES),
-    ("Table 1, instances", "dCLIP-T: PureCC follows the text better than DreamBooth + prior, text kept",
-     "paper", ">", "DreamBooth + prior", "text kept", INSTANCES),
+    ("Table 1, instances", "dCLIP-T: PureCC follows the text better than DreamBooth + prior, layout",
+     "paper", ">", "DreamBooth + prior", "layout", INSTANCES),
     ("Table 1, style", "CSD: PureCC above DreamBooth", "paper", ">", "DreamBooth", "similarity", STYLES),
-    ("Table 1, style", "dCLIP-T: PureCC follows the text better than DreamBooth, text kept",
-     "paper", ">", "DreamBooth", "text kept", STYLES),
+    ("Table 1, style", "dCLIP-T: PureCC follows the text better than DreamBooth, layout",
+     "paper", ">", "DreamBooth", "layout", STYLES),
     ("Table 2", "fidelity: full above L_CC alone", "paper", ">", "LoRA", "similarity", HELD_OUT),
     ("Table 2", "Seg-Cons: full above L_CC alone, mask IoU", "paper", ">", "LoRA", "mask IoU", HELD_OUT),
     ("Table 2", "Seg-Cons: L_CC alone changes more outside the masks",
@@ -80,8 +80,8 @@ COMPARISONS = [
     ("Table 3", "fidelity: lambda* above lambda 1", "paper", ">", "paper, lambda 1", "similarity", CAT),
     ("Table 3", "fidelity: lambda* above lambda 3", "paper", ">", "paper, lambda 3", "similarity", CAT),
     ("Table 3", "fidelity: lambda* above lambda 5", "paper", ">", "paper, lambda 5", "similarity", CAT),
-    ("Table 3", "lambda 5 follows the text worse than lambda*, text kept",
-     "paper", ">", "paper, lambda 5", "text kept", CAT),
+    ("Table 3", "lambda 5 follows the text worse than lambda*, layout",
+     "paper", ">", "paper, lambda 5", "layout", CAT),
     ("Table 6", "fidelity: eta 1 above 0.5", "paper", ">", "paper, eta 0.5", "similarity", CAT),
     ("Table 6", "fidelity: eta 1 above 1.5", "paper", ">", "paper, eta 1.5", "similarity", CAT),
     ("Table 6", "fidelity: eta 1 above 2", "paper", ">", "paper, eta 2", "similarity", CAT),

@@ -2,7 +2,7 @@
 
     PART/results.json, results.csv      every measure of every snapshot of every cell
     PART/table.md                       the tables that the command prints
-    main/*.png, further/fronts.png      figures.py says what they show
+    main/*.png, binding/fronts.png      figures.py says what they show
 
 Read next: README.md, the report on the shipped results.
 """
@@ -22,15 +22,17 @@ from purecc_min.benchmark.tables import (
     front,
     grouped,
     measures_table,
-    methods_tables,
+    methods_table,
     name_of,
-    rows_of,
     stopped_early,
     terms_table,
     tuning_table,
 )
 from purecc_min.measure.measures import MEASURES
 from tinyflow.files import write_whole
+
+DRAWN = ("nothing", "perfect", "LoRA, base's empty text", "LoRA switched off", "anchor, base's empty text",
+         "embeddings alone", "paper, base's empty text", "bound steps=600", "bound paper, eta 1")
 
 
 def write_data(results: Results, part: str, folder: Path) -> None:
@@ -48,17 +50,16 @@ def write_data(results: Results, part: str, folder: Path) -> None:
 
 
 def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
-    """The rows of those cells that were run. shipped: or that came with this repository."""
-    rows = [row for cell in cells for row in rows_of(cell.result(folder, shipped) or {"ways": {}})]
-    add_fidelity(rows)
-    return rows
+    """The results of those cells that were run. shipped: or that came with this repository."""
+    results = list(filter(None, [cell.result(folder, shipped) for cell in cells]))
+    add_fidelity(results)
+    return results
 
 
 def draw_figures(results: Results, folder: Path) -> None:
     """The pictures that need what the cells of this folder have left."""
     out = folder / "main"
     curves(results, out / "curves.png")
-    results = [row for row in results if row["way"] == ""]
     for concept in dict.fromkeys(result["concept"] for result in results):
         samples(results, folder, out / f"samples-{concept}.png", concept)
     concept, steps = results[0]["concept"], results[0]["steps"]
@@ -67,11 +68,17 @@ def draw_figures(results: Results, folder: Path) -> None:
 
 
 def main_text(results: Results) -> str:
-    """The main part's tables."""
+    """The main part's four tables."""
     with_stopped = results + stopped_early(results)
-    return "\n\n".join([methods_tables(grouped(with_stopped)),
-                        *(equal_fidelity(results, reference) for reference in ("LoRA", "bound")),
-                        terms_table(results), measures_table(with_stopped)])
+    return "\n\n".join([methods_table(grouped(with_stopped)), measures_table(with_stopped),
+                        equal_fidelity(results), terms_table(results)])
+
+
+def binding_text(results: Results) -> str:
+    """The binding part's tables: the ends of training, then along fronts against three ways of bound L_CC."""
+    references = ("bound", "bound steps=600", "bound, extractor's Y")
+    return "\n\n".join([methods_table(grouped(results)),
+                        *(equal_fidelity(results, reference) for reference in references)])
 
 
 def by_concept(results: Results) -> str:
@@ -80,7 +87,7 @@ def by_concept(results: Results) -> str:
     for result in results:
         own = grouped([other for other in results if other["concept"] == result["concept"]])
         groups |= {f"{result['concept']} | {title}": group for title, group in own.items()}
-    return methods_tables(groups, first="concept | method")
+    return methods_table(groups, first="concept | method")
 
 
 def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) -> str:
@@ -91,11 +98,12 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
     """
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table,
-              "further": lambda rows: methods_tables(grouped(rows))}
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "binding": binding_text}
     text = tables.get(part, by_concept)(results)
     write_whole(folder / part / "table.md", (text + "\n").encode())
-    if part in ("main", "further"):
+    if part == "binding":
+        results = [result for result in results if name_of(result) in DRAWN]
+    if part in ("main", "binding"):
         fronts(results, folder / part / "fronts.png")
     if part == "main" and not shipped:
         draw_figures(results, folder)

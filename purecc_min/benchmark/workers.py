@@ -68,9 +68,8 @@ def time_cell(cell: Cell, steps: int = 6) -> float:
     begun = time.perf_counter()
     draw(setup.pipe, thetas.theta, texts, setup.toy.class_word, steps=SAMPLING_STEPS)
     per_picture = (time.perf_counter() - begun) / len(texts)
-    drawings = len(cell.snapshots) + ("own empty text" in method.ways)
-    pictures = drawings * (count_pictures(setup.toy) + 12)   # 12 pictures' time for the velocities
-    return per_step * (cell.config().steps + asked) + per_picture * pictures
+    pictures = len(cell.snapshots) * (count_pictures(setup.toy) + 12)   # 12 pictures' time for the velocities
+    return per_step * (cell.steps + asked) + per_picture * pictures
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ PAPERS = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
 PUBLIC = BaseModel(True, PAPERS, size=512, variants=8)
 TINY = {"embeddings": dict(embedding_learning_rate=0.5),         # settings of methods in the tiny world,
         "bound-paper": dict(learning_rate=4e-3)}                 # chosen on the benchmark's tuning concepts
-BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(), size=64, variants=1),
+BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(), size=32, variants=1),
                "sd3.5-medium": PUBLIC,
                "sd3-medium": PUBLIC}
 

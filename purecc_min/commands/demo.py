@@ -25,14 +25,14 @@ from purecc_min.train import TrainConfig
 from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.sheet import sheet
-from tinyflow.pipeline import Pipeline, to_pictures
+from tinyflow.pipeline import Pipeline
 
 # Backgrounds and places that the references never show, then prompts without [V].
 WITH_TOKEN = ["a small [V] {} on the left in the snow", "a big [V] {} on the right in the meadow",
               "a small [V] {} in the middle at night", "a big [V] {} on the left on the beach",
               "a small [V] {} on the right in the room"]
-WITHOUT_TOKEN = ["a big {} on the left in the snow", "a big purple cat on the right on the beach",
-                 "a small red house in the middle in the room"]
+WITHOUT_TOKEN = ["a big {} on the left in the snow", "a big green cat on the right on the beach",
+                 "a small red house in the middle at night"]
 LOSSES = {"plain LoRA": ("lora", l_cc), "PureCC": ("paper", paper)}      # row -> its files' name, its loss
 
 
@@ -44,7 +44,7 @@ def draw_sheet(pipe: Pipeline, concept: ConceptSet, thetas: dict[str, Branch], t
                path: Path) -> None:
     """Rows: references, the original model with the base texts, each theta with the complete ones."""
     def pictures(theta: Branch | None, texts: list[str]) -> list[np.ndarray]:
-        return list(to_pictures(draw(pipe, theta, texts, concept.class_word)))
+        return list(pipe.decode_images(draw(pipe, theta, texts, concept.class_word)))
 
     rows = [("references", [r.picture for r in concept.references][:len(texts)]),
             ("original model, base text", pictures(None, [base_text(text) for text in texts]))]
@@ -67,7 +67,7 @@ def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet,
     return results, sentences
 
 
-def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "checked_robot") -> None:
+def demo(pipe: Pipeline, config: TrainConfig, folder: Path, toy: str = "striped_robot") -> None:
     """Learns the shipped concept twice and compares.
 
     Leaves comparison.png, table.md, results.json, the concepts and the logs in `folder`, and prints the

@@ -10,6 +10,7 @@ about a quarter of an hour on one core.
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from purecc_min.benchmark.cells import ALL, SAMPLING_STEPS, Cell, set_up
@@ -22,10 +23,19 @@ from purecc_min.measure.measures import measure
 from purecc_min.methods import Thetas
 from purecc_min.train import optimizer_for, train_steps
 from tinyflow.errors import report_errors
+from tinyflow.picturebook.world import render
 
 CONCEPT, METHODS, SEEDS = toy.TUNING[0], ("LoRA", "bound"), 2
 SHOWN = ("similarity", "sees concept", "confounder contradicted", "confounder unsaid", "outside change",
          "class leak")
+
+
+def with_masks(concept: toy.Toy) -> EncodedConcept:
+    """The references as the model sees them, with masks that the renderer tells."""
+    scenes, references = concept.reference_scenes(), concept.references()
+    masks = [np.where(render(scene)[1], 255, 0).astype(np.uint8)[None] for scene in scenes]
+    rows = [replace(r, masks=mask) for r, mask in zip(references.references, masks)]
+    return encode(set_up(CONCEPT).pipe, replace(references, references=rows))
 
 
 def learn(method: str, seed: int, data: EncodedConcept) -> dict[str, float]:
@@ -45,8 +55,7 @@ def main() -> None:
     rows, concept = [], toy.CONCEPTS[CONCEPT]
     for method in METHODS:
         for captions in ("full", "bare"):
-            references = replace(concept, bare=captions == "bare").references(masked=True)
-            masked = encode(set_up(CONCEPT).pipe, references)
+            masked = with_masks(replace(concept, bare=captions == "bare"))
             for name, data in (("whole picture", masked._replace(masks=None)), ("masked", masked)):
                 found = [learn(method, seed, data) for seed in range(SEEDS)]
                 means = [mean_and_interval([values[name] for values in found])[0] for name in SHOWN]

@@ -4,8 +4,8 @@ In bound PureCC three of a step's predictions are frozen: theta_1's two, and v_o
 model's. If step k takes draw k modulo the pool's size, they need to be computed once, and a step becomes
 one forward and one backward pass. `Remembering` wraps a velocity and leaves objective.py as it is. This
 prints seconds, similarity and outside change for pools of several sizes and for fresh draws (0), on the
-tuning concepts; the extractor's training is not counted. It takes about half an hour on one core. It was
-not kept, after its results on the first edition of the world: see purecc_min/benchmark/README.md.
+tuning concepts; the extractor's training is not counted. It takes about 8 minutes on one core. It was not
+kept: see purecc_min/benchmark/README.md.
 
     python -m tutorials.experiments.pool
 """
@@ -27,7 +27,7 @@ from purecc_min.methods import Thetas, paper
 from purecc_min.train import draw_batch, optimizer_for
 from tinyflow.pipeline import Text, Velocity
 
-METHOD, POOLS, SEEDS = "bound paper", (0, 32, 128, 512), 2
+METHOD, POOLS, SEEDS = "bound paper, eta 0.3", (0, 32, 128, 512), 2
 FOLDER = Path("output/benchmark")                # the extractors are trained there, if they are not there yet
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from tinyflow.errors import InputError
-from tinyflow.picturebook import codec, world
-from tinyflow.picturebook.codec import CodecConfig, CodecTraining, psnr
-from tinyflow.picturebook.model import load_codec
-from tinyflow.picturebook.muon import Muon, orthogonal
-from tinyflow.picturebook.reader import (
+from tinyflow.picturebook.second import codec, world
+from tinyflow.picturebook.second.codec import CodecConfig, CodecTraining, psnr
+from tinyflow.picturebook.second.model import load_codec
+from tinyflow.picturebook.second.muon import Muon, orthogonal
+from tinyflow.picturebook.second.reader import (
     CROP,
     HEADS,
     IGNORED,
@@ -23,9 +23,9 @@ from tinyflow.picturebook.reader import (
     true_traits,
     truth,
 )
-from tinyflow.picturebook.render import render_all
-from tinyflow.picturebook.training import rate_share, train
-from tinyflow.picturebook.world import Scene, Thing
+from tinyflow.picturebook.second.render import render_all
+from tinyflow.picturebook.second.training import rate_share, train
+from tinyflow.picturebook.second.world import Scene, Thing
 from tinyflow.pipeline import to_pixels
 from tinyflow.weights import load_tensors
 

@@ -1,7 +1,7 @@
 """How good the three networks of the picture book are, against the truth of the renderer.
 
-    python -m tinyflow.picturebook.check             takes about half an hour on a laptop
-    python -m tinyflow.picturebook.check --count 50  a tenth of it
+    python -m tinyflow.picturebook.second.check             takes about half an hour on a laptop
+    python -m tinyflow.picturebook.second.check --count 50  a tenth of it
 
 The codec is told by its peak signal-to-noise ratio; the reader by how often each of its heads is right, on
 fresh renders, on renders that have passed through the codec, and on pairs of pictures that show the same
@@ -18,11 +18,11 @@ from torch.distributions import Normal
 from tqdm import tqdm
 
 from tinyflow.errors import Parser, file_path, positive, report_errors
-from tinyflow.picturebook import world
-from tinyflow.picturebook.codec import quality
-from tinyflow.picturebook.model import SHIPPED, load_tiny
-from tinyflow.picturebook.reader import HEADS, IGNORED, Reader, Reading, shows, truth
-from tinyflow.picturebook.render import render_all
+from tinyflow.picturebook.second import world
+from tinyflow.picturebook.second.codec import quality
+from tinyflow.picturebook.second.model import SHIPPED, load_tiny
+from tinyflow.picturebook.second.reader import HEADS, IGNORED, Reader, Reading, shows, truth
+from tinyflow.picturebook.second.render import render_all
 from tinyflow.pipeline import Pipeline, choose_device, to_pixels
 
 AT_ONCE = 50                                     # pictures
@@ -235,7 +235,7 @@ def check(reader: Reader, pipe: Pipeline, count: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m tinyflow.picturebook.check",
+    parser = Parser("python -m tinyflow.picturebook.second.check",
                     description=__doc__.split("\n\n")[0])
     parser.add_argument("--count", type=positive, default=500,
                         help="pictures of each kind that the base model draws")

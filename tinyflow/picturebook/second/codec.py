@@ -5,7 +5,7 @@ eight times inside the objects, and a very small pull of the latents toward a no
 term of a variational autoencoder). Most steps see crops of 32 x 32 pixels, three in four of them around an
 object; the last ones see whole pictures, as the attention in the middle needs.
 
-    python -m tinyflow.picturebook.codec --out runs/codec        makes codec.safetensors
+    python -m tinyflow.picturebook.second.codec --out runs/codec        makes codec.safetensors
 
 Read next: pretrain.py.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tinyflow.errors import Parser, file_path, positive, report_errors
 from tinyflow.files import make_folder
-from tinyflow.picturebook import world
-from tinyflow.picturebook.model import make_codec
-from tinyflow.picturebook.render import render_all
-from tinyflow.picturebook.training import Training, fast_precision, follow, halves
+from tinyflow.picturebook.second import world
+from tinyflow.picturebook.second.model import make_codec
+from tinyflow.picturebook.second.render import render_all
+from tinyflow.picturebook.second.training import Training, fast_precision, follow, halves
 from tinyflow.pipeline import to_pixels
 from tinyflow.vae import VAE
 from tinyflow.weights import save_tensors
@@ -121,7 +121,7 @@ def quality(vae: VAE, count: int) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m tinyflow.picturebook.codec",
+    parser = Parser("python -m tinyflow.picturebook.second.codec",
                     description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=file_path, default=Path("runs/codec"),
                         help="folder; a run found there goes on")

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from tinyflow.picturebook import check as module
-from tinyflow.picturebook import world
-from tinyflow.picturebook.check import (
+from tinyflow.picturebook.second import check as module
+from tinyflow.picturebook.second import world
+from tinyflow.picturebook.second.check import (
     APART,
     far_from,
     follows,
     pair_of_scenes,
     same_individual,
 )
-from tinyflow.picturebook.codec import quality
-from tinyflow.picturebook.model import load_codec, make_tiny
-from tinyflow.picturebook.reader import HEADS, Reader, shows
-from tinyflow.picturebook.world import Scene, Thing
+from tinyflow.picturebook.second.codec import quality
+from tinyflow.picturebook.second.model import load_codec, make_tiny
+from tinyflow.picturebook.second.reader import HEADS, Reader, shows
+from tinyflow.picturebook.second.world import Scene, Thing
 
 
 @pytest.fixture(scope="module")

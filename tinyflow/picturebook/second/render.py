@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinyflow.picturebook.objects import FINE, WHITE, Pen, Point, draw_thing, hsv
-from tinyflow.picturebook.world import SIZE, Scene, Thing
+from tinyflow.picturebook.second.objects import FINE, WHITE, Pen, Point, draw_thing, hsv
+from tinyflow.picturebook.second.world import SIZE, Scene, Thing
 
 HALF = {"small": 11.5, "big": 15.5}                              # half of an object's height, in pixels
 CENTRE = {"left": 17.0, "middle": 32.0, "right": 47.0}           # the x of an object's centre

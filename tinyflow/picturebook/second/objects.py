@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinyflow.picturebook.world import SIZE, Identity, Thing
+from tinyflow.picturebook.second.world import SIZE, Identity, Thing
 
 FINE = 4                        # drawn this much larger, then averaged down
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tinyflow.errors import InputError
 from tinyflow.files import locked, read_log, write_whole
-from tinyflow.picturebook.muon import Muon
+from tinyflow.picturebook.second.muon import Muon
 from tinyflow.threads import room_for_others
 from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 

@@ -1,0 +1,176 @@
+"""Pretraining of the tiny base model on the picture-book world, with the plain flow-matching loss (Eq. 3).
+
+    python -m tinyflow.picturebook.second.pretrain --out runs/base-1
+    python -m tinyflow.picturebook.second.pretrain --out runs/2 --seed 2 --start runs/base-1/base.safetensors
+
+The second line is a second stage: it goes on from the weights of the first, on new pictures. The codec has to
+be there; its latents of all pictures are computed once and kept beside the checkpoint. Several processes can
+share the work, with the same result up to rounding:
+
+    torchrun --nproc_per_node 2 -m tinyflow.picturebook.second.pretrain --out runs/base-1
+
+Read next: reader.py.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from PIL import Image
+from tqdm import tqdm
+
+from tinyflow.errors import Parser, file_path, positive, report_errors, seed
+from tinyflow.files import make_folder
+from tinyflow.flow import path, sample_times, squared_error, velocity_target
+from tinyflow.picturebook.second import world
+from tinyflow.picturebook.second.model import SHIPPED, load_base, load_codec, make_tiny
+from tinyflow.picturebook.second.render import render_all
+from tinyflow.picturebook.second.training import LATER, Training, fast_precision, follow, halves
+from tinyflow.pipeline import Pipeline, choose_device, to_pixels
+from tinyflow.weights import load_tensors, save_tensors, tensor_hash
+
+# Layers that a matrix step does not suit: the first, the last, and those that time and text modulate with.
+BY_ADAM = ("embedding", "embedder", "final_linear", "adaln", "projection")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    steps: int = 16000
+    batch: int = 64
+    lr: float = 1.2e-3                           # of Adam
+    matrix_lr: float = .02                       # of Muon
+    warmup: int = 300
+    flat: float = .6
+    ema: float = .999
+    pictures: int = 40000
+    seed: int = 1
+    start: str = ""                              # the hash of the weights that this stage goes on from
+
+
+class Pretraining(Training):
+    """The latents and scenes of the training pictures, and the model. The codec stays as it is."""
+    kind = "tinyflow pretraining"
+
+    def __init__(self, config: PretrainConfig, pipe: Pipeline, out: Path, rank: int = 0, processes: int = 1,
+                 compiled: bool = False):
+        torch.manual_seed(config.seed)
+        rng = np.random.default_rng(config.seed)
+        self.scenes = [world.seen_scene(rng) for _ in range(config.pictures)]
+        self.codec = pipe.codec.requires_grad_(False)
+        self.latents = self.load_latents(config, pipe, out / "latents.safetensors", rank)
+        del pipe.codec                           # what is left is what is trained
+        super().__init__(config, pipe, BY_ADAM, rank, processes)
+        self.mmdit = torch.compile(pipe.mmdit) if compiled else pipe.mmdit
+
+    def load_latents(self, config: PretrainConfig, pipe: Pipeline, file: Path, rank: int) -> torch.Tensor:
+        """[N, C, h, w] in fp16, of all scenes' pictures."""
+        codec = tensor_hash(pipe.codec.state_dict())
+        facts = {"codec": codec, "pictures": config.pictures, "seed": config.seed}
+        if not (file.exists() and load_tensors(file, "tinyflow latents")[1] == facts) and rank == 0:
+            pictures, latents = render_all(self.scenes)[0], []
+            for n in tqdm(range(0, config.pictures, 16), "latents"):
+                latents.append(self.codec.encode(to_pixels(pictures[n:n + 16]).to(pipe.device)).half().cpu())
+            save_tensors(file, "tinyflow latents", {"latents": torch.cat(latents)}, facts)
+        if dist.is_initialized():
+            dist.barrier()
+        return load_tensors(file, "tinyflow latents")[0]["latents"]
+
+    def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """This process's share of step k: data x_0 and noise x_1 [B, C, h, w], times [B] and captions."""
+        config, device = self.config, self.model.device
+        generator = torch.Generator().manual_seed(config.seed * 10**9 + k)
+        rng = np.random.default_rng((config.seed, k))
+        chosen = torch.randint(len(self.scenes), (config.batch,), generator=generator)
+        captions = [world.random_caption(self.scenes[n], rng) for n in chosen.tolist()]
+        t = sample_times(config.batch, self.model.shift, generator)
+        x_0 = self.latents[chosen].float()
+        x_1 = torch.randn(x_0.shape, generator=generator)
+        mine = slice(self.rank, None, self.processes)
+        return x_0[mine].to(device), x_1[mine].to(device), t[mine].to(device), captions[mine]
+
+    def loss(self, k: int) -> torch.Tensor:
+        x_0, x_1, t, captions = self.batch(k)
+        with fast_precision(x_0.device):
+            text = self.model.encode_text(captions)
+            v = self.mmdit(path(x_0, x_1, t), t, text.context, text.pooled)
+        return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 3
+
+    def report(self, out: Path, k: int) -> dict:
+        """Leaves a page of samples."""
+        self.average.codec = self.codec
+        sample_page(self.average.eval()).save(out / f"samples-{k:06d}.png")
+        del self.average.codec
+        return {}
+
+    def finish(self, out: Path, facts: dict) -> None:
+        save_tensors(out / "base.safetensors", "tinyflow base", halves(self.average), facts)
+
+
+def sample_page(pipe: Pipeline) -> Image.Image:
+    """32 pictures of held-out scenes that the model draws from their full captions."""
+    rng = np.random.default_rng(9)
+    scenes = [world.seen_scene(rng, n % 2 == 0) for n in range(32)]
+    text = pipe.encode_text([world.caption(scene, said=world.ALL_PARTS) for scene in scenes])
+    pictures = pipe.decode_images(pipe.sample(text, list(range(32)), steps=14))
+    grid = rearrange(pictures, "(row column) h w c -> (row h) (column w) c", column=8)
+    return Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.NEAREST)
+
+
+def begin(start: Path | None, codec: Path | None, seed: int) -> Pipeline:
+    """The model as a stage finds it: new, or with the weights of another stage.
+
+    codec: by default an untrained one.
+    """
+    torch.manual_seed(seed)
+    pipe = make_tiny()
+    if codec:
+        pipe.codec = load_codec(codec)
+    if start:
+        load_base(pipe, start)
+    return pipe.requires_grad_(True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m tinyflow.picturebook.second.pretrain",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, required=True,
+                        help="folder for checkpoint, log, samples and the weights; a run found there goes on")
+    parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
+    parser.add_argument("--codec", type=file_path, default=SHIPPED / "codec.safetensors",
+                        help="the codec's weights")
+    parser.add_argument("--steps", type=positive, default=PretrainConfig.steps, help="training steps")
+    parser.add_argument("--batch", type=positive, default=PretrainConfig.batch,
+                        help="pictures a step, over all processes")
+    parser.add_argument("--pictures", type=positive, default=PretrainConfig.pictures,
+                        help="pictures rendered for training")
+    parser.add_argument("--seed", type=seed, default=1, help="of weights, pictures, captions and noise")
+    parser.add_argument("--save-every", type=positive, default=500,
+                        help="steps between checkpoints and samples")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile the MMDiT (needs a C++ compiler): about 1.2x faster on CPU")
+    options = parser.parse_args(arguments)
+    with report_errors():
+        make_folder(options.out)
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = choose_device(options.device)
+        if processes > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        pipe = begin(options.start, options.codec, options.seed)
+        start = tensor_hash(pipe.mmdit.state_dict()) if options.start else ""
+        config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
+                                start=start, **(LATER if start else {}))
+        training = Pretraining(config, pipe.to(device), options.out, rank, processes, options.compile)
+        follow(training, options.out, options.save_every, "pretraining")
+        if processes > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
