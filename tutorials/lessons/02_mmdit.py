@@ -32,14 +32,14 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; about half a minute of computing on two CPU cores |
+# | Time | 90 minutes with the exercises; about a minute of computing on one CPU core |
 # | Needs | lesson 1; matrix products and the softmax |
 # | Keep open | [`tinyflow/mmdit.py`](../../tinyflow/mmdit.py) and [`tinyflow/attention.py`](../../tinyflow/attention.py), **after** you have tried |
 # | Read after | lesson 3, on where the text tokens come from |
 #
 # An exercise is a function whose body is blank, and the cell below it is its check. A blank exercise stops the
-# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star is a warm-up,
-# three stars are hard.
+# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star is
+# a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 2 · The MMDiT, built
@@ -300,6 +300,7 @@ q, k, v = (torch.randn(2, 4, n, 32, generator=random) for n in (7, 9, 9))
 ours = F.scaled_dot_product_attention(q, k, v)
 unscaled = F.scaled_dot_product_attention(q, k, v, scale=1.0)
 result = attention(q, k, v)
+expect(result is not None, "the function returns nothing.")
 expect(not torch.allclose(result, unscaled, atol=1e-4), "divide q k^T by the root of d, here of 32.")
 expect_close(result, ours, "attention(q, k, v)")
 print("2.3 right: equal to torch's scaled_dot_product_attention")
@@ -526,6 +527,7 @@ def sublayer(x, f, shift, scale, gate):
 # %% tags=["check"]
 shift, scale, gate = (torch.randn(2, 1, D, generator=random) for _ in range(3))
 normal = F.layer_norm(x, (D,), eps=1e-6)
+expect(modulate(x, shift, scale) is not None, "modulate returns nothing.")
 expect(not torch.allclose(modulate(x, shift, scale), normal * scale + shift, atol=1e-3),
        "the factor is 1 + scale, so that a scale of zero changes nothing.")
 expect_close(modulate(x, shift, scale), normal * (1 + scale) + shift, "modulate(x, shift, scale)")
@@ -591,10 +593,10 @@ for l, b in enumerate(model.blocks):
 print(f"2.7 right, in all {len(model.blocks)} blocks")
 
 # %% [markdown]
-# Now all of it. What is given: `m.patch_embedder` (the convolution of 2.1), `m.time_embedder` and
-# `m.pooled_embedder` (two small MLPs), `m.context_embedder` (a linear layer on the text tokens), `m.blocks`,
-# `m.final_adaln` (of `vec`: shift and scale), `m.final_linear`, and `time_features(t)`, waves like those of 2.2 for
-# the time.
+# Now all of it. What is given: `m.patch_embedder` (the convolution of 2.1: `m.patch_embedder(x_t)` is
+# `[B, D, G, G]`), `m.time_embedder` and `m.pooled_embedder` (two small MLPs), `m.context_embedder` (a linear layer
+# on the text tokens), `m.blocks`, `m.final_adaln` (of `vec`: shift and scale), `m.final_linear`, and
+# `time_features(t)`, waves like those of 2.2 for the time.
 #
 # ```
 # x   = patches of x_t, embedded, + positions                     [B, N, D]
@@ -785,14 +787,16 @@ assert last["as it is"] < last["gates open"] < last["last layer random"] < last[
 #
 # ![](last)
 #
-# $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. One zero: it wakes up. Two zeros: it sleeps for ever.
+# $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. One zero: it wakes up. Two zeros: it sleeps for
+# ever.
 
 # %% [markdown]
 # *As it is* learns fastest. *Gates open* begins with six random sublayers stirring every token, and has to learn
 # first to keep out of its own way. *Last layer random* begins by predicting something wild, three times as far from
 # the truth as predicting nothing, and pays for it all the way. *One zero too many* can only learn what the last
-# layer makes of the patches by itself: no token ever hears of another one, and none hears a word. (A table of four
-# runs is an illustration and no proof; the sizes that make it come out so are in `begin`, and you may change them.)
+# layer makes of the patches by itself: no token ever hears of another one, patch or word. (Of the text only the
+# pooled vector arrives, through the last adaLN. The zeros are two because the biases of these layers are zero in
+# any case.)
 #
 # ## What you can now say
 #

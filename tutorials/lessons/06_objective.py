@@ -15,9 +15,9 @@
 #
 # **Eq. 8 to 15, written by you, and what they can push and what they cannot**
 #
-# A LoRA learns whatever its pictures share. PureCC adds one term to the loss, and this term says: what the word
-# [V] changes in a prediction should be the concept and nothing else. The term is four lines long. In this lesson
-# you write every one of them, derive what it does to the network, and train with it.
+# A LoRA learns whatever its pictures share. PureCC adds one term to the loss, and this term says: what the word [V]
+# changes in a prediction should be the concept and nothing else. The term is four lines long. In this lesson you
+# write every one of them, derive what it does to the network, and train with it.
 #
 # **When you are through, you have written**
 #
@@ -25,8 +25,8 @@
 # 2. $\lambda^*$, $v_{PureCC}$, $L_{PureCC}$ and the whole loss (Eq. 11 to 15);
 # 3. the gradients of $L_{PureCC}$, by hand, a tool that finds leaking gradients, and one that counts passes;
 #
-# **and you can say** why it does not matter whether $\lambda^*$ is detached, why it does matter for
-# $v_{original}$, and which loss makes the concept strong.
+# **and you can say** why it does not matter whether $\lambda^*$ is detached, why it does matter for $v_{original}$,
+# and which loss makes the concept strong.
 #
 # | | |
 # |---|---|
@@ -86,7 +86,8 @@ print(f"{len(names)} references, x_0 {list(data.x_0.shape)}; a text has {T} toke
 #
 # ![](last)
 #
-# Nothing in a picture says what belongs to [V]. Only texts can: the complete one, the base text without [V], the target "[V] robot", and the empty text.
+# Nothing in a picture says what belongs to [V]. Only texts can: the complete one, the base text without [V], the
+# target "[V] robot", and the empty text.
 
 # %% [markdown]
 # ## 1 · Four texts, and the loss of stage 1
@@ -328,7 +329,8 @@ assert of_t > of_c
 #
 # ![](last)
 #
-# $R(y_{tar})$: all that "[V] robot" says and the empty text does not. $R(y_{complete}, y_{base})$: what [V] adds to the sentence.
+# $R(y_{tar})$: all that "[V] robot" says and the empty text does not. $R(y_{complete}, y_{base})$: what [V] adds to
+# the sentence.
 
 # %% [markdown]
 # $R(y_{tar})$ is the longer one. Against the empty text "robot" itself is news, with all its outlines; the base
@@ -341,9 +343,9 @@ assert of_t > of_c
 #
 # $$\lambda^* = \arg\min_l f(l), \qquad f(l) = \lVert R_c - l\,R_t \rVert^2.$$
 #
-# **As a least squares problem.** Multiply out: $f(l) = \lVert R_c\rVert^2 - 2\,l\,\langle R_c, R_t\rangle +
-# l^2 \lVert R_t\rVert^2$, a parabola in $l$ that opens upward. Its derivative $f'(l) = -2\langle R_c, R_t\rangle +
-# 2\,l\,\lVert R_t\rVert^2$ is zero at
+# **As a least squares problem.** Multiply out:
+# $f(l) = \lVert R_c\rVert^2 - 2\,l\,\langle R_c, R_t\rangle + l^2 \lVert R_t\rVert^2$, a parabola in $l$ that opens
+# upward. Its derivative $f'(l) = -2\langle R_c, R_t\rangle + 2\,l\,\lVert R_t\rVert^2$ is zero at
 #
 # $$\lambda^* = \frac{\langle R_c, R_t\rangle}{\lVert R_t\rVert^2} \qquad \text{(Eq. 12)}.$$
 #
@@ -447,8 +449,16 @@ plt.show()
 
 # %% [markdown]
 # Mind the vertical axis, which does not begin at 0. Every curve passes through 1 at $l = 0$. Its lowest point is
-# the share of $R_c$ that *no* multiple of the concept's direction explains. Keep it in mind.
-#
+# the share of $R_c$ that *no* multiple of the concept's direction explains, and it is large: the next cell prints
+# it. Most of what [V] changes lies beside the direction of $R_t$, so "nothing beside this direction", which is what
+# the loss is going to say, asks for much. Section 9 shows what comes of it.
+
+# %%
+explained = package.cosine(R_complete, R_target).square()                   # [B]
+print("of |R_c|^2, lambda* R_t explains:  " + "  ".join(f"{share_:.1%}" for share_ in explained))
+assert explained.mean() < 0.5
+
+# %% [markdown]
 # ## 4 · $v_{PureCC}$ and the losses
 #
 # If [V] added the concept alone, as strongly as it does now, $\theta_2$ would predict
@@ -734,8 +744,8 @@ assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(through, cut))
 # %% [markdown]
 # Why is it called an envelope? Move $v_{complete}$ along a line, here nearly in the direction of $R_t$, and draw
 # the loss over $w$: a thin curve for each *constant* $\lambda$, a thick one with $\lambda^*(w)$. The thick curve is
-# the lower edge of all thin ones, and touches each of them. Where two curves touch, they have the same
-# slope, so the slope of $F(\lambda^*(w), w)$ is the one with $\lambda$ held fixed.
+# the lower edge of all thin ones, and touches each of them. Where two curves touch, they have the same slope, so
+# the slope of $F(\lambda^*(w), w)$ is the one with $\lambda$ held fixed.
 
 # %%
 w = torch.linspace(-0.4, 0.4, 81)
@@ -759,7 +769,8 @@ plt.show()
 #
 # ![](last)
 #
-# $\lambda^*$ is where the loss is lowest in $\lambda$, so the gradient through it is multiplied with zero: the envelope theorem.
+# $\lambda^*$ is where the loss is lowest in $\lambda$, so the gradient through it is multiplied with zero: the
+# envelope theorem.
 
 # %% [markdown]
 # Read your four lines. The gradient in $v_{complete}$ is the rejection: nothing along $R_t$, as section 5 said. The
@@ -823,7 +834,12 @@ def gradient_norms(loss, networks):              # the adapters alone, without Y
 # %% tags=["check"]
 networks = {"base model": pipe, "theta_1": theta_1, "theta_2": theta_2, "Y in theta_2": theta_2.embeddings}
 loss = package.pcc_loss(theta_1, theta_2, batch, eta=1.0)[0]
-first, second = gradient_norms(loss, networks), gradient_norms(loss, networks)
+networks["not reached"] = torch.nn.Linear(2, 2)
+try:
+    first, second = gradient_norms(loss, networks), gradient_norms(loss, networks)
+except RuntimeError as error:
+    expect("not have been used" not in str(error), "some weights have no part in the loss: allow_unused=True.")
+    raise
 for network in networks.values():
     network.zero_grad()                          # theta_1 may still hold one from stage 1
 loss.backward()
@@ -986,9 +1002,9 @@ for loss_of_step, got in counts.items():
           f"{sum(v for k, v in got.items() if 'backward' in k):12.0f}")
 
 # %% [markdown]
-# A step of PureCC has four forwards and **one** backward, and a step of $L_{CC}$ one of each. If a backward
-# costs $b$ forwards, the ratio is $(4 + b) / (1 + b)$: it is below 4, because the dear part is not repeated. Drawn
-# for $b = 2$:
+# A step of PureCC has four forwards and **one** backward, and a step of $L_{CC}$ one of each. If a backward costs
+# $b$ forwards, the ratio is $(4 + b) / (1 + b)$: it is below 4, because the dear part is not repeated. Drawn for
+# $b = 2$:
 #
 # ```
 #    L_CC      [complete][      backward      ]
@@ -1085,7 +1101,8 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 #
 # * $\lambda^* R(y_{tar})$ is the projection of $R(y_{complete}, y_{base})$, and $L_{PureCC}$ the squared rejection.
 # * $L_{PureCC}$ takes away what [V] adds beside the concept's direction. Only $L_{CC}$ asks for the concept.
-# * Detaching $\lambda^*$ changes nothing (envelope). Detaching $v_{original}$ is a choice. $\theta_1$ has two locks.
+# * Detaching $\lambda^*$ changes nothing (envelope). Detaching $v_{original}$ is a choice. $\theta_1$ has two
+# locks.
 # * A step is four forwards and one backward.
 # * The objective compares $\theta_2$ with itself. What it does to both texts alike, it does not see.
 #
@@ -1127,7 +1144,8 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 # %% [markdown] tags=["slide"]
 # ## What it does not see
 #
-# The objective compares $\theta_2$ with itself. What the adapters do to both texts alike cancels in $R(y_{complete}, y_{base})$.
+# The objective compares $\theta_2$ with itself. What the adapters do to both texts alike cancels in
+# $R(y_{complete}, y_{base})$.
 #
 # Nothing in Eq. 15 holds $v_{original}$ where it was. That is lesson 7.
 
