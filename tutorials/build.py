@@ -13,6 +13,7 @@ say what a cell is:
     slide       comes into the slides only (slides.py)
 """
 
+import os
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -86,6 +87,7 @@ def execute(notebook, name: str) -> float:
     """
     from nbclient import NotebookClient
 
+    os.environ["TQDM_DISABLE"] = "1"             # on a slow machine a progress bar would look like a warning
     begun = time.time()
     NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True,
                    resources={"metadata": {"path": str(FOLDER / "lessons")}}).execute()
