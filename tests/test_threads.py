@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from tinyflow.threads import room_for_others, spare_threads
 
@@ -35,7 +34,7 @@ print(before, during, torch.get_num_threads())
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="only Linux tells how busy a core is")
 @pytest.mark.parametrize("fixed", [False, True], ids=["by itself", "not if OMP_NUM_THREADS is set"])
 def test_a_busy_core_takes_a_thread_away(fixed):
-    """Beside a process that took one of two cores a step took six times as long."""
+    """Two threads on one free core wait for each other most of the time."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     if fixed:
         environment["OMP_NUM_THREADS"] = "2"
@@ -59,4 +58,3 @@ def test_the_alarm_is_given_back():
         assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGALRM, mine)
-    assert torch.get_num_threads() >= 1

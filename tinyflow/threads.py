@@ -1,7 +1,7 @@
 """Room for others: as many threads as the machine has cores to spare, while a command runs.
 
 Two threads that share one operation wait for each other many thousand times a second. If another program
-takes a core, one of the two is often not running, and the other one waits: a step takes six times as long,
+takes a core, one of the two is often not running, and the other one waits: a step takes many times as long,
 not twice. So a command looks once a second at how busy its cores are with other work, and leaves these alone.
 Where OMP_NUM_THREADS is set, or the system is not Linux, the number of threads stays as it is.
 """

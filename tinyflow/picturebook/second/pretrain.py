@@ -100,7 +100,8 @@ class Pretraining(Training):
         return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 3
 
     def report(self, out: Path, k: int) -> dict:
-        """Leaves a page of samples."""
+        """Leaves a page of samples, and the weights so far: a stage may be stopped."""
+        save_tensors(out / "base.safetensors", "tinyflow base", halves(self.average), {"step": k})
         self.average.codec = self.codec
         sample_page(self.average.eval()).save(out / f"samples-{k:06d}.png")
         del self.average.codec

@@ -26,7 +26,7 @@ from tinyflow.picturebook.second.muon import Muon
 from tinyflow.threads import room_for_others
 from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
-# What a stage that starts from trained weights changes in its config: half the learning rates, falling soon.
+# What a stage that starts from trained weights changes in its config: lower learning rates, falling soon.
 LATER = {"lr": 8e-4, "matrix_lr": .01, "flat": .1}
 
 
