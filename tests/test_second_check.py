@@ -14,6 +14,7 @@ from tinyflow.picturebook.second.check import (
     follows,
     pair_of_scenes,
     same_individual,
+    worth_of_words,
 )
 from tinyflow.picturebook.second.codec import quality
 from tinyflow.picturebook.second.model import load_codec, make_tiny
@@ -93,3 +94,27 @@ def test_the_command_prints_every_row(untrained, capsys):
                 "two things, held out", "both objects", "everything", "individuals differ",
                 "doubled nouns"):
         assert row in printed, row
+
+
+class Knowing:
+    """A base model that answers right up to an error, which is larger for texts with other colours."""
+
+    def __init__(self, pipe, ear):
+        self.encode_images, self.encode_text, self.ear = pipe.encode_images, list, ear
+
+    def velocity(self, x_t, t, texts):
+        if not hasattr(self, "right"):           # the right texts are asked first
+            self.right = texts
+        errors = torch.tensor([2. if self.ear(text) != self.ear(right) else 1.
+                               for text, right in zip(texts, self.right)])
+        x_0 = self.pictures                      # v = (x_t - x_0) / t
+        return (x_t - x_0) / t[:, None, None, None] + errors[:, None, None, None]
+
+
+def test_a_word_is_worth_what_its_lack_costs(untrained):
+    pipe = Knowing(untrained[0], ear=lambda text: [word for word in text.split() if word in world.COLOURS])
+    encode = pipe.encode_images
+    pipe.encode_images = lambda pictures: setattr(pipe, "pictures", encode(pictures)) or pipe.pictures
+    rows = worth_of_words(pipe, 6)
+    assert rows["worth of the colour"] == pytest.approx({"t = 0.7": 3, "t = 0.8": 3, "t = 0.9": 3}, rel=1e-3)
+    assert rows["worth of the topper"] == pytest.approx({"t = 0.7": 0, "t = 0.8": 0, "t = 0.9": 0}, abs=1e-3)

@@ -5,8 +5,8 @@
 
 The codec is told by its peak signal-to-noise ratio; the reader by how often each of its heads is right, on
 fresh renders, on renders that have passed through the codec, and on pairs of pictures that show the same
-individual or not; the base model by how often the reader sees what the text says. Read next:
-weights/README.md.
+individual or not; the base model by how often the reader sees what the text says, and by what its words are
+worth. Read next: weights/README.md.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from torch.distributions import Normal
 from tqdm import tqdm
 
 from tinyflow.errors import Parser, file_path, positive, report_errors
+from tinyflow.flow import noise_for, path, squared_error, velocity_target
 from tinyflow.picturebook.second import world
 from tinyflow.picturebook.second.codec import quality
 from tinyflow.picturebook.second.model import SHIPPED, load_tiny
@@ -209,6 +210,36 @@ def diversity(pipe: Pipeline, reader: Reader, count: int) -> tuple[float, float]
     return values[0], values[1]
 
 
+@torch.no_grad()
+def worth_of_words(pipe: Pipeline, count: int) -> dict[str, Row]:
+    """Which words the base knows: by how much a wrong word raises its error, as a share of the error.
+
+    On fresh renders of one thing with a marking, at three times t. A word that is worth nothing has not been
+    learned, however well the pictures look.
+    """
+    rng, scenes = fresh(), []
+    while len(scenes) < count:
+        scene = world.seen_scene(rng, pairs=0)
+        if scene.things[0].marking != "plain" and scene.style == "none":
+            scenes.append(scene)
+    x_0 = pipe.encode_images(render_all(scenes)[0])
+    x_1, rows = noise_for(list(range(count)), tuple(x_0.shape[1:])).to(x_0), {}
+    wrong = {"marking": world.MARKINGS[1:], "colour": world.COLOURS, "topper": tuple(world.TOPPERS)}
+    for trait, options in wrong.items():
+        others = [scene.changed(**{trait: options[(options.index(scene.trait(trait)) + 1) % len(options)]})
+                  for scene in scenes]
+        texts = [[world.caption(s, said=world.ALL_PARTS) for s in some] for some in (scenes, others)]
+        row = {}
+        for t in (.7, .8, .9):
+            times = x_0.new_full((count,), t)
+            v_right, v_wrong = (pipe.velocity(path(x_0, x_1, times), times, pipe.encode_text(some))
+                                for some in texts)
+            target = velocity_target(x_0, x_1)
+            row[f"t = {t}"] = (squared_error(v_wrong, target) / squared_error(v_right, target) - 1).item()
+        rows[f"worth of the {trait}"] = row
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ the command
 def print_row(name: str, row: Row) -> None:
     print(f"{name:28s}", "  ".join(f"{head} {value:.3f}" for head, value in row.items()), flush=True)
@@ -232,6 +263,8 @@ def check(reader: Reader, pipe: Pipeline, count: int) -> None:
     print_row("doubled nouns", doubled_nouns(pipe, reader, min(count, 200)))
     of_base, of_renders = diversity(pipe, reader, min(count, 100))
     print_row("individuals differ by", {"base": of_base, "renders": of_renders})
+    for name, row in worth_of_words(pipe, min(count, 100)).items():
+        print_row(name, row)
 
 
 def main(arguments: list[str] | None = None) -> None:
