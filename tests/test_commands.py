@@ -284,8 +284,11 @@ def test_every_word_of_the_tiny_model_is_listed(capsys):
 
 
 def test_stopping_while_torch_is_loaded_leaves_no_traceback():
+    def listen() -> None:                        # to Ctrl-C, which a shell's background jobs ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     child = subprocess.Popen([sys.executable, "-m", "purecc_min", "words"], stderr=subprocess.PIPE, text=True,
-                             stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+                             stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, preexec_fn=listen)
     while not any("torch" in line for line in Path(f"/proc/{child.pid}/maps").read_text().splitlines()):
         assert child.poll() is None
         time.sleep(0.005)

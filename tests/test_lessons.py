@@ -92,9 +92,11 @@ def test_a_deck_shows_the_pictures_that_the_lesson_made():
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_fits_a_page(path):
-    for cell in jupytext.read(path).cells:
-        if cell.cell_type == "code":
-            assert max(map(len, cell.source.splitlines())) <= 118, cell.source.splitlines()[0]
+    for cell in jupytext.read(path).cells:       # tables, formulas and drawings cannot be broken
+        free = cell.cell_type == "markdown" and "```" in cell.source
+        long = [line for line in cell.source.splitlines()
+                if len(line) > 110 and not free and not line.startswith("|") and "$$" not in line]
+        assert not long, long
 
 
 def test_the_notation_sheet_names_what_is_there():

@@ -15,18 +15,19 @@
 #
 # **Where the true velocity of a finite data set is known in closed form**
 #
-# A rectified flow turns noise into pictures by following a velocity that a network has learned. In this notebook a
-# "picture" is a point in the plane and the data set is 36 points in the shape of a small robot. That is little
-# enough for the *perfect* velocity to be written down, so that everything a network does can be compared with the
-# truth.
+# A rectified flow turns noise into pictures by following a velocity that a network has learned. In this
+# notebook a "picture" is a point in the plane and the data set is 36 points in the shape of a small robot.
+# That is little enough for the *perfect* velocity to be written down, so that everything a network does can
+# be compared with the truth.
 #
-# **When you are through, you have written** the path, the velocity and their inverse; the exact velocity of a data
-# set; a sampler, its timestep shift, and a better sampler; a training loss; and guidance.
+# **When you are through, you have written** the path, the velocity and their inverse; the exact velocity of a
+# data set; a sampler, its timestep shift, and a better sampler; a training loss; and guidance.
 #
 # **And you can say**
 # 1. which way time runs, and why the velocity that a network learns is an average;
 # 2. why following an average brings noise to data all the same;
-# 3. what too few steps and the timestep shift do to a sample, and why training draws its times from the middle;
+# 3. what too few steps and the timestep shift do to a sample, and why training draws its times from the
+# middle;
 # 4. why the training loss does not go to zero, and at which number it stops;
 # 5. what guidance gives, and what it costs.
 #
@@ -38,9 +39,8 @@
 # | Read after | lesson 2, where the points become pictures |
 #
 # An exercise is a function whose body is blank, and the cell below it is its check. A blank exercise stops the
-# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star is a warm-up,
-# three stars are hard. If the cores of your machine are busy with something else, start Jupyter with
-# `OMP_NUM_THREADS=1`.
+# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star
+# is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 1 · Rectified flow in two dimensions
@@ -77,11 +77,11 @@ def seeded(seed):
 # %% [markdown]
 # ## 1 · A straight path from data to noise
 #
-# One convention holds in this whole project: **t = 0 is data, t = 1 is noise.** (Much of the literature runs time
-# the other way; check before you copy a formula.)
+# One convention holds in this whole project: **t = 0 is data, t = 1 is noise.** (Much of the literature runs
+# time the other way; check before you copy a formula.)
 #
-# Take a data point $x_0$ and an independent draw of noise $x_1 \sim \mathcal N(0, I)$, and join them by a straight
-# line:
+# Take a data point $x_0$ and an independent draw of noise $x_1 \sim \mathcal N(0, I)$, and join them by a
+# straight line:
 #
 # $$x_t = (1 - t)\,x_0 + t\,x_1 \tag{Eq. 1}$$
 #
@@ -89,13 +89,13 @@ def seeded(seed):
 #
 # $$v = \frac{\mathrm d x_t}{\mathrm d t} = x_1 - x_0 \tag{Eq. 2}$$
 #
-# A network $v_\theta(x_t, t)$ sees where we are and how late it is, but not where we came from. It is trained to
-# guess $v$:
+# A network $v_\theta(x_t, t)$ sees where we are and how late it is, but not where we came from. It is trained
+# to guess $v$:
 #
 # $$L = \mathbb E_{x_0,\,x_1,\,t}\,\lVert v_\theta(x_t, t) - v \rVert^2 \tag{Eq. 3}$$
 #
-# (`squared_error` in the package averages over the coordinates instead of adding them up, so for points in the
-# plane it is half of the norm in Eq. 3. The minimum is in the same place.)
+# (`squared_error` in the package averages over the coordinates instead of adding them up, so for points in
+# the plane it is half of the norm in Eq. 3. The minimum is in the same place.)
 #
 # One velocity is worth as much as both ends. Eq. 1 and 2 are two equations for $x_0$ and $x_1$: whoever knows
 # $x_t$, $t$ and $v$ knows where the line began **and** where it ends. This is how a sampler can show, at any
@@ -103,8 +103,8 @@ def seeded(seed):
 #
 # ### Exercise 1.1 ★ · The path, its velocity, and the way back
 #
-# `x_0`, `x_1`, `x_t` and `v` are `[B, D]` with one point a row, here with $D = 2$; `t` is `[B]`. Mind that `t` has
-# to be given a second axis before it can be multiplied with a row of points.
+# `x_0`, `x_1`, `x_t` and `v` are `[B, D]` with one point a row, here with $D = 2$; `t` is `[B]`. Mind that
+# `t` has to be given a second axis before it can be multiplied with a row of points.
 
 # %% tags=["exercise"]
 def path(x_0, x_1, t):
@@ -154,8 +154,8 @@ def ends(x_t, t, v):                             # forgets that some of the way 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# From Eq. 2, $x_1 = x_0 + v$. Put it into Eq. 1: $x_t = x_0 + t\,v$. The other end is the rest of the way, $1 - t$,
-# in the other direction.
+# From Eq. 2, $x_1 = x_0 + v$. Put it into Eq. 1: $x_t = x_0 + t\,v$. The other end is the rest of the way,
+# $1 - t$, in the other direction.
 # </details>
 
 # %% tags=["check"]
@@ -202,40 +202,41 @@ print(f"{len(data)} points, standard deviation {data.std():.2f} (the noise has 1
 #
 # ![](last)
 #
-# **t = 0 is data, t = 1 is noise.** Training asks a network for $v$, and shows it $x_t$ and $t$ only: $\mathbb E\,\lVert v_\theta(x_t, t) - v \rVert^2$.
+# **t = 0 is data, t = 1 is noise.** Training asks a network for $v$, and shows it $x_t$ and $t$ only:
+# $\mathbb E\,\lVert v_\theta(x_t, t) - v \rVert^2$.
 
 # %% [markdown]
-# Every dot slides along its own line at constant speed. Two things are worth noticing. The lines **cross**: through
-# one and the same place at one and the same time pass paths that go to different points. And nobody can know,
-# standing at such a crossing, which line they are on. What, then, should a network answer there?
+# Every dot slides along its own line at constant speed. Two things are worth noticing. The lines **cross**:
+# through one and the same place at one and the same time pass paths that go to different points. And nobody
+# can know, standing at such a crossing, which line they are on. What, then, should a network answer there?
 #
 # ## 2 · The exact velocity
 #
 # Under a squared error the best answer is the average: the minimum of Eq. 3 is
-# $v^*(x, t) = \mathbb E[v \mid x_t = x]$. For a data set $\{d_1, \dots, d_N\}$, each point equally likely, this
-# average can be computed.
+# $v^*(x, t) = \mathbb E[v \mid x_t = x]$. For a data set $\{d_1, \dots, d_N\}$, each point equally likely,
+# this average can be computed.
 #
-# **Where could we have come from?** If $x_0 = d_i$, Eq. 1 makes $x_t$ a Gaussian around a shrunken data point,
-# $x_t \mid d_i \sim \mathcal N\big((1 - t)\,d_i,\; t^2 I\big)$. By Bayes' rule the probability that we started from
-# $d_i$ is proportional to that density at $x$. Its normalising factor is the same for all $i$ and cancels, so the
-# posterior weights are a softmax:
+# **Where could we have come from?** If $x_0 = d_i$, Eq. 1 makes $x_t$ a Gaussian around a shrunken data
+# point, $x_t \mid d_i \sim \mathcal N\big((1 - t)\,d_i,\; t^2 I\big)$. By Bayes' rule the probability that we
+# started from $d_i$ is proportional to that density at $x$. Its normalising factor is the same for all $i$
+# and cancels, so the posterior weights are a softmax:
 #
 # $$w_i(x, t) = \operatorname{softmax}_i\left(-\frac{\lVert x - (1 - t)\,d_i\rVert^2}{2\,t^2}\right), \qquad \mathbb E[x_0 \mid x_t = x] = \sum_i w_i\,d_i.$$
 #
-# **Which velocity does that imply?** Solve Eq. 1 for the noise, $x_1 = (x_t - (1 - t)\,x_0)/t$, and put it into Eq.
-# 2:
+# **Which velocity does that imply?** Solve Eq. 1 for the noise, $x_1 = (x_t - (1 - t)\,x_0)/t$, and put it
+# into Eq. 2:
 #
 # $$v = x_1 - x_0 = \frac{x_t - x_0}{t}, \qquad\text{so}\qquad v^*(x, t) = \frac{x - \mathbb E[x_0 \mid x_t = x]}{t}.$$
 #
-# That is all: *guess the data, and point away from it* (away, because time runs towards noise). The formula needs
-# $t > 0$.
+# That is all: *guess the data, and point away from it* (away, because time runs towards noise). The formula
+# needs $t > 0$.
 #
-# The next two cells test the derivation, and show **how the weights sharpen** as one line is travelled from noise
-# to data. For that it helps to divide by $1 - t$: the view $z = x_t / (1 - t) = x_0 + \frac{t}{1 - t}\,x_1$ is the
-# data point itself plus noise of size $r = t / (1 - t)$, and the weights only ask how far each $d_i$ is from $z$,
-# measured in units of $r$. In the figure the cross is $z$, the circle has radius $r$, and the area of each dot is
-# its weight. The number of candidates is $\exp(\text{entropy of } w)$: 36 if all weights are equal, 1 if one point
-# has all.
+# The next two cells test the derivation, and show **how the weights sharpen** as one line is travelled from
+# noise to data. For that it helps to divide by $1 - t$: the view
+# $z = x_t / (1 - t) = x_0 + \frac{t}{1 - t}\,x_1$ is the data point itself plus noise of size
+# $r = t / (1 - t)$, and the weights only ask how far each $d_i$ is from $z$, measured in units of $r$. In the
+# figure the cross is $z$, the circle has radius $r$, and the area of each dot is its weight. The number of
+# candidates is $\exp(\text{entropy of } w)$: 36 if all weights are equal, 1 if one point has all.
 
 # ### Exercise 1.2 ★★ · The perfect velocity
 
@@ -282,8 +283,8 @@ def exact_velocity(x, t, data):                  # points at the data, not away 
 # `w @ data` is the guess $\mathbb E[x_0 \mid x_t]$, $[B, D]$.
 # </details>
 #
-# A derivation deserves a test that knows nothing of it. The check takes two million random lines, keeps those that
-# pass close to one place at $t = 0.5$, and averages their velocities.
+# A derivation deserves a test that knows nothing of it. The check takes two million random lines, keeps those
+# that pass close to one place at $t = 0.5$, and averages their velocities.
 
 # %% tags=["check"]
 random, count, here, t = seeded(0), 2_000_000, torch.tensor([0.4, 0.5]), 0.5
@@ -330,15 +331,15 @@ for axis, t in zip(planes(5), [0.7, 0.5, 0.3, 0.15, 0.05]):
 # Coarse first, fine last.
 
 # %% [markdown]
-# At $t$ near 1 the weights are almost equal, and the guess is the mean of the whole data set. As $t$ falls the
-# guess narrows: first to a side of the robot, then to a few neighbours, at last to one point of the eye. Coarse
-# first, fine last: with pictures it will be the same.
+# At $t$ near 1 the weights are almost equal, and the guess is the mean of the whole data set. As $t$ falls
+# the guess narrows: first to a side of the robot, then to a few neighbours, at last to one point of the eye.
+# Coarse first, fine last: with pictures it will be the same.
 #
 # ### The velocity field
 #
-# The arrows show $-v^*$, because sampling goes from $t = 1$ **down** to 0 and so moves *against* the velocity. The
-# grey dots are random $x_t$, to show where samples are at that time. Colour is speed; the length of an arrow
-# follows it only up to 1.5, or the far corners would cover everything.
+# The arrows show $-v^*$, because sampling goes from $t = 1$ **down** to 0 and so moves *against* the
+# velocity. The grey dots are random $x_t$, to show where samples are at that time. Colour is speed; the
+# length of an arrow follows it only up to 1.5, or the far corners would cover everything.
 
 # %%
 ticks = torch.linspace(-2.4, 2.4, 12)
@@ -376,20 +377,20 @@ plt.colorbar(drawn, ax=axes, label="speed", shrink=0.8, extend="max");
 #
 # ## 3 · Sampling
 #
-# Start at noise and integrate $\mathrm dx/\mathrm dt = v^*(x, t)$ from $t = 1$ down to $t = 0$. Does this arrive at
-# data, although $v^*$ is only an *average* of velocities? Yes, and the reason is one line. Let $p_t(x)$ be the
-# density of $x_t$ under Eq. 1. Mass is not made or lost, it only moves; so the density at a place changes by what
-# flows in minus what flows out. What flows is mass times velocity, summed over all the lines that pass, and that
-# sum is the density times the **mean** velocity:
+# Start at noise and integrate $\mathrm dx/\mathrm dt = v^*(x, t)$ from $t = 1$ down to $t = 0$. Does this
+# arrive at data, although $v^*$ is only an *average* of velocities? Yes, and the reason is one line. Let
+# $p_t(x)$ be the density of $x_t$ under Eq. 1. Mass is not made or lost, it only moves; so the density at a
+# place changes by what flows in minus what flows out. What flows is mass times velocity, summed over all the
+# lines that pass, and that sum is the density times the **mean** velocity:
 #
 # $$\frac{\partial p_t(x)}{\partial t} = -\nabla\!\cdot\big(p_t(x)\,\mathbb E[v \mid x_t = x]\big) = -\nabla\!\cdot\big(p_t(x)\,v^*(x, t)\big).$$
 #
-# This is the *continuity equation*. It has no other velocity in it than the mean. So a crowd in which everybody
-# walks with the local mean velocity has, at every moment, the same density as the crowd on its straight lines: the
-# samples are spread exactly as the $x_t$ are. Only each one's journey is another.
+# This is the *continuity equation*. It has no other velocity in it than the mean. So a crowd in which
+# everybody walks with the local mean velocity has, at every moment, the same density as the crowd on its
+# straight lines: the samples are spread exactly as the $x_t$ are. Only each one's journey is another.
 #
-# In one dimension it can be checked without any calculus by hand. The data are two numbers, $-1$ and $+1$, so $p_t$
-# is the mean of two Gaussians.
+# In one dimension it can be checked without any calculus by hand. The data are two numbers, $-1$ and $+1$, so
+# $p_t$ is the mean of two Gaussians.
 
 # %%
 pair = torch.tensor([[-1.0], [1.0]])                                           # [2, 1]
@@ -400,7 +401,8 @@ def density(t):                                  # p_t at all x
     return normal.log_prob(x).exp().mean(0)                                    # [1601]
 
 def flux(t):                                     # p_t v* at all x
-    return density(t) * exact_velocity(x[:, None], torch.full((1601,), t, dtype=torch.float64), pair.double())[:, 0]
+    times = torch.full((1601,), t, dtype=torch.float64)
+    return density(t) * exact_velocity(x[:, None], times, pair.double())[:, 0]
 
 figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.3), layout="constrained", sharex=True)
 for axis, t in zip(axes, (0.8, 0.4, 0.2)):
@@ -409,7 +411,8 @@ for axis, t in zip(axes, (0.8, 0.4, 0.2)):
     axis.plot(x, density(t), color=GREY, label="$p_t$")
     axis.plot(x, change, color=BLUE, lw=3, alpha=0.5, label="$\\partial p_t / \\partial t$")
     axis.plot(x[1:-1], -outflow, color=CORAL, lw=1, label="$-\\partial (p_t v^*) / \\partial x$")
-    axis.set(title=f"t = {t}: the two agree to {(change[1:-1] + outflow).abs().max():.0e}", xlim=(-3, 3), xlabel="x")
+    apart = (change[1:-1] + outflow).abs().max()
+    axis.set(title=f"t = {t}: the two agree to {apart:.0e}", xlim=(-3, 3), xlabel="x")
     assert torch.allclose(change[1:-1], -outflow, atol=2e-2)
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
 plt.show()
@@ -426,13 +429,15 @@ plt.show()
 # A crowd that walks with the mean velocity has the density of the crowd on straight lines, at every $t$.
 
 # %% [markdown]
-# The blue line and the coral one lie on each other: the mean velocity accounts for every change of the density.
+# The blue line and the coral one lie on each other: the mean velocity accounts for every change of the
+# density.
 #
 # ### Exercise 1.3 ★ · Euler's method
 #
-# Cut the time from 1 to 0 into equal pieces. In each one, ask for the velocity where you are and go straight along
-# it: $x \leftarrow x + (t_\text{next} - t)\,v(x, t)$. The function hands out `(t_next, x)` after each step with
-# `yield`, so that whoever wants the last one only can take it, and whoever wants the whole journey can have that.
+# Cut the time from 1 to 0 into equal pieces. In each one, ask for the velocity where you are and go straight
+# along it: $x \leftarrow x + (t_\text{next} - t)\,v(x, t)$. The function hands out `(t_next, x)` after each
+# step with `yield`, so that whoever wants the last one only can take it, and whoever wants the whole journey
+# can have that.
 
 # %% tags=["exercise"]
 def euler(velocity, x, times):
@@ -506,9 +511,9 @@ left.set_ylabel("x");
 # different times.)
 #
 # One fact makes the number of steps easy to reason about. An Euler step from $t$ **all the way to 0** gives
-# $x - t\,v^*(x, t) = \mathbb E[x_0 \mid x_t = x]$: it jumps to the current guess. So a *single* step, from $t = 1$,
-# sends every sample to the mean of the data. And whatever the number of steps, the last one ends on the guess made
-# at the last $t > 0$, sharp or not.
+# $x - t\,v^*(x, t) = \mathbb E[x_0 \mid x_t = x]$: it jumps to the current guess. So a *single* step, from
+# $t = 1$, sends every sample to the mean of the data. And whatever the number of steps, the last one ends on
+# the guess made at the last $t > 0$, sharp or not.
 
 # %%
 x_1 = noise_for(list(range(400)), (2,))                                        # [400, 2]
@@ -540,15 +545,15 @@ assert torch.allclose(one, data.mean(0).expand(400, 2), atol=1e-4)             #
 # A single step from $t = 1$ jumps to the mean of the data. The last step always ends on the last guess.
 
 # %% [markdown]
-# Two and four steps end on blurred guesses, eight draw a robot, and with 28 nearly every sample is at the very
-# *data point* where endless small steps would have put it. That should make you pause: the perfect answer to Eq. 3
-# can do nothing but recite its training set! A network that draws a robot nobody has shown it is, in this strict
-# sense, making a useful mistake.
+# Two and four steps end on blurred guesses, eight draw a robot, and with 28 nearly every sample is at the
+# very *data point* where endless small steps would have put it. That should make you pause: the perfect
+# answer to Eq. 3 can do nothing but recite its training set! A network that draws a robot nobody has shown it
+# is, in this strict sense, making a useful mistake.
 #
 # ### The timestep shift
 #
-# Equal pieces of time are one choice among many. The *timestep shift* multiplies the noise size $r = t / (1 - t)$
-# of section 2 by a number $s$:
+# Equal pieces of time are one choice among many. The *timestep shift* multiplies the noise size
+# $r = t / (1 - t)$ of section 2 by a number $s$:
 #
 # $$\frac{t'}{1 - t'} = s\,\frac{t}{1 - t}.$$
 #
@@ -574,26 +579,26 @@ def shift_times(t, s):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# From $r' = t'/(1 - t')$ follows $t' = r'/(1 + r')$. Put in $r' = s\,t/(1 - t)$ and multiply above and below by
-# $1 - t$.
+# From $r' = t'/(1 - t')$ follows $t' = r'/(1 + r')$. Put in $r' = s\,t/(1 - t)$ and multiply above and below
+# by $1 - t$.
 # </details>
 
 # %% tags=["check"]
 t = torch.linspace(0, 1, 11)
 shifted = shift_times(t, 3.0)
-expect(shifted.isfinite().all().item(), "there is a division by zero at t = 1: multiply above and below by 1 - t.")
+expect(shifted.isfinite().all().item(), "a division by zero at t = 1: multiply above and below by 1 - t.")
 expect(shifted[5] > 0.5, "a shift above 1 makes more noise, so t' is larger than t.")
 expect_close(shifted, flow.shift_times(t, 3.0), "t'")
 print("1.4 right:", *shifted.numpy().round(2))
 
 # %% [markdown]
-# With $s > 1$ more of the steps are spent near the noise. Is that good? Below, 8 steps with three shifts on our
-# robot; then the reason why larger pictures want a larger $s$.
+# With $s > 1$ more of the steps are spent near the noise. Is that good? Below, 8 steps with three shifts on
+# our robot; then the reason why larger pictures want a larger $s$.
 #
-# Take each coordinate $k$ times over, as a picture enlarged $\sqrt k$ times per side repeats each pixel $k$ times.
-# The $k$ noisy copies can be averaged, which divides the noise by $\sqrt k$. So the big picture at
-# $r' = \sqrt k\,r$ is as hard to make out as the small one at $r$: **the same moment of its life lies at the time
-# shifted by $s = \sqrt k$**. The last lines check this, exactly.
+# Take each coordinate $k$ times over, as a picture enlarged $\sqrt k$ times per side repeats each pixel $k$
+# times. The $k$ noisy copies can be averaged, which divides the noise by $\sqrt k$. So the big picture at
+# $r' = \sqrt k\,r$ is as hard to make out as the small one at $r$: **the same moment of its life lies at the
+# time shifted by $s = \sqrt k$**. The last lines check this, exactly.
 
 # %%
 _, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.2), layout="constrained", width_ratios=[1.6, 1])
@@ -626,29 +631,31 @@ assert same
 #
 # ![](last)
 #
-# A picture with $k$ times as many pixels gives itself away at $\sqrt k$ times the noise. Larger pictures want a larger $s$.
+# A picture with $k$ times as many pixels gives itself away at $\sqrt k$ times the noise. Larger pictures want
+# a larger $s$.
 
 # %% [markdown]
-# For two coordinates, $s = 3$ is plainly wrong: the last step starts at $t = 0.3$, when the guess is still a blur,
-# and hardly anybody arrives. Here $s = 1/3$ is best. A large picture is the other way round. Its many pixels give
-# its contents away while every single one is still mostly noise, so its decisions fall near $t = 1$, and that is
-# where the steps should be. The project uses 1 for its tiny pictures, and 3 for SD3.5, as its authors do.
+# For two coordinates, $s = 3$ is plainly wrong: the last step starts at $t = 0.3$, when the guess is still a
+# blur, and hardly anybody arrives. Here $s = 1/3$ is best. A large picture is the other way round. Its many
+# pixels give its contents away while every single one is still mostly noise, so its decisions fall near
+# $t = 1$, and that is where the steps should be. The project uses 1 for its tiny pictures, and 3 for SD3.5,
+# as its authors do.
 #
 # ## 4 · Learning the velocity
 #
-# Now forget the closed form and learn. One step of training is what Eq. 1 to 3 say: take data, noise and times,
-# form $x_t$, and regress on $v$.
+# Now forget the closed form and learn. One step of training is what Eq. 1 to 3 say: take data, noise and
+# times, form $x_t$, and regress on $v$.
 #
-# **Which times?** At $t$ near 1 the best guess of the data is simply their mean, and at $t$ near 0 it is simply
-# $x_t$. There is a rule that does both and needs no network, the best *linear* guess: what the guess would be if
-# the data were a Gaussian with the same mean (here 0) and covariance $\Sigma$,
+# **Which times?** At $t$ near 1 the best guess of the data is simply their mean, and at $t$ near 0 it is
+# simply $x_t$. There is a rule that does both and needs no network, the best *linear* guess: what the guess
+# would be if the data were a Gaussian with the same mean (here 0) and covariance $\Sigma$,
 #
 # $$\hat x_0 = (1 - t)\,\Sigma\,\big((1 - t)^2\,\Sigma + t^2 I\big)^{-1} x_t .$$
 #
 # What a network has to *learn* is how the true guess differs from this one. The next cell measures it for our
-# robot: the difference is small at both ends, and largest in between. So training draws most of its times there,
-# with the sigmoid of a normal number (a *logit-normal* time), and the shift moves the hill to where the data want
-# it. For two coordinates that is 1/2; for large pictures, above 1.
+# robot: the difference is small at both ends, and largest in between. So training draws most of its times
+# there, with the sigmoid of a normal number (a *logit-normal* time), and the shift moves the hill to where
+# the data want it. For two coordinates that is 1/2; for large pictures, above 1.
 
 # %%
 def sample_times(count, shift, random):
@@ -682,8 +689,8 @@ assert 0.2 < peak < 0.6 and gain[0] < 0.3 * gain.max() and gain[-1] < 0.3 * gain
 # Near both ends a linear rule knows the answer. What has to be learned lies in between: logit-normal times.
 
 # %% [markdown]
-# The network is three linear layers. Beside $x$ and $t$ it is given sines and cosines of $x$, without which it
-# would be slow to learn sharp edges.
+# The network is three linear layers. Beside $x$ and $t$ it is given sines and cosines of $x$, without which
+# it would be slow to learn sharp edges.
 #
 # ### Exercise 1.5 ★★ · One step's loss
 #
@@ -707,7 +714,8 @@ def flow_loss(velocity, x_0, x_1, t):            # shows the network the data it
 
 # %% tags=["check"]
 random = seeded(1)
-a, b, t = torch.randn(64, 2, generator=random), torch.randn(64, 2, generator=random), torch.rand(64, generator=random)
+a, b = torch.randn(64, 2, generator=random), torch.randn(64, 2, generator=random)
+t = torch.rand(64, generator=random)
 ours = flow.squared_error(ramp(flow.path(a, b, t), t), flow.velocity_target(a, b))
 expect_close(flow_loss(ramp, a, b, t), ours, "the loss")
 perfect = flow_loss(lambda x, t: b - a, a, b, t)
@@ -739,19 +747,19 @@ for step in range(steps):
 print("loss, mean of every 500 steps:", *torch.tensor(history).view(-1, 500).mean(-1).numpy().round(2))
 
 # %% [markdown]
-# The loss stops far above zero. Is the network too small, or the training too short? Here the truth can be asked.
-# Even $v^*$ misses: at a crossing it answers the average, while each traveller goes one way or the other. What is
-# left over is the spread of the possible $x_0$ around the guess,
+# The loss stops far above zero. Is the network too small, or the training too short? Here the truth can be
+# asked. Even $v^*$ misses: at a crossing it answers the average, while each traveller goes one way or the
+# other. What is left over is the spread of the possible $x_0$ around the guess,
 #
 # $$\mathbb E\,\lVert v^* - v\rVert^2 = \mathbb E\left[\tfrac{1}{t^2}\textstyle\sum_i w_i\,\lVert d_i - \mathbb E[x_0 \mid x_t]\rVert^2\right],$$
 #
-# and no network can go below it. For any other velocity the loss is this minimum **plus** the distance to $v^*$
-# (the mixed term averages out, because $v^*$ is the conditional mean):
+# and no network can go below it. For any other velocity the loss is this minimum **plus** the distance to
+# $v^*$ (the mixed term averages out, because $v^*$ is the conditional mean):
 #
 # $$\mathbb E\,\lVert v_\theta - v\rVert^2 = \mathbb E\,\lVert v^* - v\rVert^2 + \mathbb E\,\lVert v_\theta - v^*\rVert^2 .$$
 #
-# The first cell below measures all three terms on the same draws (with `squared_error`, so per coordinate), and
-# shows at which times the floor is high. The second compares the fields and the samples.
+# The first cell below measures all three terms on the same draws (with `squared_error`, so per coordinate),
+# and shows at which times the floor is high. The second compares the fields and the samples.
 
 # %%
 with torch.no_grad():
@@ -809,11 +817,11 @@ for axis, (velocity, name) in zip(axes[2:], [(v_star, "exact"), (model, "learned
     print(f"{name:8s} samples: {nearest.mean():.3f} to the nearest data point (mean)")
 
 # %% [markdown]
-# So the loss curve of a flow model has to be read against a floor that one usually does not know, and a hardly
-# visible drop may be all the drop there is. (The curve dips below the line now and then, because each of its points
-# averages only 50 small batches.) What the network still misses sits at small $t$, where the decisions are sharp,
-# and the samples show it: the same robot, drawn with a softer pencil. The fields differ most in the corners, where
-# hardly an $x_t$ ever comes and nobody has asked the network anything.
+# So the loss curve of a flow model has to be read against a floor that one usually does not know, and a
+# hardly visible drop may be all the drop there is. (The curve dips below the line now and then, because each
+# of its points averages only 50 small batches.) What the network still misses sits at small $t$, where the
+# decisions are sharp, and the samples show it: the same robot, drawn with a softer pencil. The fields differ
+# most in the corners, where hardly an $x_t$ ever comes and nobody has asked the network anything.
 #
 # ## 5 · What the model believes on the way
 #
@@ -853,28 +861,29 @@ for i in (0, 50, 70, 90):
 #
 # ![](last)
 #
-# $x_0 = x_t - t\,v$ is not a likely point but the *average* of the likely points. For pictures, an average is a blur.
+# $x_0 = x_t - t\,v$ is not a likely point but the *average* of the likely points. For pictures, an average is
+# a blur.
 
 # %% [markdown]
 # The open circles are the starts. All three beliefs begin at the same place, the mean of the robot, and each
-# wanders to its own point; a shelf at 0.2 in the last panel means that two neighbours, 0.4 apart, are still in the
-# running. Half-way, at $t = 0.5$, the belief has most of its way behind it while the sample has hardly left its
-# start (the numbers are above): this is why previews of a running sampler show the predicted $x_0$
+# wanders to its own point; a shelf at 0.2 in the last panel means that two neighbours, 0.4 apart, are still
+# in the running. Half-way, at $t = 0.5$, the belief has most of its way behind it while the sample has hardly
+# left its start (the numbers are above): this is why previews of a running sampler show the predicted $x_0$
 # (`flow.predict_x_0`) and not $x_t$.
 #
 # ## 6 · Guidance
 #
-# A text-to-image model is asked for *something*. Let the points have two classes, two hearts that overlap, and let
-# the "text" $y$ be the class. Then $v^*(x, t \mid y)$ is the exact velocity of that class alone, and the velocity
-# for the empty text, $v^*(x, t \mid \varnothing)$, is that of all points together. **Classifier-free guidance**
-# extrapolates from one through the other:
+# A text-to-image model is asked for *something*. Let the points have two classes, two hearts that overlap,
+# and let the "text" $y$ be the class. Then $v^*(x, t \mid y)$ is the exact velocity of that class alone, and
+# the velocity for the empty text, $v^*(x, t \mid \varnothing)$, is that of all points together.
+# **Classifier-free guidance** extrapolates from one through the other:
 #
 # $$v_g = v_\varnothing + g\,(v_y - v_\varnothing) = \frac{x - \big(\mathbb E_\varnothing + g\,(\mathbb E_y - \mathbb E_\varnothing)\big)}{t}.$$
 #
-# So $g = 0$ ignores the text, $g = 1$ is the plain conditional flow, and $g > 1$ aims *beyond* the guess for the
-# class, away from the guess for everything. The difference $v_y - v_\varnothing$ is
-# $-\frac{t}{1 - t}\,\nabla_x \log p(y \mid x_t)$: sampling, which moves against it, climbs the probability that a
-# classifier would see $y$ in $x_t$. Hence the name.
+# So $g = 0$ ignores the text, $g = 1$ is the plain conditional flow, and $g > 1$ aims *beyond* the guess for
+# the class, away from the guess for everything. The difference $v_y - v_\varnothing$ is
+# $-\frac{t}{1 - t}\,\nabla_x \log p(y \mid x_t)$: sampling, which moves against it, climbs the probability
+# that a classifier would see $y$ in $x_t$. Hence the name.
 #
 # ### Exercise 1.6 ★ · Guidance
 
@@ -937,28 +946,29 @@ for axis, guidance in zip(planes(4, reach=2.0, size=2.5), [0, 1, 2, 5]):
 #
 # ![](last)
 #
-# Surer samples, and fewer kinds of them. The difference $v_y - v_\varnothing$ will be a *representation of a concept* in lesson 6.
+# Surer samples, and fewer kinds of them. The difference $v_y - v_\varnothing$ will be a *representation of a
+# concept* in lesson 6.
 
 # %% [markdown]
-# With $g = 1$ all 30 points of our heart are used equally, as they should be. Many of them lie on or near the other
-# heart, and there is nothing wrong with that: they are true members of the class. But they *could be taken* for the
-# other. Guidance gives them up, and more of them the higher it is: samples move away from the other class, to the
-# side where there can be no doubt. Surer, and less varied; that is the trade, and at $g = 5$ no longer the
-# distribution we asked for. (The samples still land *on* data: near $t = 0$ one point holds all the weight, both
-# guesses agree on it, and nothing is left to extrapolate. An imperfect network can be pushed off its data as well,
-# which is what a picture with burnt colours shows.)
+# With $g = 1$ all 30 points of our heart are used equally, as they should be. Many of them lie on or near the
+# other heart, and there is nothing wrong with that: they are true members of the class. But they *could be
+# taken* for the other. Guidance gives them up, and more of them the higher it is: samples move away from the
+# other class, to the side where there can be no doubt. Surer, and less varied; that is the trade, and at
+# $g = 5$ no longer the distribution we asked for. (The samples still land *on* data: near $t = 0$ one point
+# holds all the weight, both guesses agree on it, and nothing is left to extrapolate. An imperfect network can
+# be pushed off its data as well, which is what a picture with burnt colours shows.)
 #
 # ## 7 · A better sampler
 #
 # How good is a sampler? It needs a flow whose true end is known without any stepping. Gaussian data
-# $x_0 \sim \mathcal N(0, s^2 I)$ have one: $v^*(x, t) = x\,\frac{t - (1 - t)\,s^2}{(1 - t)^2 s^2 + t^2}$, and its
-# trajectories bring every $x_1$ to exactly $s\,x_1$.
+# $x_0 \sim \mathcal N(0, s^2 I)$ have one: $v^*(x, t) = x\,\frac{t - (1 - t)\,s^2}{(1 - t)^2 s^2 + t^2}$, and
+# its trajectories bring every $x_1$ to exactly $s\,x_1$.
 #
 # ### Exercise 1.7 ★ · The order of a method
 #
-# If twice the steps divide the error by 2, a method is called of *first order*; if they divide it by 4, of *second
-# order*. Write the function that measures it, with $s = 1/2$: the norm of (end minus truth) with `steps` steps,
-# divided by that with `2 * steps` steps.
+# If twice the steps divide the error by 2, a method is called of *first order*; if they divide it by 4, of
+# *second order*. Write the function that measures it, with $s = 1/2$: the norm of (end minus truth) with
+# `steps` steps, divided by that with `2 * steps` steps.
 
 # %% tags=["exercise"]
 def gaussian(x, t, s=0.5):                                                     # v* for data N(0, s^2 I)
@@ -979,27 +989,30 @@ def error_ratio(method, x_1, steps):             # compares with the start
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `list(method(gaussian, x_1, even(steps)))[-1][1]` is the end: the `x` of the last pair. The truth is `0.5 * x_1`.
+# `list(method(gaussian, x_1, even(steps)))[-1][1]` is the end: the `x` of the last pair. The truth is
+# `0.5 * x_1`.
 # </details>
 
 # %% tags=["check"]
 x_1 = noise_for([0, 1, 2, 3], (2,))                                            # [4, 2]
 def exactly(velocity, x, times):                 # a "method" whose error is known: 1 / steps^3
     yield 0.0, 0.5 * x + 1 / (len(times) - 1) ** 3
-expect_close(torch.as_tensor(error_ratio(exactly, x_1, 4)), torch.tensor(8.0), "the ratio of a method of third order",
-             tolerance=1e-3)
+ratio = torch.as_tensor(error_ratio(exactly, x_1, 4))
+expect_close(ratio, torch.tensor(8.0), "the ratio of a method of third order", tolerance=1e-3)
 print(f"1.7 right. Euler, 16 and 32 steps: the error is divided by {error_ratio(euler, x_1, 16):.2f}")
 assert 1.9 < error_ratio(euler, x_1, 16) < 2.3
 
 # %% [markdown]
-# Euler uses the velocity at the *start* of each step, as if the road were straight. Heun's method looks ahead: make
-# the Euler step, ask for the velocity where it ended, and go back to make the step with the mean of the two,
+# Euler uses the velocity at the *start* of each step, as if the road were straight. Heun's method looks
+# ahead: make the Euler step, ask for the velocity where it ended, and go back to make the step with the mean
+# of the two,
 #
 # $$\tilde x = x + h\,v(x, t), \qquad x_{\text{next}} = x + \tfrac h2\,\big(v(x, t) + v(\tilde x, t_{\text{next}})\big), \qquad h = t_{\text{next}} - t < 0 .$$
 #
 # ### Exercise 1.8 ★★★ · Heun's method
 #
-# Write it. One trap: what is $v^*$ at $t_{\text{next}} = 0$? Make the step that ends there a plain Euler step.
+# Write it. One trap: what is $v^*$ at $t_{\text{next}} = 0$? Make the step that ends there a plain Euler
+# step.
 
 # %% tags=["exercise"]
 def heun(velocity, x, times):
@@ -1052,7 +1065,8 @@ truth = list(heun(v_star, x_1, even(200)))[-1][1]                           # [4
 cost = [4, 8, 16, 32, 64, 128]                                                 # velocities a sample
 _, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.5), layout="constrained")
 for method, each, colour, name in [(euler, 1, INK, "Euler"), (heun, 2, CORAL, "Heun")]:
-    error = [(list(method(gaussian, x_1, even(n // each)))[-1][1] - 0.5 * x_1).norm(dim=-1).mean() for n in cost]
+    ends = [list(method(gaussian, x_1, even(n // each)))[-1][1] for n in cost]
+    error = [(end - 0.5 * x_1).norm(dim=-1).mean() for end in ends]
     left.loglog(cost, error, "o-", ms=4, color=colour, label=name)
     error = [(list(method(v_star, x_1, even(n // each)))[-1][1] - truth).norm(dim=-1).mean() for n in cost]
     print(f"{name:5s} on the robot: " + "   ".join(f"{n}: {e:.3f}" for n, e in zip(cost, error)))
@@ -1072,20 +1086,20 @@ for axis in (left, right):
 # The order of a method says how its error shrinks when the steps are small, and nothing about large ones.
 
 # %% [markdown]
-# On the left the textbook: twice the velocities halve Euler's error and quarter Heun's. On the right the robot:
-# with 4 velocities the two are equally poor, and from 16 on Heun is clearly ahead. The order of a method says how
-# its error shrinks when the steps are *small*; while one step is longer than the time in which a sample takes a
-# decision, it says nothing. This project samples with Euler and 28 steps: simple, and as many steps as the paper
-# takes.
+# On the left the textbook: twice the velocities halve Euler's error and quarter Heun's. On the right the
+# robot: with 4 velocities the two are equally poor, and from 16 on Heun is clearly ahead. The order of a
+# method says how its error shrinks when the steps are *small*; while one step is longer than the time in
+# which a sample takes a decision, it says nothing. This project samples with Euler and 28 steps: simple, and
+# as many steps as the paper takes.
 #
 # ## What you can now say
 #
-# - Time runs from data, $t = 0$, to noise, $t = 1$. The path is a straight line (Eq. 1), its velocity $x_1 - x_0$
-# (Eq. 2), and the model regresses on it (Eq. 3).
-# - The best possible velocity is a conditional mean: $v^* = (x - \mathbb E[x_0 \mid x_t])/t$. For a finite data set
-# the guess is a softmax over its points, coarse at large $t$ and sharp at small $t$.
-# - Following the mean velocity carries noise to data. Few steps end on blurred guesses; the shift decides where the
-# steps are spent.
+# - Time runs from data, $t = 0$, to noise, $t = 1$. The path is a straight line (Eq. 1), its velocity
+# $x_1 - x_0$ (Eq. 2), and the model regresses on it (Eq. 3).
+# - The best possible velocity is a conditional mean: $v^* = (x - \mathbb E[x_0 \mid x_t])/t$. For a finite
+# data set the guess is a softmax over its points, coarse at large $t$ and sharp at small $t$.
+# - Following the mean velocity carries noise to data. Few steps end on blurred guesses; the shift decides
+# where the steps are spent.
 # - The loss has a floor, the spread of what cannot be known at $x_t$. Only the distance to the floor is the
 # model's.
 # - Guidance follows $v_y - v_\varnothing$ further than the data ask: surer samples, fewer kinds of them.
@@ -1097,32 +1111,33 @@ for axis in (left, right):
 # | `euler`, `shift_times`, `guide` | `euler`, `shift_times`, `guide` |
 # | `exact_velocity`, `heun` | not there: only a toy knows $v^*$, and Euler with 28 steps is what the paper uses |
 #
-# Keep the difference $v_y - v_\varnothing$ in mind: the method that this project is about (Eq. 8) calls it the
-# representation of a concept and builds on it.
+# Keep the difference $v_y - v_\varnothing$ in mind: the method that this project is about (Eq. 8) calls it
+# the representation of a concept and builds on it.
 #
 # ## Three questions
 #
 # **1.** A network has the training loss 0.9, and its loss falls no further. Is it bad?
 # <details><summary>Answer</summary>
 #
-# Nobody can say from this number. The loss is the floor $\mathbb E\,\lVert v^* - v\rVert^2$ plus the distance to
-# $v^*$, and only the second part is the network's. Section 4 measured a network that is nearly perfect although its
-# loss is far above zero.
+# Nobody can say from this number. The loss is the floor $\mathbb E\,\lVert v^* - v\rVert^2$ plus the distance
+# to $v^*$, and only the second part is the network's. Section 4 measured a network that is nearly perfect
+# although its loss is far above zero.
 # </details>
 #
-# **2.** You take a single Euler step, from $t = 1$ to 0, with the perfect velocity. What do all samples look like?
+# **2.** You take a single Euler step, from $t = 1$ to 0, with the perfect velocity. What do all samples look
+# like?
 # <details><summary>Answer</summary>
 #
-# All the same: the mean of the data. At $t = 1$ the state says nothing about the data, so the guess is the mean,
-# and a step all the way to 0 jumps to the guess.
+# All the same: the mean of the data. At $t = 1$ the state says nothing about the data, so the guess is the
+# mean, and a step all the way to 0 jumps to the guess.
 # </details>
 #
-# **3.** The lines of training cross, and the curves of sampling never do. How can both have the same density at
-# every $t$?
+# **3.** The lines of training cross, and the curves of sampling never do. How can both have the same density
+# at every $t$?
 # <details><summary>Answer</summary>
 #
-# The density changes by what flows through each place, and that is the density times the *mean* velocity there (the
-# continuity equation). Who goes where does not matter to it.
+# The density changes by what flows through each place, and that is the density times the *mean* velocity
+# there (the continuity equation). Who goes where does not matter to it.
 # </details>
 #
 # **Next:** lesson 2 puts pictures, words and a transformer in the place of points, classes and three layers.

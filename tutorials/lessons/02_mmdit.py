@@ -15,11 +15,11 @@
 #
 # **You write the transformer of Stable Diffusion 3.5, and it draws with trained weights**
 #
-# Lesson 1 needed three linear layers for a velocity in the plane. A velocity for pictures that obeys a sentence
-# needs more: an MMDiT, a *multimodal diffusion transformer*. It has few parts, and none is longer than ten lines.
-# In this lesson you write every one of them as a plain function. The weights are those of the small model that
-# comes with this repository, so each function can be compared with the real one, number by number; and at the end
-# your own transformer draws a picture.
+# Lesson 1 needed three linear layers for a velocity in the plane. A velocity for pictures that obeys a
+# sentence needs more: an MMDiT, a *multimodal diffusion transformer*. It has few parts, and none is longer
+# than ten lines. In this lesson you write every one of them as a plain function. The weights are those of the
+# small model that comes with this repository, so each function can be compared with the real one, number by
+# number; and at the end your own transformer draws a picture.
 #
 # **When you are through, you have written**
 #
@@ -27,8 +27,8 @@
 # 2. attention, heads, and the joint attention of a picture and a text;
 # 3. adaLN-Zero, a whole block, and the whole network;
 #
-# **and you can say** why a new network begins with closed gates *and* a last layer of zeros, and what goes wrong
-# when one zero too many, or one too few, is put in.
+# **and you can say** why a new network begins with closed gates *and* a last layer of zeros, and what goes
+# wrong when one zero too many, or one too few, is put in.
 #
 # | | |
 # |---|---|
@@ -37,9 +37,9 @@
 # | Keep open | [`tinyflow/mmdit.py`](../../tinyflow/mmdit.py) and [`tinyflow/attention.py`](../../tinyflow/attention.py), **after** you have tried |
 # | Read after | lesson 3, on where the text tokens come from |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. A blank exercise stops the
-# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star is
-# a warm-up, three stars are hard.
+# An exercise is a function whose body is blank, and the cell below it is its check. A blank exercise stops
+# the notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved).
+# One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 2 · The MMDiT, built
@@ -47,6 +47,7 @@
 # The transformer of Stable Diffusion 3.5, one function after the other, until it draws.
 
 # %%
+import re
 import sys
 from pathlib import Path
 
@@ -66,7 +67,7 @@ torch.set_grad_enabled(False)                    # until the last section, nothi
 pipe = load_tiny()
 model, config = pipe.mmdit, pipe.mmdit.config
 D, H, p = config.width, config.heads, config.patch
-print(f"width D = {D}, heads H = {H}, depth = {config.depth}, patches of {p} x {p}, {config.channels} channels")
+print(f"width D = {D}, heads H = {H}, depth = {config.depth}, patches of {p} x {p}")
 
 prompts = ["a big red cat on the left in the snow", "a big green tree on the right on the beach"]
 text = pipe.encode_text(prompts)                 # context [2, T, D] and pooled [2, D]
@@ -74,23 +75,25 @@ x_0 = pipe.sample(text, seeds=[5, 6], steps=12)                              # [
 x_1, t = flow.noise_for([7, 8], tuple(x_0.shape[1:])), torch.tensor([0.5, 0.7])
 x_t = flow.path(x_0, x_1, t)                                                # [2, C, S, S]
 print(f"x_t {list(x_t.shape)}, context {list(text.context.shape)}, pooled {list(text.pooled.shape)}")
-show(pipe.decode_images(torch.cat([x_0, x_t])), ["a cat", "a tree", "x_t at t = 0.5", "x_t at t = 0.7"], columns=4)
+titles = ["a cat", "a tree", "x_t at t = 0.5", "x_t at t = 0.7"]
+show(pipe.decode_images(torch.cat([x_0, x_t])), titles, columns=4)
 
 # %% [markdown]
 # ## 1 · From a picture to tokens, and back
 #
-# A transformer works on a row of vectors, called *tokens*. A picture becomes one in the plainest way: it is cut
-# into squares of $p \times p$, the numbers of each square are written one after the other, and one linear layer
-# makes a vector of width $D$ of them.
+# A transformer works on a row of vectors, called *tokens*. A picture becomes one in the plainest way: it is
+# cut into squares of $p \times p$, the numbers of each square are written one after the other, and one linear
+# layer makes a vector of width $D$ of them.
 #
 # ```
 # x_t [B, C, S, S]   --cut-->   [B, N, C*p*p]   --linear-->   tokens [B, N, D],      N = (S / p)^2
 # ```
 #
-# `patch_embedder` in the package is a convolution with stride $p$. That is the same thing: squares that do not
-# overlap, each multiplied with the same matrix. Its weight has the shape $[D, C, p, p]$, so the numbers of a square
-# have to come in the order *channel, row, column*. The last layer of the network goes the other way, and makes of
-# each token the numbers of a square in the order *row, column, channel*. (Both orders are Stable Diffusion 3's.)
+# `patch_embedder` in the package is a convolution with stride $p$. That is the same thing: squares that do
+# not overlap, each multiplied with the same matrix. Its weight has the shape $[D, C, p, p]$, so the numbers
+# of a square have to come in the order *channel, row, column*. The last layer of the network goes the other
+# way, and makes of each token the numbers of a square in the order *row, column, channel*. (Both orders are
+# Stable Diffusion 3's.)
 #
 # ### Exercise 2.1 ★ · Cut and join
 #
@@ -105,7 +108,8 @@ def to_patches(x, p):
     # END SOLUTION
 
 def to_picture(patches, rows, p):
-    # patches [B, N, p * p * C], in each one: row, column, channel -> [B, C, S, S]. There are `rows` rows of patches.
+    # patches [B, N, p * p * C], in each one: row, column, channel -> [B, C, S, S]
+    # rows: of patches, that is S / p
     # BEGIN SOLUTION 2.1
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
     # END SOLUTION
@@ -127,8 +131,8 @@ def to_picture(patches, rows, p):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Name every axis: `(h p)` is the height, made of `h` patches of `p` rows each; `(w q)` is the width. On the other
-# side stand `(h w)`, the patches, and the three axes of one patch in the order that is asked for.
+# Name every axis: `(h p)` is the height, made of `h` patches of `p` rows each; `(w q)` is the width. On the
+# other side stand `(h w)`, the patches, and the three axes of one patch in the order that is asked for.
 # </details>
 
 # %% tags=["check"]
@@ -158,7 +162,8 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## A picture becomes tokens
 #
-# Cut into squares, write each one in a row, multiply with one matrix. A convolution with stride $p$ is the same.
+# Cut into squares, write each one in a row, multiply with one matrix. A convolution with stride $p$ is the
+# same.
 #
 # ![](last)
 
@@ -166,9 +171,9 @@ plt.show()
 # ## 2 · Where a token stands
 #
 # Nothing in attention knows whether a token was at the top or at the bottom. If the patches are shuffled,
-# everything that follows is shuffled in the same way and is otherwise the same. So a fixed pattern is *added* to
-# the tokens, a different one for each place: waves of many lengths. For one axis, with $D/2$ channels and place
-# $i = 0 \dots G-1$:
+# everything that follows is shuffled in the same way and is otherwise the same. So a fixed pattern is *added*
+# to the tokens, a different one for each place: waves of many lengths. For one axis, with $D/2$ channels and
+# place $i = 0 \dots G-1$:
 #
 # $$\omega_k = 10000^{-k / (D/4)}, \qquad k = 0 \dots D/4 - 1, \qquad
 # e(i) = \big[\sin(i\,\omega_0), \dots, \sin(i\,\omega_{D/4-1}),\; \cos(i\,\omega_0), \dots, \cos(i\,\omega_{D/4-1})\big].$$
@@ -201,8 +206,8 @@ def positions(D, G):
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Row by row, the column goes 0, 1, 2, ..., 0, 1, 2, ...: `e.repeat(G, 1)`. The row goes 0, 0, 0, ..., 1, 1, 1:
-# `e.repeat_interleave(G, dim=0)`.
+# Row by row, the column goes 0, 1, 2, ..., 0, 1, 2, ...: `e.repeat(G, 1)`. The row goes 0, 0, 0, ..., 1, 1,
+# 1: `e.repeat_interleave(G, dim=0)`.
 # </details>
 
 # %% tags=["check"]
@@ -216,10 +221,10 @@ expect_close(yours, theirs, "positions")
 print("2.2 right: the same pattern as the package's, for", len(yours), "places")
 
 # %% [markdown]
-# What does the pattern do? Below, the same noise and text three times: with the positions, without them, and with
-# the patches of $x_1$ and the positions shuffled alike. The third is the proof of what was said above: shuffle
-# tokens *with* their positions, and the network gives the same velocity, shuffled. It is put back in order before
-# it is shown.
+# What does the pattern do? Below, the same noise and text three times: with the positions, without them, and
+# with the patches of $x_1$ and the positions shuffled alike. The third is the proof of what was said above:
+# shuffle tokens *with* their positions, and the network gives the same velocity, shuffled. It is put back in
+# order before it is shown.
 
 # %%
 def draw(x_1, where, steps=12, guidance=3.0):
@@ -241,8 +246,9 @@ def shuffle(x, order):                                                      # th
     return to_picture(patches[:, order], rows, p)
 
 order = torch.randperm(rows * rows, generator=torch.Generator().manual_seed(0))
-with_them, without = draw(x_1[:1], theirs), draw(x_1[:1], torch.zeros_like(theirs))
-shuffled = draw(shuffle(x_1[:1], order), theirs[order])
+where = model.positions.flatten(0, 1)                                       # [N, D]
+with_them, without = draw(x_1[:1], where), draw(x_1[:1], torch.zeros_like(where))
+shuffled = draw(shuffle(x_1[:1], order), where[order])
 back = shuffle(shuffled, order.argsort())
 show(pipe.decode_images(torch.cat([with_them, without, shuffled, back])),
      ["with positions", "without", "patches and positions\nshuffled", "the same,\nput back in order"],
@@ -253,7 +259,8 @@ assert torch.allclose(back, with_them, atol=1e-2)
 # %% [markdown] tags=["slide"]
 # ## Where a token stands
 #
-# Attention knows no order. A pattern of waves is *added*: half of the channels for the column, half for the row.
+# Attention knows no order. A pattern of waves is *added*: half of the channels for the column, half for the
+# row.
 #
 # ![](last)
 
@@ -261,13 +268,14 @@ assert torch.allclose(back, with_them, atol=1e-2)
 # ## 3 · Attention
 #
 # Every token asks a question, its *query* $q$. Every token also has a *key* $k$, by which it is found, and a
-# *value* $v$, which it gives. A token takes the mean of all values, weighted by how well their keys fit its query:
+# *value* $v$, which it gives. A token takes the mean of all values, weighted by how well their keys fit its
+# query:
 #
 # $$\text{attention}(q, k, v) = \operatorname{softmax}\!\left(\frac{q\,k^\top}{\sqrt d}\right) v$$
 #
-# Why $\sqrt d$? If the entries of $q$ and $k$ are independent with variance 1, $q \cdot k$ is a sum of $d$ terms
-# and has variance $d$. Without the root, the wider the vectors the larger these numbers, and a softmax of large
-# numbers puts all of its weight on one token, where its gradient is almost zero.
+# Why $\sqrt d$? If the entries of $q$ and $k$ are independent with variance 1, $q \cdot k$ is a sum of $d$
+# terms and has variance $d$. Without the root, the wider the vectors the larger these numbers, and a softmax
+# of large numbers puts all of its weight on one token, where its gradient is almost zero.
 #
 # ### Exercise 2.3 ★ · Attention
 
@@ -335,17 +343,17 @@ assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
 # %% [markdown]
 # ### Heads, and a norm
 #
-# One softmax can follow one question. So the width $D$ is divided into $H$ *heads* of width $d = D / H$, each with
-# an attention of its own; what they find is joined again and mixed by a linear layer. Stable Diffusion 3.5 adds one
-# thing: queries and keys are divided by their root mean square (and multiplied by a learned weight) before they
-# meet. So no query can grow until its softmax is stuck.
+# One softmax can follow one question. So the width $D$ is divided into $H$ *heads* of width $d = D / H$, each
+# with an attention of its own; what they find is joined again and mixed by a linear layer. Stable Diffusion
+# 3.5 adds one thing: queries and keys are divided by their root mean square (and multiplied by a learned
+# weight) before they meet. So no query can grow until its softmax is stuck.
 #
 # $$\text{RMSNorm}(q) = \frac{q}{\sqrt{\operatorname{mean}(q^2) + 10^{-6}}} \cdot w, \qquad \text{over the } d \text{ entries of one head}.$$
 #
 # ### Exercise 2.4 ★★ · Queries, keys and values of one stream
 #
-# `P` holds the weights: `P.to_q`, `P.to_k`, `P.to_v` are linear layers, `P.norm_q.weight` and `P.norm_k.weight` are
-# $w$, each $[d]$. Only queries and keys are normalised.
+# `P` holds the weights: `P.to_q`, `P.to_k`, `P.to_v` are linear layers, `P.norm_q.weight` and
+# `P.norm_k.weight` are $w$, each $[d]$. Only queries and keys are normalised.
 
 # %% [markdown] tags=["slide"]
 # ## Heads, and a norm
@@ -388,8 +396,8 @@ def qkv(x, P, H):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Head 0 owns the first $d$ channels, head 1 the next $d$: in einops, `(h d)`. The norm comes after the division
-# into heads.
+# Head 0 owns the first $d$ channels, head 1 the next $d$: in einops, `(h d)`. The norm comes after the
+# division into heads.
 # </details>
 
 # %% tags=["check"]
@@ -402,10 +410,10 @@ print("2.4 right: queries, keys and values are the package's")
 # %% [markdown]
 # ### Joint attention: a picture and a text in one softmax
 #
-# An MMDiT runs two streams, the image tokens $x$ and the text tokens $c$. Each has its own weights for everything,
-# because patches and words are different things. In **one** place they meet: the queries, keys and values of both
-# are put one after the other, image first, and all $N + T$ tokens attend to all $N + T$ tokens in one softmax. Then
-# each stream takes back its own rows.
+# An MMDiT runs two streams, the image tokens $x$ and the text tokens $c$. Each has its own weights for
+# everything, because patches and words are different things. In **one** place they meet: the queries, keys
+# and values of both are put one after the other, image first, and all $N + T$ tokens attend to all $N + T$
+# tokens in one softmax. Then each stream takes back its own rows.
 #
 # ```
 #    x [B, N, D] --qkv(image)--.                                   .--> first N --> image.to_out --> [B, N, D]
@@ -415,8 +423,8 @@ print("2.4 right: queries, keys and values are the package's")
 #
 # ### Exercise 2.5 ★★ · Joint attention
 #
-# In the last block nobody needs the text any more; there `text.to_out` is `None`, and the second result is `None`,
-# too.
+# In the last block nobody needs the text any more; there `text.to_out` is `None`, and the second result is
+# `None`, too.
 
 # %% [markdown] tags=["slide"]
 # ## Joint attention: two streams, one softmax
@@ -448,13 +456,13 @@ def joint_attention(x, c, image, text, H):       # two attentions that never mee
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `zip(qkv(x, image, H), qkv(c, text, H))` gives the two queries, then the two keys, then the two values. The tokens
-# are axis 2.
+# `zip(qkv(x, image, H), qkv(c, text, H))` gives the two queries, then the two keys, then the two values. The
+# tokens are axis 2.
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# After the attention, join the heads with `rearrange(..., "b h n d -> b n (h d)")`. The first `x.shape[1]` rows are
-# the picture's.
+# After the attention, join the heads with `rearrange(..., "b h n d -> b n (h d)")`. The first `x.shape[1]`
+# rows are the picture's.
 # </details>
 
 # %% tags=["check"]
@@ -473,10 +481,10 @@ print(f"2.5 right, in all {len(model.blocks)} blocks")
 # %% [markdown]
 # ## 4 · adaLN-Zero: how time and text speak to a block
 #
-# What a block should do at $t = 0.9$, where almost everything is noise, is not what it should do at $t = 0.1$. So
-# the time, and one vector for the whole text (`pooled`), are turned into a single vector `vec` $[B, D]$, and in
-# every block one linear layer makes of it three vectors for each sublayer: a **shift** and a **scale** before it,
-# and a **gate** behind it.
+# What a block should do at $t = 0.9$, where almost everything is noise, is not what it should do at
+# $t = 0.1$. So the time, and one vector for the whole text (`pooled`), are turned into a single vector `vec`
+# $[B, D]$, and in every block one linear layer makes of it three vectors for each sublayer: a **shift** and a
+# **scale** before it, and a **gate** behind it.
 #
 # $$\text{modulate}(x) = \text{LayerNorm}(x) \cdot (1 + \text{scale}) + \text{shift}, \qquad x \leftarrow x + \text{gate} \cdot f(\text{modulate}(x))$$
 #
@@ -540,9 +548,10 @@ print("2.6 right: and with a gate of zero a sublayer hands on what it got")
 # ## 5 · A block, and the whole network
 #
 # A block is: joint attention with a gate for each stream, then an MLP with a gate for each stream.
-# `b.image_adaln(vec)` returns six tensors $[B, 1, D]$: shift, scale and gate for the attention, then shift, scale
-# and gate for the MLP; `b.text_adaln(vec)` does so for the text. In the **last** block the text ends: its
-# `text_mlp` is `None`, and its `text_adaln` returns two tensors only, the shift and the scale before the attention.
+# `b.image_adaln(vec)` returns six tensors $[B, 1, D]$: shift, scale and gate for the attention, then shift,
+# scale and gate for the MLP; `b.text_adaln(vec)` does so for the text. In the **last** block the text ends:
+# its `text_mlp` is `None`, and its `text_adaln` returns two tensors only, the shift and the scale before the
+# attention.
 #
 # ### Exercise 2.7 ★★★ · A block
 
@@ -573,8 +582,8 @@ def run_block(b, x, c, vec, H):                  # the MLP's input is the block'
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The attention's two inputs are modulated first, each with the shift and scale of its own stream; its two outputs
-# are multiplied with the gates and added to `x` and `c`.
+# The attention's two inputs are modulated first, each with the shift and scale of its own stream; its two
+# outputs are multiplied with the gates and added to `x` and `c`.
 # </details>
 # <details><summary>Hint 2</summary>
 #
@@ -594,8 +603,8 @@ print(f"2.7 right, in all {len(model.blocks)} blocks")
 
 # %% [markdown]
 # Now all of it. What is given: `m.patch_embedder` (the convolution of 2.1: `m.patch_embedder(x_t)` is
-# `[B, D, G, G]`), `m.time_embedder` and `m.pooled_embedder` (two small MLPs), `m.context_embedder` (a linear layer
-# on the text tokens), `m.blocks`, `m.final_adaln` (of `vec`: shift and scale), `m.final_linear`, and
+# `[B, D, G, G]`), `m.time_embedder` and `m.pooled_embedder` (two small MLPs), `m.context_embedder` (a linear
+# layer on the text tokens), `m.blocks`, `m.final_adaln` (of `vec`: shift and scale), `m.final_linear`, and
 # `time_features(t)`, waves like those of 2.2 for the time.
 #
 # ```
@@ -650,8 +659,8 @@ expect_close(yours, ours, "v", tolerance=1e-3)
 print(f"2.8 right: your MMDiT predicts the package's velocity, to {(yours - ours).abs().max():.0e}")
 
 # %% [markdown]
-# That was a diffusion transformer. Let it draw: the four sentences below go through *your* network, 16 Euler steps
-# with guidance 3, and beside them is what the package makes of the same noise.
+# That was a diffusion transformer. Let it draw: the four sentences below go through *your* network, 16 Euler
+# steps with guidance 3, and beside them is what the package makes of the same noise.
 
 # %%
 asked = ["a big red cat on the left in the snow", "a small yellow fish in the room",
@@ -667,7 +676,7 @@ def guided(x, t):
 for _, mine in flow.euler(guided, flow.noise_for(seeds, tuple(x_0.shape[1:])), 16, pipe.shift):
     pass
 theirs = pipe.sample(their_text, seeds, steps=16, guidance=3.0)
-titles = [prompt.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ") for prompt in asked]
+titles = [re.sub(" (on|in|at) ", r"\n\1 ", prompt) for prompt in asked]
 show(pipe.decode_images(torch.cat([mine, theirs])), titles, ["yours", "the package"], columns=4, side=1.6)
 print(f"largest difference {(mine - theirs).abs().max():.0e}")
 assert torch.allclose(mine, theirs, atol=1e-2)
@@ -682,18 +691,19 @@ assert torch.allclose(mine, theirs, atol=1e-2)
 # %% [markdown]
 # ## 6 · Why the gates begin at zero, and one layer besides
 #
-# How should such a network begin? `MMDiT.initialise` sets every adaLN and the last layer to **zero**. So all gates
-# are closed, each block is the identity, and $v = 0$ for every input. It sounds as if nothing could be learned from
-# there. Two questions, to be answered before you read on:
+# How should such a network begin? `MMDiT.initialise` sets every adaLN and the last layer to **zero**. So all
+# gates are closed, each block is the identity, and $v = 0$ for every input. It sounds as if nothing could be
+# learned from there. Two questions, to be answered before you read on:
 #
 # * In the very first step, which weights have a gradient that is not zero? And in the second?
-# * What if the *output* of each MLP and attention began at zero as well, `fc2` and `to_out`, to be quite safe?
+# * What if the *output* of each MLP and attention began at zero as well, `fc2` and `to_out`, to be quite
+# safe?
 #
 # Think of a gate and the sublayer behind it as a product $g \cdot f$. Its derivatives are
 # $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. If **one** factor is zero, the other one's
-# gradient is zero for the moment, but its own is not: it moves, and in the next step both learn. If **both** are
-# zero, both gradients are zero, and stay so for ever. The cell below takes three steps and prints the share of
-# weights that have a gradient.
+# gradient is zero for the moment, but its own is not: it moves, and in the next step both learn. If **both**
+# are zero, both gradients are zero, and stay so for ever. The cell below takes three steps and prints the
+# share of weights that have a gradient.
 
 # %% [markdown] tags=["slide"]
 # ## How should such a network begin?
@@ -708,10 +718,10 @@ from dataclasses import replace
 
 torch.set_grad_enabled(True)
 small = replace(config, width=64, depth=3)       # a smaller one, so that we can train it here
-x_t, t, context, pooled = x_t.repeat(8, 1, 1, 1), torch.linspace(0.05, 0.95, 16), \
-    text.context.repeat(8, 1, 1), text.pooled.repeat(8, 1)
-x_0, x_1 = x_0.repeat(8, 1, 1, 1), flow.noise_for(list(range(16)), tuple(x_0.shape[1:]))
-x_t, v = flow.path(x_0, x_1, t), flow.velocity_target(x_0, x_1)             # [16, C, S, S]
+times = torch.linspace(0.05, 0.95, 16)
+context, pooled = text.context.repeat(8, 1, 1), text.pooled.repeat(8, 1)    # [16, T, D], [16, D]
+data, noise = x_0.repeat(8, 1, 1, 1), flow.noise_for(list(range(16)), tuple(x_0.shape[1:]))
+noisy, v = flow.path(data, noise, times), flow.velocity_target(data, noise)  # [16, C, S, S]
 
 def begin(kind):
     torch.manual_seed(0)
@@ -728,7 +738,7 @@ def begin(kind):
     return m, torch.optim.Adam(m.parameters(), lr=2e-3)
 
 def step(m, optimizer):
-    loss = flow.squared_error(m(x_t, t, context, pooled), v)
+    loss = flow.squared_error(m(noisy, times, context, pooled), v)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -758,9 +768,9 @@ assert all(table["one zero too many", part] == [0, 0, 0] for part in ("queries, 
 
 # %% [markdown]
 # Read the first group downward: in step 1 only the last layer learns, in step 2 the gates as well, in step 3
-# everything. The network wakes up from its end to its beginning, within three steps. In the last group the MLPs
-# never wake up: $g = 0$ and $f = 0$. **Exactly one factor of a product may begin at zero.** Lesson 4 needs this
-# sentence again, for LoRA.
+# everything. The network wakes up from its end to its beginning, within three steps. In the last group the
+# MLPs never wake up: $g = 0$ and $f = 0$. **Exactly one factor of a product may begin at zero.** Lesson 4
+# needs this sentence again, for LoRA.
 #
 # And is it worth it? Here are the same four beginnings, trained for 150 steps on the same 16 noised pictures.
 
@@ -787,23 +797,23 @@ assert last["as it is"] < last["gates open"] < last["last layer random"] < last[
 #
 # ![](last)
 #
-# $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. One zero: it wakes up. Two zeros: it sleeps for
-# ever.
+# $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. One zero: it wakes up. Two zeros: it sleeps
+# for ever.
 
 # %% [markdown]
-# *As it is* learns fastest. *Gates open* begins with six random sublayers stirring every token, and has to learn
-# first to keep out of its own way. *Last layer random* begins by predicting something wild, three times as far from
-# the truth as predicting nothing, and pays for it all the way. *One zero too many* can only learn what the last
-# layer makes of the patches by itself: no token ever hears of another one, patch or word. (Of the text only the
-# pooled vector arrives, through the last adaLN. The zeros are two because the biases of these layers are zero in
-# any case.)
+# *As it is* learns fastest. *Gates open* begins with six random sublayers stirring every token, and has to
+# learn first to keep out of its own way. *Last layer random* begins by predicting something wild, three times
+# as far from the truth as predicting nothing, and pays for it all the way. *One zero too many* can only learn
+# what the last layer makes of the patches by itself: no token ever hears of another one, patch or word. (Of
+# the text only the pooled vector arrives, through the last adaLN. The zeros are two because the biases of
+# these layers are zero in any case.)
 #
 # ## What you can now say
 #
 # * A picture becomes tokens by cutting and one matrix, and comes back the same way. Attention knows no order:
 # positions are added.
-# * Image and text are two transformers that meet in one softmax. Each attention weight that goes to a word is taken
-# from the patches.
+# * Image and text are two transformers that meet in one softmax. Each attention weight that goes to a word is
+# taken from the patches.
 # * Time and the pooled text speak through shift, scale and gate. All gates begin closed, and so does the last
 # layer, but never two factors of one product.
 #
@@ -813,33 +823,33 @@ assert last["as it is"] < last["gates open"] < last["last layer random"] < last[
 # | `attention`, `rms_norm`, `qkv`, `joint_attention` | `tinyflow/attention.py`: `attention`, `RMSNorm`, `Projections.qkv`, `JointAttention` |
 # | `modulate`, `sublayer`, `run_block`, `mmdit` | `tinyflow/mmdit.py`: `modulate`, `Block`, `MMDiT.forward` |
 #
-# The package's `MMDiT.forward` has one argument more than yours, `visit`: it may put something in the text tokens
-# before a block sees them. That is where a concept enters, in lesson 4.
+# The package's `MMDiT.forward` has one argument more than yours, `visit`: it may put something in the text
+# tokens before a block sees them. That is where a concept enters, in lesson 4.
 #
 # ## Three questions
 #
 # **1.** A patch gives 30 % of its attention to words. Could it give 30 % to words and 100 % to patches?
 # <details><summary>Answer</summary>
 #
-# No: it is one softmax, and a row of it adds up to 1. What goes to words is taken from patches. With two softmaxes,
-# as in a network with a separate cross attention, both shares would be 100 %.
+# No: it is one softmax, and a row of it adds up to 1. What goes to words is taken from patches. With two
+# softmaxes, as in a network with a separate cross attention, both shares would be 100 %.
 # </details>
 #
-# **2.** You exchange the order of two words in the text tokens (after the text encoder), and nothing else. Does $v$
-# change?
+# **2.** You exchange the order of two words in the text tokens (after the text encoder), and nothing else.
+# Does $v$ change?
 # <details><summary>Answer</summary>
 #
-# No. Nothing in the MMDiT adds a position to text tokens, so to attention they are a set. Where a word stood is
-# known to the text encoder alone, which wrote it into the tokens.
+# No. Nothing in the MMDiT adds a position to text tokens, so to attention they are a set. Where a word stood
+# is known to the text encoder alone, which wrote it into the tokens.
 # </details>
 #
-# **3.** A colleague sets the last layer to zero *and* the last `final_adaln` to zero, and says: two zeros, so it is
-# dead. Is it?
+# **3.** A colleague sets the last layer to zero *and* the last `final_adaln` to zero, and says: two zeros, so
+# it is dead. Is it?
 # <details><summary>Answer</summary>
 #
-# No. `final_adaln` at zero gives shift 0 and scale 0, and the factor is $1 + \text{scale} = 1$: what the last layer
-# is multiplied with is not zero. So the last layer has a gradient in the first step, and `final_adaln` one in the
-# second.
+# No. `final_adaln` at zero gives shift 0 and scale 0, and the factor is $1 + \text{scale} = 1$: what the last
+# layer is multiplied with is not zero. So the last layer has a gradient in the first step, and `final_adaln`
+# one in the second.
 # </details>
 #
 # **Next:** lesson 3, on words.

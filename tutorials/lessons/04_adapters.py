@@ -16,18 +16,20 @@
 # **You write LoRA and the embeddings of [V] from nothing, and teach the model a robot with them**
 #
 # The model knows robots. It does not know *this* robot, of which there are four pictures. Something has to be
-# trained, and there are two places for it: the weights of the layers, and the word that names the robot. PureCC's
-# stage 1 uses both: a LoRA, which is a small change of the weights, and one vector of [V] for every block. In this
-# lesson you write both as plain functions, over a base model in which not one number is ever changed.
+# trained, and there are two places for it: the weights of the layers, and the word that names the robot.
+# PureCC's stage 1 uses both: a LoRA, which is a small change of the weights, and one vector of [V] for every
+# block. In this lesson you write both as plain functions, over a base model in which not one number is ever
+# changed.
 #
 # **When you are through, you have written**
 #
 # 1. the best approximation of a matrix by a low rank, and LoRA with its start, its gradients and its count;
-# 2. a set of adapters that is attached to a frozen model, taken off again, and written to a file for other programs;
+# 2. a set of adapters that is attached to a frozen model, taken off again, and written to a file for other
+# programs;
 # 3. the `visit` that puts $Y^l$ in the slot of [V] (Eq. 7), and the loss of stage 1 (Eq. 3);
 #
-# **and you can say** why exactly one of LoRA's two factors starts at zero, what `alpha` in a file means, what the
-# slot of [V] can reach, and which adapters leave a text without [V] exactly as it was.
+# **and you can say** why exactly one of LoRA's two factors starts at zero, what `alpha` in a file means, what
+# the slot of [V] can reach, and which adapters leave a text without [V] exactly as it was.
 #
 # | | |
 # |---|---|
@@ -36,8 +38,8 @@
 # | Keep open | [`lora.py`](../../purecc_min/lora.py), [`embeddings.py`](../../purecc_min/embeddings.py) and [`branch.py`](../../purecc_min/branch.py), **after** you have tried |
 # | Read after | Sec. 4.2 of the paper (arXiv 2603.07561), and lesson 5, on what the extractor has learned |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the solved
-# notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
+# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 4 · Adapters and embeddings: where a concept enters
@@ -101,10 +103,10 @@ print(f"{len(layers)} linear layers in the attentions of {depth} blocks, x_0 {li
 # %% [markdown]
 # ## 1 · How large is a change?
 #
-# Let us begin without any trick: train all matrices of the attentions, both streams, on these pictures. The loss is
-# that of lesson 1, Eq. 3, with the complete text $y_{complete}$, for example `a small [V] robot in the desert`. For
-# now [V] is read as one more `robot`, its *stand-in*. It takes 40 steps, on a copy of the model. What we keep is the
-# **change** $\Delta W = W_{after} - W$ of each matrix.
+# Let us begin without any trick: train all matrices of the attentions, both streams, on these pictures. The
+# loss is that of lesson 1, Eq. 3, with the complete text $y_{complete}$, for example
+# `a small [V] robot in the desert`. For now [V] is read as one more `robot`, its *stand-in*. It takes 40
+# steps, on a copy of the model. What we keep is the **change** $\Delta W = W_{after} - W$ of each matrix.
 
 # %%
 full = copy.deepcopy(model)
@@ -141,14 +143,14 @@ assert after < 0.9 * before
 # %% [markdown]
 # (One layer did not move. In the last block the text stream ends, so nobody reads what its queries find.)
 #
-# How much of these changes is needed? A matrix is a sum of $\min(in, out)$ matrices of rank one, its singular value
-# decomposition, in which the terms are ordered by their size:
+# How much of these changes is needed? A matrix is a sum of $\min(in, out)$ matrices of rank one, its singular
+# value decomposition, in which the terms are ordered by their size:
 #
 # $$\Delta W = U \operatorname{diag}(s)\, V^\top = \sum_i s_i\, u_i v_i^\top, \qquad s_1 \ge s_2 \ge \dots \ge 0.$$
 #
-# Stop after $r$ terms, and you have the matrix of rank $r$ that comes nearest to $\Delta W$; what is missing has the
-# squared norm $\sum_{i > r} s_i^2$ (Eckart and Young, 1936). A matrix of rank $r$ is a product of a tall and a wide
-# one:
+# Stop after $r$ terms, and you have the matrix of rank $r$ that comes nearest to $\Delta W$; what is missing
+# has the squared norm $\sum_{i > r} s_i^2$ (Eckart and Young, 1936). A matrix of rank $r$ is a product of a
+# tall and a wide one:
 #
 # ```
 #     Delta W          B          A
@@ -178,8 +180,8 @@ def low_rank(change, r):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `U, s, Vt = torch.linalg.svd(change, full_matrices=False)` gives $V^\top$ already, with the $v_i$ as its **rows**.
-# Each term needs its $s_i$ once, in either factor.
+# `U, s, Vt = torch.linalg.svd(change, full_matrices=False)` gives $V^\top$ already, with the $v_i$ as its
+# **rows**. Each term needs its $s_i$ once, in either factor.
 # </details>
 
 # %% tags=["check"]
@@ -237,10 +239,10 @@ assert ranks[3] == 4 and gain[3] > size[3] > 0.5 > 3 * chance[3]
 # ![](last)
 
 # %% [markdown]
-# Four terms of a change keep more than half of its squared norm; four terms of a random matrix keep a small part. And
-# what the change is **good for**, the loss on noise that was not trained on, comes back faster still. That is the
-# low-rank idea: the pictures of one concept ask for few new directions in a matrix. It was observed here, and it is
-# no theorem.
+# Four terms of a change keep more than half of its squared norm; four terms of a random matrix keep a small
+# part. And what the change is **good for**, the loss on noise that was not trained on, comes back faster
+# still. That is the low-rank idea: the pictures of one concept ask for few new directions in a matrix. It was
+# observed here, and it is no theorem.
 
 # %%
 prompts = ["a small [V] {} on the left in the snow", "a big [V] {} on the right at night",
@@ -262,18 +264,18 @@ show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prom
 # %% [markdown]
 # ## 2 · LoRA: train the two factors, and nothing else
 #
-# If rank 4 is enough, one may train the two factors from the beginning (Hu and others, 2021, arXiv 2106.09685). $W$
-# is frozen, and a layer computes
+# If rank 4 is enough, one may train the two factors from the beginning (Hu and others, 2021, arXiv
+# 2106.09685). $W$ is frozen, and a layer computes
 #
 # $$y = W x + b + B\,(A\,x), \qquad A\ [r, in],\quad B\ [out, r].$$
 #
-# The brackets matter: $A x$ has $r$ numbers, so the way through them costs $r\,(in + out)$ products a token, and
-# $BA$ is never formed.
+# The brackets matter: $A x$ has $r$ numbers, so the way through them costs $r\,(in + out)$ products a token,
+# and $BA$ is never formed.
 #
 # ### Exercise 4.2 ★ · Count
 #
-# How many numbers has a set of adapters of rank $r$ for these layers? Derive it from the shapes above. It must also
-# be right for layers that are not square.
+# How many numbers has a set of adapters of rank $r$ for these layers? Derive it from the shapes above. It
+# must also be right for layers that are not square.
 
 # %% tags=["exercise"]
 def count_lora(shapes, r):
@@ -301,14 +303,14 @@ print("         numbers" + "".join(f"{count_lora(shapes, n):10,d}" for n in some
 print("  parts of the W" + "".join(f"{count_lora(shapes, n) / whole:10.1%}" for n in some))
 
 # %% [markdown]
-# A square layer of width $D$ has $D^2$ numbers and its adapter $2 r D$, so an adapter saves something as long as
-# $r < D / 2$. At the width of Stable Diffusion 3.5 Medium, 1536, rank 4 is half a percent of a layer.
+# A square layer of width $D$ has $D^2$ numbers and its adapter $2 r D$, so an adapter saves something as long
+# as $r < D / 2$. At the width of Stable Diffusion 3.5 Medium, 1536, rank 4 is half a percent of a layer.
 #
 # ### Exercise 4.3 ★ · A fresh set, and a layer with it
 #
-# The package's start: the entries of $A$ are drawn evenly from $-1/\sqrt{in}$ to $1/\sqrt{in}$, and $B$ is zero.
-# (Why so is the subject of section 4.) Draw with `torch.rand(shape, generator=generator)`, which lies between 0 and
-# 1, layer by layer.
+# The package's start: the entries of $A$ are drawn evenly from $-1/\sqrt{in}$ to $1/\sqrt{in}$, and $B$ is
+# zero. (Why so is the subject of section 4.) Draw with `torch.rand(shape, generator=generator)`, which lies
+# between 0 and 1, layer by layer.
 
 # %% tags=["exercise"]
 def fresh(layers, r, generator):
@@ -378,8 +380,9 @@ print("4.3 right: the same A and B as the package's, and W x + b + B A x is (W +
 # %% [markdown]
 # ## 3 · A set beside the model: attached, taken off, merged
 #
-# How does $B A x$ come into a model of which no line and no weight should change? PyTorch can call a function of
-# ours each time a layer has computed, a *forward hook*; what the hook returns takes the place of the output.
+# How does $B A x$ come into a model of which no line and no weight should change? PyTorch can call a function
+# of ours each time a layer has computed, a *forward hook*; what the hook returns takes the place of the
+# output.
 #
 # ```
 #                    layer (frozen, shared)
@@ -389,15 +392,15 @@ print("4.3 right: the same A and B as the package's, and W x + b + B A x is (W +
 #          \     hook of set 2: B2 (A2 x) ----'         one set, the other, or both
 # ```
 #
-# `handle = layer.register_forward_hook(f)` calls `f(layer, inputs, output)`, with the inputs in a tuple, until
-# `handle.remove()` is called.
+# `handle = layer.register_forward_hook(f)` calls `f(layer, inputs, output)`, with the inputs in a tuple,
+# until `handle.remove()` is called.
 #
-# ### Exercise 4.4 ★★ · Attach and detach
+# ### Exercise 4.4 ★★★ · Attach and detach
 #
-# Within `with attached(adapters):` every layer computes with its adapter, and afterwards the model is what it was,
-# **also when something inside has failed**. A `mask` $[B, T, 1]$, which section 7 uses, is multiplied with the
-# change before it is added. A generator with `@contextlib.contextmanager` runs to its `yield`, then the lines in the
-# `with`, then the rest.
+# Within `with attached(adapters):` every layer computes with its adapter, and afterwards the model is what it
+# was, **also when something inside has failed**. A `mask` $[B, T, 1]$, which section 7 uses, is multiplied
+# with the change before it is added. A generator with `@contextlib.contextmanager` runs to its `yield`, then
+# the lines in the `with`, then the rest.
 
 # %% tags=["exercise"]
 @contextlib.contextmanager
@@ -450,8 +453,9 @@ def attached(adapters, mask=None):               # an error inside leaves the ho
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# A function that is defined in a loop does not keep the loop's `A` and `B`: it looks them up when it is called, and
-# finds the last ones. Make it in a function of its own, `def hook(A, B): def add(...): ...; return add`.
+# A function that is defined in a loop does not keep the loop's `A` and `B`: it looks them up when it is
+# called, and finds the last ones. Make it in a function of its own,
+# `def hook(A, B): def add(...): ...; return add`.
 # </details>
 # <details><summary>Hint 2</summary>
 #
@@ -487,7 +491,7 @@ with torch.no_grad():
     written = [name for name, layer in layers.items() if not torch.equal(layer.weight, weights[name])]
     for name in written:
         layers[name].weight.copy_(weights[name])
-    expect(not written, "the base model's weights were written to (they are restored). Change the output alone.")
+    expect(not written, "you wrote to the base model's weights (they are restored). Change the output.")
     expect(torch.equal(pipe.velocity(*see), alone), "afterwards v is not what it was.")
     text_only = {name: pair for name, pair in of_package(lora).items() if ".attention.text.to_v" in name}
     with attached(text_only, mask=torch.zeros(*batch.texts.base.slots.shape, 1)):
@@ -497,9 +501,9 @@ print(f"4.4 right: v as the package computes it, to {(mine - ours).abs().max():.
       f"the model's hash is {untouched[:12]}, before and after")
 
 # %% [markdown]
-# So the frozen extractor $\theta_1$ and the trainable $\theta_2$ of stage 2 need no second model: they are two sets
-# over one base. The next cell uses two sets in turn, and then both together. And it looks at the other way to use an
-# adapter: add $BA$ to $W$ once and for all (*merge*), and subtract it again.
+# So the frozen extractor $\theta_1$ and the trainable $\theta_2$ of stage 2 need no second model: they are
+# two sets over one base. The next cell uses two sets in turn, and then both together. And it looks at the
+# other way to use an adapter: add $BA$ to $W$ once and for all (*merge*), and subtract it again.
 
 # %%
 one, two = of_package(random_set(1)), of_package(random_set(2))
@@ -533,24 +537,24 @@ for dtype in (torch.float32, torch.bfloat16):
 assert all(share < 1 for share in kept_part.values()) and table[torch.bfloat16] > 1000 * table[torch.float32]
 
 # %% [markdown]
-# Merged weights cost nothing when pictures are drawn, and that is why programs merge. But $W + BA - BA$ is not $W$:
-# each sum is rounded to the dtype's nearest number. Also in fp32 some entries do not come back, and in bf16 the
-# change itself arrives with an error that the last column shows. A model that has to be *exactly* what it was, as
-# our base model has, is never merged. The package keeps its sets as hooks.
+# Merged weights cost nothing when pictures are drawn, and that is why programs merge. But $W + BA - BA$ is
+# not $W$: each sum is rounded to the dtype's nearest number. Also in fp32 some entries do not come back, and
+# in bf16 the change itself arrives with an error that the last column shows. A model that has to be *exactly*
+# what it was, as our base model has, is never merged. The package keeps its sets as hooks.
 #
 # ## 4 · Exactly one factor starts at zero
 #
-# Lesson 2 has, in its section 6, the sentence *"Exactly one factor of a product may begin at zero"*. $BA$ is such a
-# product. Let $G = \partial L / \partial y$ be the gradient that arrives at the layer's output, $[N, out]$ for $N$
-# tokens $x\ [N, in]$. Step by step:
+# Lesson 2 has, in its section 6, the sentence *"Exactly one factor of a product may begin at zero"*. $BA$ is
+# such a product. Let $G = \partial L / \partial y$ be the gradient that arrives at the layer's output,
+# $[N, out]$ for $N$ tokens $x\ [N, in]$. Step by step:
 #
-# * One token: $y = Wx + b + B h$ with $h = A x$. So $\partial L / \partial B = g\,h^\top$, with $g$ the token's row
-# of $G$.
+# * One token: $y = Wx + b + B h$ with $h = A x$. So $\partial L / \partial B = g\,h^\top$, with $g$ the
+# token's row of $G$.
 # * $\partial L / \partial h = B^\top g$, and $h = A x$, so $\partial L / \partial A = (B^\top g)\,x^\top$.
 # * All tokens use the same $A$ and $B$: their gradients **add up**.
 #
-# $B$'s gradient contains $A$, and $A$'s gradient contains $B$. With $B = 0$ the first step gives $A$ nothing and $B$
-# everything; after it $B \ne 0$, and both learn.
+# $B$'s gradient contains $A$, and $A$'s gradient contains $B$. With $B = 0$ the first step gives $A$ nothing
+# and $B$ everything; after it $B \ne 0$, and both learn.
 #
 # ### Exercise 4.5 ★★ · The two gradients
 
@@ -573,8 +577,8 @@ def gradients(x, G, A, B):                       # treats the other factor as 1
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# With tokens as rows, $h$ is `x @ A.T` and $B^\top g$ is `G @ B`. A sum over tokens of (column times row) is one
-# matrix product.
+# With tokens as rows, $h$ is `x @ A.T` and $B^\top g$ is `G @ B`. A sum over tokens of (column times row) is
+# one matrix product.
 # </details>
 
 # %% tags=["check"]
@@ -604,8 +608,8 @@ print(f"4.5 right. With B = 0 the largest entry of dL/dA is {dA.abs().max():.0f}
 assert dA.abs().max() == 0 < dB.abs().max()
 
 # %% [markdown]
-# Four starts are possible. Before you run the cell, say what each will do. A random $B$ is drawn by
-# the same rule as $A$: evenly within $\pm 1 / \sqrt r$, because $r$ is the number of its inputs.
+# Four starts are possible. Before you run the cell, say what each will do. A random $B$ is drawn by the same
+# rule as $A$: evenly within $\pm 1 / \sqrt r$, because $r$ is the number of its inputs.
 
 # %%
 starts = {"B zero (LoRA)": (1, 0), "A zero": (0, 1), "both zero": (0, 0), "none zero": (1, 1)}
@@ -673,14 +677,15 @@ assert sum(curves["A zero"][:10]) < sum(curves["B zero (LoRA)"][:10])
 # ![](last)
 
 # %% [markdown]
-# *Both zero* is dead for ever: it stays the base model. *None zero* learns this robot just as well, but look at the
-# last column: before the first step it has already changed what the model says to a text about a tree. That change is
-# random, and nothing in the loss asks to take it back. With **one** zero the start is the base model exactly.
+# *Both zero* is dead for ever: it stays the base model. *None zero* learns this robot just as well, but look
+# at the last column: before the first step it has already changed what the model says to a text about a tree.
+# That change is random, and nothing in the loss asks to take it back. With **one** zero the start is the base
+# model exactly.
 #
-# Which of the two is zero is a custom; LoRA's is $B$. The other choice is faster at first, because it keeps the
-# larger random factor ($1/\sqrt r$ against $1/\sqrt{in}$), and a step of one factor counts as much as the other is
-# large. And why is no share 100 %? It is the layer from section 1, the text's queries of the last block: an adapter
-# on it never learns anything.
+# Which of the two is zero is a custom; LoRA's is $B$. The other choice is faster at first, because it keeps
+# the larger random factor ($1/\sqrt r$ against $1/\sqrt{in}$), and a step of one factor counts as much as the
+# other is large. And why is no share 100 %? It is the layer from section 1, the text's queries of the last
+# block: an adapter on it never learns anything.
 #
 # ## 5 · alpha: what a file must say
 #
@@ -688,14 +693,14 @@ assert sum(curves["A zero"][:10]) < sum(curves["B zero (LoRA)"][:10])
 #
 # $$W + \frac{\alpha}{r}\, B A,$$
 #
-# with a number $\alpha$, `lora_alpha`, that stands in the file beside the rank. (The idea is that after a change of
-# $r$ the learning rate can stay.) The package has no alpha: its scale is 1. The files of others have one, and a
-# reader that does not find it guesses. So writing the right tensors is half of the work.
+# with a number $\alpha$, `lora_alpha`, that stands in the file beside the rank. (The idea is that after a
+# change of $r$ the learning rate can stay.) The package has no alpha: its scale is 1. The files of others
+# have one, and a reader that does not find it guesses. So writing the right tensors is half of the work.
 #
 # ### Exercise 4.6 ★★ · Out and in
 #
-# `export` makes a file's content such that another program computes just what we compute. `imported` takes the
-# content of any such file, with any alpha, and returns a set of ours, for which the scale is 1.
+# `export` makes a file's content such that another program computes just what we compute. `imported` takes
+# the content of any such file, with any alpha, and returns a set of ours, for which the scale is 1.
 
 # %% tags=["exercise"]
 def export(adapters):
@@ -760,8 +765,8 @@ print(f"4.6 right. The package's file: r = {mine['r']}, lora_alpha = {mine['lora
       f"{len(names)} tensors, such as\n  {names[0]}")
 
 # %% [markdown]
-# What does a wrong alpha do? We take a set that works, rank 4 of section 1's change, and let the other program read
-# it with three different alphas. The tensors are the same in all three files.
+# What does a wrong alpha do? We take a set that works, rank 4 of section 1's change, and let the other
+# program read it with three different alphas. The tensors are the same in all three files.
 
 # %%
 trained = {name: (A[:r], B[:, :r]) for name, (B, A) in factors.items()}
@@ -790,16 +795,16 @@ assert apart(drawn[1], base_row) < apart(drawn[r], base_row) and apart(drawn[3 *
 # ![](last)
 
 # %% [markdown]
-# Nothing fails, and no program complains. With alpha = 1 at rank 4 the change has a quarter of its size, and the
-# pictures are nearly the base model's; with alpha = 3 r they are overdone. If a LoRA looks weak or burnt in another
-# program, look at alpha first.
+# Nothing fails, and no program complains. With alpha = 1 at rank 4 the change has a quarter of its size, and
+# the pictures are nearly the base model's; with alpha = 3 r they are overdone. If a LoRA looks weak or burnt
+# in another program, look at alpha first.
 #
 # ## 6 · [V]: a word that is not in the dictionary
 #
-# The other place for a concept is its name. `[V]` is a *placeholder*. The tokenizer gives the encoder an ordinary
-# word in its place, the **stand-in** (here the class word), and reports where it stands, the **slot**. So the
-# encoder, and with it the pooled vector, reads `a small robot robot in the desert`. At the input of every block $l$
-# the token in the slot is then **replaced** by a learned vector $Y^l$ (Eq. 7):
+# The other place for a concept is its name. `[V]` is a *placeholder*. The tokenizer gives the encoder an
+# ordinary word in its place, the **stand-in** (here the class word), and reports where it stands, the
+# **slot**. So the encoder, and with it the pooled vector, reads `a small robot robot in the desert`. At the
+# input of every block $l$ the token in the slot is then **replaced** by a learned vector $Y^l$ (Eq. 7):
 #
 # ```
 #  the text         a    small   [V]   robot   in    the   desert  <end> ...
@@ -811,9 +816,10 @@ assert apart(drawn[1], base_row) < apart(drawn[r], base_row) and apart(drawn[3 *
 #  into block 1     c'     c'    Y^1     c'     c'    c'     c'      c'           ... and so on for all blocks
 # ```
 #
-# `pipe.velocity(x_t, t, text, visit)` calls `visit(l, block, x, c, vec)` in place of each block, and takes what it
-# returns, `x` and `c` after the block. $Y^l$ starts as the base model's own mean state of the class word at the
-# input of block $l$. (How the encoder reads [V] and how $Y^l$ starts is our reading; the paper leaves it open.)
+# `pipe.velocity(x_t, t, text, visit)` calls `visit(l, block, x, c, vec)` in place of each block, and takes
+# what it returns, `x` and `c` after the block. $Y^l$ starts as the base model's own mean state of the class
+# word at the input of block $l$. (How the encoder reads [V] and how $Y^l$ starts is our reading; the paper
+# leaves it open.)
 #
 # ### Exercise 4.7 ★★ · The visit that writes Y
 
@@ -871,9 +877,9 @@ expect_close(yours, ours, "v with Y in the slots", tolerance=1e-3)
 print(f"4.7 right, at all {depth} blocks, and v is the package's to {(yours - ours).abs().max():.0e}")
 
 # %% [markdown]
-# What can a slot reach? Three experiments on one picture. (1) Write nonsense into every block's output **at the
-# slot**: does $v$ notice? (2) Move one $Y^l$ by a tenth of its length and leave the others: how far does $v$ move?
-# (3) Move all of them: where in the picture?
+# What can a slot reach? Three experiments on one picture. (1) Write nonsense into every block's output **at
+# the slot**: does $v$ notice? (2) Move one $Y^l$ by a tenth of its length and leave the others: how far does
+# $v$ move? (3) Move all of them: where in the picture?
 
 # %%
 @torch.no_grad()
@@ -923,10 +929,11 @@ plt.show()
 # ![](last)
 
 # %% [markdown]
-# (1) Nothing, exactly: the next block's $Y^{l+1}$ takes its place. So $Y^l$ acts in block $l$ **alone**, and only as
-# a key and a value that other tokens attend to; from there it goes on in their states. (2) Every block listens, the
-# last one, too. (3) $v$ moves where the robot stands, presumably because the image tokens there attend to the slot. What the
-# slot cannot reach is the pooled vector and the encoder: they have read the stand-in.
+# (1) Nothing, exactly: the next block's $Y^{l+1}$ takes its place. So $Y^l$ acts in block $l$ **alone**, and
+# only as a key and a value that other tokens attend to; from there it goes on in their states. (2) Every
+# block listens, the last one, too. (3) $v$ moves where the robot stands, presumably because the image tokens
+# there attend to the slot. What the slot cannot reach is the pooled vector and the encoder: they have read
+# the stand-in.
 #
 # ## 7 · Stage 1: train both
 #
@@ -938,10 +945,10 @@ plt.show()
 # | `token`: *bound* to [V] (ours) | keys and values of the text stream | at the slots: `mask = slots[..., None]` |
 #
 # and the loss is Eq. 3 with the complete text:
-# $\;L_{CC} = \mathbb E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2$, a mean over the batch and all
-# numbers of a sample.
+# $\;L_{CC} = \mathbb E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2$, a mean over the batch and
+# all numbers of a sample.
 #
-# ### Exercise 4.8 ★★★ · The whole model of stage 1, and its loss
+# ### Exercise 4.8 ★★ · The whole model of stage 1, and its loss
 #
 # `text.slots` is 1 where [V] stands, and 0 elsewhere. Your `attached` and `visit_with` do the rest.
 
@@ -997,8 +1004,8 @@ with torch.no_grad():
 print("4.8 right: theta and L_CC are the package's, for both kinds of sets")
 
 # %% [markdown]
-# Now train. `learn` below is all there is to it: AdamW, $Y$ with a larger learning rate, and gradients cut to length
-# 1.
+# Now train. `learn` below is all there is to it: AdamW, $Y$ with a larger learning rate, and gradients cut to
+# length 1.
 
 # %%
 def learn(layers, bound, steps=settings.steps):
@@ -1059,8 +1066,10 @@ show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prom
 # ![](last)
 
 # %% [markdown]
-# Backgrounds and places are others than the references', and the robot's colours and pattern come along, after eighty steps; its single eye
-# and what it wears do so only in part. The bound set has learned less, and smears a scene here and there: it has far fewer numbers, and it can only speak through the keys and values of one token.
+# Backgrounds and places are others than the references', and the robot's colours and pattern come along,
+# after eighty steps; its single eye and what it wears do so only in part. The bound set has learned less, and
+# smears a scene here and there: it has far fewer numbers, and it can only speak through the keys and values
+# of one token.
 #
 # ## 8 · What happens to a text without [V]?
 #
@@ -1087,23 +1096,25 @@ assert robots > others > 0
 # %% [markdown] tags=["slide"]
 # ## A text without [V]
 #
-# Adapters everywhere write the concept into the class word. Bound ones cannot: without a slot their mask is zero.
+# Adapters everywhere write the concept into the class word. Bound ones cannot: without a slot their mask is
+# zero.
 #
 # ![](last)
 
 # %% [markdown]
-# The set that acts everywhere has written the new robot into the word *robot*, and has changed other pictures a
-# little, too. The bound set has changed **nothing**, and this is no measurement but an identity: without a slot the
-# mask is zero at every token, so each layer's output is $y + 0$; no token is replaced; hence every block computes
-# what the base model computes. It holds for any $A$, $B$ and $Y$, trained or not. Its price you saw above: it learns
-# less. How much of the concept one gets for how much damage is the question of the later lessons.
+# The set that acts everywhere has written the new robot into the word *robot*, and has changed other pictures
+# a little, too. The bound set has changed **nothing**, and this is no measurement but an identity: without a
+# slot the mask is zero at every token, so each layer's output is $y + 0$; no token is replaced; hence every
+# block computes what the base model computes. It holds for any $A$, $B$ and $Y$, trained or not. Its price
+# you saw above: it learns less. How much of the concept one gets for how much damage is the question of the
+# later lessons.
 #
 # ## 9 · Relatives: what else one can train
 #
-# Much has been written on where a concept may live. The figure below counts the numbers for *this* model. The first
-# four change no weight. Three of them put their vectors in front of the text encoder, where a word's embedding is
-# looked up; $Y^l$ stands behind it. (The size of the network for NeTI is our example; the original one has a second
-# output, behind the encoder.)
+# Much has been written on where a concept may live. The figure below counts the numbers for *this* model. The
+# first four change no weight. Three of them put their vectors in front of the text encoder, where a word's
+# embedding is looked up; $Y^l$ stands behind it. (The size of the network for NeTI is our example; the
+# original one has a second output, behind the encoder.)
 #
 # | method | what it trains | may depend on |
 # |---|---|---|
@@ -1148,20 +1159,20 @@ plt.show()
 assert away[:, 0].max() < 1e-4 and away[:, -1].max() > 0.02
 
 # %% [markdown]
-# The right panel shows why some let the vector depend on time. The base model's own state of the word, at the input
-# of each block, moves with $t$; a $Y^l$ is one vector for all times, its mean at the start. (At block 0 nothing
-# moves: the text has met neither picture nor time yet.) The adaLN in front of a layer brings the time back in: what
-# the keys and values are made of is $Y^l$, *modulated* by $t$.
+# The right panel shows why some let the vector depend on time. The base model's own state of the word, at the
+# input of each block, moves with $t$; a $Y^l$ is one vector for all times, its mean at the start. (At block 0
+# nothing moves: the text has met neither picture nor time yet.) The adaLN in front of a layer brings the time
+# back in: what the keys and values are made of is $Y^l$, *modulated* by $t$.
 #
 # ## What you can now say
 #
-# * A useful change of a large matrix has few directions that matter. LoRA trains only such: $r\,(in + out)$ numbers
-# a layer.
+# * A useful change of a large matrix has few directions that matter. LoRA trains only such: $r\,(in + out)$
+# numbers a layer.
 # * Exactly one of $A$ and $B$ starts at zero. Both: dead. None: the model is another one at the start.
-# * A set is hooks over a frozen base. Merging rounds, and cannot be undone exactly. A file has to say alpha; ours is
-# the rank.
-# * $Y^l$ replaces the token in the slot at the input of block $l$, acts in this block as a key and a value, and is
-# then forgotten.
+# * A set is hooks over a frozen base. Merging rounds, and cannot be undone exactly. A file has to say alpha;
+# ours is the rank.
+# * $Y^l$ replaces the token in the slot at the input of block $l$, acts in this block as a key and a value,
+# and is then forgotten.
 # * Adapters everywhere also change texts without [V]. Bound ones cannot, by construction.
 #
 # | you wrote | in the package |
@@ -1173,30 +1184,32 @@ assert away[:, 0].max() < 1e-4 and away[:, -1].max() > 0.02
 #
 # ## Three questions
 #
-# **1.** The bound set adapts the text's keys and values, but not its queries. Why would an adapter on the queries at
-# the slot do nothing at all?
+# **1.** The bound set adapts the text's keys and values, but not its queries. Why would an adapter on the
+# queries at the slot do nothing at all?
 # <details><summary>Answer</summary>
 #
-# A query decides what its **own** token takes from the others. What the token in the slot takes ends up in the
-# block's output at the slot, and experiment (1) of section 6 shows that nobody reads that: $Y^{l+1}$ replaces it.
+# A query decides what its **own** token takes from the others. What the token in the slot takes ends up in
+# the block's output at the slot, and experiment (1) of section 6 shows that nobody reads that: $Y^{l+1}$
+# replaces it.
 # </details>
 #
-# **2.** You double $A$ and halve $B$. The product is the same, and so is every picture. Does training go on in the
-# same way?
+# **2.** You double $A$ and halve $B$. The product is the same, and so is every picture. Does training go on
+# in the same way?
 # <details><summary>Answer</summary>
 #
-# No. By exercise 4.5 the gradient of $B$ contains $A$ and doubles, and that of $A$ is halved. The function is the
-# same, and its gradients are not. So the size of $A$ at the start is one of LoRA's settings, though no file mentions
-# it.
+# No. By exercise 4.5 the gradient of $B$ contains $A$ and doubles, and that of $A$ is halved. The function is
+# the same, and its gradients are not. So the size of $A$ at the start is one of LoRA's settings, though no
+# file mentions it.
 # </details>
 #
-# **3.** Your `attached` is wrapped around the whole model, the package's around each block, inside `visit`. With
-# *activation checkpointing*, the backward pass computes blocks a second time. What goes wrong with yours?
+# **3.** Your `attached` is wrapped around the whole model, the package's around each block, inside `visit`.
+# With *activation checkpointing*, the backward pass computes blocks a second time. What goes wrong with
+# yours?
 # <details><summary>Answer</summary>
 #
-# When `backward()` is called, your `with` has ended and the hooks are gone. The block is computed again without the
-# adapters; torch notices that the second computation is another one, and stops with a `CheckpointError`. Inside
-# `visit` the hooks come back with the block.
+# When `backward()` is called, your `with` has ended and the hooks are gone. The block is computed again
+# without the adapters; torch notices that the second computation is another one, and stops with a
+# `CheckpointError`. Inside `visit` the hooks come back with the block.
 # </details>
 #
 # **Next:** lesson 5, on the extractor.

@@ -15,9 +15,9 @@
 #
 # **Eq. 8 to 15, written by you, and what they can push and what they cannot**
 #
-# A LoRA learns whatever its pictures share. PureCC adds one term to the loss, and this term says: what the word [V]
-# changes in a prediction should be the concept and nothing else. The term is four lines long. In this lesson you
-# write every one of them, derive what it does to the network, and train with it.
+# A LoRA learns whatever its pictures share. PureCC adds one term to the loss, and this term says: what the
+# word [V] changes in a prediction should be the concept and nothing else. The term is four lines long. In
+# this lesson you write every one of them, derive what it does to the network, and train with it.
 #
 # **When you are through, you have written**
 #
@@ -25,8 +25,8 @@
 # 2. $\lambda^*$, $v_{PureCC}$, $L_{PureCC}$ and the whole loss (Eq. 11 to 15);
 # 3. the gradients of $L_{PureCC}$, by hand, a tool that finds leaking gradients, and one that counts passes;
 #
-# **and you can say** why it does not matter whether $\lambda^*$ is detached, why it does matter for $v_{original}$,
-# and which loss makes the concept strong.
+# **and you can say** why it does not matter whether $\lambda^*$ is detached, why it does matter for
+# $v_{original}$, and which loss makes the concept strong.
 #
 # | | |
 # |---|---|
@@ -35,8 +35,8 @@
 # | Keep open | [`purecc_min/objective.py`](../../purecc_min/objective.py), 73 lines, **after** you have tried |
 # | Read after | Sec. 4 of the paper (arXiv 2603.07561), with its equation numbers beside yours |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the solved
-# notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
+# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 6 · The decoupled objective
@@ -86,14 +86,14 @@ print(f"{len(names)} references, x_0 {list(data.x_0.shape)}; a text has {T} toke
 #
 # ![](last)
 #
-# Nothing in a picture says what belongs to [V]. Only texts can: the complete one, the base text without [V], the
-# target "[V] robot", and the empty text.
+# Nothing in a picture says what belongs to [V]. Only texts can: the complete one, the base text without [V],
+# the target "[V] robot", and the empty text.
 
 # %% [markdown]
 # ## 1 · Four texts, and the loss of stage 1
 #
-# This is [V] robot. Look at what its pictures share beside the robot itself; nothing in a picture says that it does
-# not belong to [V]. Only texts can say it. For every reference there are four:
+# This is [V] robot. Look at what its pictures share beside the robot itself; nothing in a picture says that
+# it does not belong to [V]. Only texts can say it. For every reference there are four:
 #
 # | | an example | used for |
 # |---|---|---|
@@ -111,8 +111,8 @@ print(f"{len(names)} references, x_0 {list(data.x_0.shape)}; a text has {T} toke
 #
 # ### Exercise 6.1 ★ · Texts and $L_{CC}$
 #
-# A network is called as `theta(x_t, t, text)`. `batch` has `x_t`, `t`, `v`, and `texts` with the fields `complete`,
-# `base`, `target` and `null`.
+# A network is called as `theta(x_t, t, text)`. `batch` has `x_t`, `t`, `v`, and `texts` with the fields
+# `complete`, `base`, `target` and `null`.
 
 # %% tags=["exercise"]
 def four_texts(complete, class_word):
@@ -167,8 +167,9 @@ expect_close(yours, theirs, "l_cc (a mean over everything, no sum)")
 print(f"6.1 right: four texts, and L_CC = {yours:.3f} on the first batch, before anything is learned")
 
 # %% [markdown]
-# With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lessons 4 and 5, over the
-# untouched base model. The loop is the package's; it calls your `l_cc` for every step. Then $\theta_1$ is frozen.
+# With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lessons 4 and 5,
+# over the untouched base model. The loop is the package's; it calls your `l_cc` for every step. Then
+# $\theta_1$ is frozen.
 
 # %%
 def train(loss_of_step, thetas, stage, eta=1.0, steps=config.steps):
@@ -203,8 +204,8 @@ assert smooth(losses)[-1] < smooth(losses)[9]
 # %% [markdown]
 # ## 2 · Four predictions, two differences
 #
-# Stage 2 trains a second branch, $\theta_2$: fresh adapters, and a *copy* of $\theta_1$'s $Y^l$. One noised picture
-# $(x_t, t)$ goes through both networks, with all four texts:
+# Stage 2 trains a second branch, $\theta_2$: fresh adapters, and a *copy* of $\theta_1$'s $Y^l$. One noised
+# picture $(x_t, t)$ goes through both networks, with all four texts:
 #
 # ```
 #    theta_1, frozen                                        theta_2, in training
@@ -215,16 +216,16 @@ assert smooth(losses)[-1] < smooth(losses)[9]
 #                                                               Eq. 9
 # ```
 #
-# $R(y_{tar})$ is everything that "[V] robot" says and the empty text does not: to the extractor, this *is* the
-# concept. $R(y_{complete}, y_{base})$ is what inserting [V] into the sentence changes in $\theta_2$.
+# $R(y_{tar})$ is everything that "[V] robot" says and the empty text does not: to the extractor, this *is*
+# the concept. $R(y_{complete}, y_{base})$ is what inserting [V] into the sentence changes in $\theta_2$.
 #
-# **Which of the four carries a gradient?** Only $v_{complete}$. $\theta_1$ is a measuring instrument: if the loss
-# could bend it, it would be fitted to what is measured. $v_{original}$ is what the complete prediction is compared
-# *with*. (About $v_{original}$ the paper says nothing; not to differentiate it is this project's reading, and
-# section 7 shows what the other choice does.)
+# **Which of the four carries a gradient?** Only $v_{complete}$. $\theta_1$ is a measuring instrument: if the
+# loss could bend it, it would be fitted to what is measured. $v_{original}$ is what the complete prediction
+# is compared *with*. (About $v_{original}$ the paper says nothing; not to differentiate it is this project's
+# reading, and section 7 shows what the other choice does.)
 #
-# In the cell below $\theta_2$ takes twenty steps of $L_{CC}$, so that its adapters do something; then we draw a
-# batch.
+# In the cell below $\theta_2$ takes twenty steps of $L_{CC}$, so that its adapters do something; then we draw
+# a batch.
 
 # %% [markdown] tags=["slide"]
 # ## Four predictions, two differences
@@ -276,8 +277,8 @@ def predictions(theta_1, theta_2, batch):        # everything with a gradient
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Three of the four calls stand under `with torch.no_grad():`, two of `theta_1` and one of `theta_2`. The fourth,
-# `theta_2` with `texts.complete`, stands outside.
+# Three of the four calls stand under `with torch.no_grad():`, two of `theta_1` and one of `theta_2`. The
+# fourth, `theta_2` with `texts.complete`, stands outside.
 # </details>
 
 # %% tags=["check"]
@@ -293,8 +294,8 @@ expect_close(mine[2], theirs.v_complete, "v_complete")
 print("6.2 right: R_target, v_original and v_complete are the package's")
 
 # %% [markdown]
-# A velocity field is a picture, so you can look at where each difference acts: bright is strong, and each row has
-# its own scale.
+# A velocity field is a picture, so you can look at where each difference acts: bright is strong, and each row
+# has its own scale.
 
 # %%
 R_target, v_original, v_complete = predictions(theta_1, theta_2, batch)
@@ -329,29 +330,29 @@ assert of_t > of_c
 #
 # ![](last)
 #
-# $R(y_{tar})$: all that "[V] robot" says and the empty text does not. $R(y_{complete}, y_{base})$: what [V] adds to
-# the sentence.
+# $R(y_{tar})$: all that "[V] robot" says and the empty text does not. $R(y_{complete}, y_{base})$: what [V]
+# adds to the sentence.
 
 # %% [markdown]
-# $R(y_{tar})$ is the longer one. Against the empty text "robot" itself is news, with all its outlines; the base
-# text already says "robot", so there [V] adds less.
+# $R(y_{tar})$ is the longer one. Against the empty text "robot" itself is news, with all its outlines; the
+# base text already says "robot", so there [V] adds less.
 #
 # ## 3 · $\lambda^*$: how far one reaches along the other
 #
-# Write $R_c$ for $R(y_{complete}, y_{base})$ and $R_t$ for $R(y_{tar})$. How much of the concept is in $R_c$? Eq.
-# 11 asks for the multiple of $R_t$ that comes nearest to it, for each sample alone:
+# Write $R_c$ for $R(y_{complete}, y_{base})$ and $R_t$ for $R(y_{tar})$. How much of the concept is in $R_c$?
+# Eq. 11 asks for the multiple of $R_t$ that comes nearest to it, for each sample alone:
 #
 # $$\lambda^* = \arg\min_l f(l), \qquad f(l) = \lVert R_c - l\,R_t \rVert^2.$$
 #
 # **As a least squares problem.** Multiply out:
-# $f(l) = \lVert R_c\rVert^2 - 2\,l\,\langle R_c, R_t\rangle + l^2 \lVert R_t\rVert^2$, a parabola in $l$ that opens
-# upward. Its derivative $f'(l) = -2\langle R_c, R_t\rangle + 2\,l\,\lVert R_t\rVert^2$ is zero at
+# $f(l) = \lVert R_c\rVert^2 - 2\,l\,\langle R_c, R_t\rangle + l^2 \lVert R_t\rVert^2$, a parabola in $l$ that
+# opens upward. Its derivative $f'(l) = -2\langle R_c, R_t\rangle + 2\,l\,\lVert R_t\rVert^2$ is zero at
 #
 # $$\lambda^* = \frac{\langle R_c, R_t\rangle}{\lVert R_t\rVert^2} \qquad \text{(Eq. 12)}.$$
 #
-# **As a projection.** The nearest point of a line is the one from which the way to $R_c$ is at right angles to the
-# line: $\langle R_c - \lambda^* R_t,\; R_t\rangle = 0$. Solved for $\lambda^*$, this is Eq. 12 again. So
-# $\lambda^* R_t$ is the projection of $R_c$ onto $R_t$, and $R_c - \lambda^* R_t$, what is left, is its
+# **As a projection.** The nearest point of a line is the one from which the way to $R_c$ is at right angles
+# to the line: $\langle R_c - \lambda^* R_t,\; R_t\rangle = 0$. Solved for $\lambda^*$, this is Eq. 12 again.
+# So $\lambda^* R_t$ is the projection of $R_c$ onto $R_t$, and $R_c - \lambda^* R_t$, what is left, is its
 # **rejection**.
 #
 # ### Exercise 6.3 ★★ · $\lambda^*$
@@ -394,13 +395,13 @@ def lambda_star(R_complete, R_target):           # one number for the batch
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `torch.where(condition, 0.0, a / b)` computes `a / b` everywhere, and its gradient as well: at $b = 0$ that is
-# zero times infinity, which is NaN.
+# `torch.where(condition, 0.0, a / b)` computes `a / b` everywhere, and its gradient as well: at $b = 0$ that
+# is zero times infinity, which is NaN.
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# So put something harmless *into* the division, `a / torch.where(b == 0, 1.0, b)`, and let a second `where` choose
-# the value 0.
+# So put something harmless *into* the division, `a / torch.where(b == 0, 1.0, b)`, and let a second `where`
+# choose the value 0.
 # </details>
 
 # %% tags=["check"]
@@ -448,10 +449,10 @@ plt.show()
 # A least squares problem (Eq. 11), and a projection (Eq. 12).
 
 # %% [markdown]
-# Mind the vertical axis, which does not begin at 0. Every curve passes through 1 at $l = 0$. Its lowest point is
-# the share of $R_c$ that *no* multiple of the concept's direction explains, and it is large: the next cell prints
-# it. Most of what [V] changes lies beside the direction of $R_t$, so "nothing beside this direction", which is what
-# the loss is going to say, asks for much. Section 9 shows what comes of it.
+# Mind the vertical axis, which does not begin at 0. Every curve passes through 1 at $l = 0$. Its lowest point
+# is the share of $R_c$ that *no* multiple of the concept's direction explains, and it is large: the next cell
+# prints it. Most of what [V] changes lies beside the direction of $R_t$, so "nothing beside this direction",
+# which is what the loss is going to say, asks for much. Section 9 shows what comes of it.
 
 # %%
 explained = package.cosine(R_complete, R_target).square()                   # [B]
@@ -526,8 +527,8 @@ def objective(theta_1, theta_2, batch, eta):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# To multiply $[B]$ with $[B, C, H, W]$, give it three axes of length 1: `lam[:, None, None, None]`. Without them
-# PyTorch would match the $B$ numbers with the *last* axis, the columns of the picture.
+# To multiply $[B]$ with $[B, C, H, W]$, give it three axes of length 1: `lam[:, None, None, None]`. Without
+# them PyTorch would match the $B$ numbers with the *last* axis, the columns of the picture.
 # </details>
 
 # %% tags=["check"]
@@ -563,8 +564,8 @@ for name, a, b in rows:
 #
 # ### Exercise 6.5 ★★ · $L_{PureCC}$ without $\lambda^*$
 #
-# Write $L_{PureCC}$ from the two differences, with no $\lambda^*$ in it: from lengths and the angle. It has to be
-# equal to Eq. 14 as far as the floating point numbers go.
+# Write $L_{PureCC}$ from the two differences, with no $\lambda^*$ in it: from lengths and the angle. It has
+# to be equal to Eq. 14 as far as the floating point numbers go.
 
 # %% tags=["exercise"]
 def rejection_loss(R_complete, R_target):
@@ -591,8 +592,8 @@ def rejection_loss(R_complete, R_target):        # 1 - cos is another measure
 # <details><summary>Hint</summary>
 #
 # $\cos\varphi = \langle R_c, R_t\rangle / (\lVert R_c\rVert\,\lVert R_t\rVert)$ and
-# $\sin^2\varphi = 1 - \cos^2\varphi$. Eq. 14 is a mean over samples *and* over the numbers of a sample, of which
-# there are `R_complete[0].numel()`.
+# $\sin^2\varphi = 1 - \cos^2\varphi$. Eq. 14 is a mean over samples *and* over the numbers of a sample, of
+# which there are `R_complete[0].numel()`.
 # </details>
 
 # %% tags=["check"]
@@ -607,9 +608,9 @@ print(f"6.5 right: relative difference from Eq. 14: fp64 {(yours / eq_14 - 1).ab
       f"fp32 {(single / in_step - 1).abs():.0e}")
 
 # %% [markdown]
-# Two vectors span a plane, so one sample's $R_t$ and $R_c$ can be drawn without any loss: to scale, in the plane in
-# which both lie. A gradient step on $L_{PureCC}$ pushes the tip of $R_c$ toward the tip of $l\,R_t$: that is the
-# red arrow.
+# Two vectors span a plane, so one sample's $R_t$ and $R_c$ can be drawn without any loss: to scale, in the
+# plane in which both lie. A gradient step on $L_{PureCC}$ pushes the tip of $R_c$ toward the tip of $l\,R_t$:
+# that is the red arrow.
 
 # %%
 n = package.cosine(R_complete, R_target).argmax().item()                    # the one with the smallest angle
@@ -653,32 +654,33 @@ assert lam[n] > 0 and pushes[0] < -0.01 < pushes[1] < 0.01 < pushes[2] < pushes[
 #
 # ![](last)
 #
-# With $\lambda^*$ it pushes straight to the line: nothing beside the concept, and no more of the concept either.
+# With $\lambda^*$ it pushes straight to the line: nothing beside the concept, and no more of the concept
+# either.
 
 # %% [markdown]
-# Read the last column. With $l$ below $\lambda^*$ the loss pushes the concept back; with $l$ above it, it pulls the
-# concept ahead, until $\lambda^* = l$: a constant $l$ *prescribes* how strong the concept becomes ($l = 1$ is the
-# paper's ablation in Table 3). At $l = \lambda^*$ the cosine is zero. **$L_{PureCC}$ does not ask for more of the
-# concept, nor for less: its gradient in $v_{complete}$ has no part along $R_t$. It says: nothing beside this
-# direction. That the concept becomes strong is asked for by $L_{CC}$ alone.**
+# Read the last column. With $l$ below $\lambda^*$ the loss pushes the concept back; with $l$ above it, it
+# pulls the concept ahead, until $\lambda^* = l$: a constant $l$ *prescribes* how strong the concept becomes
+# ($l = 1$ is the paper's ablation in Table 3). At $l = \lambda^*$ the cosine is zero. **$L_{PureCC}$ does not
+# ask for more of the concept, nor for less: its gradient in $v_{complete}$ has no part along $R_t$. It says:
+# nothing beside this direction. That the concept becomes strong is asked for by $L_{CC}$ alone.**
 #
 # ## 6 · The envelope: four gradients by hand
 #
-# $\lambda^*$ is made from $v_{complete}$, so a gradient *could* flow through it, and `objective` cuts it off. What
-# is lost? Let $w$ be any number that the predictions depend on, and write the loss as $F(\lambda, w)$. The chain
-# rule has two parts:
+# $\lambda^*$ is made from $v_{complete}$, so a gradient *could* flow through it, and `objective` cuts it off.
+# What is lost? Let $w$ be any number that the predictions depend on, and write the loss as $F(\lambda, w)$.
+# The chain rule has two parts:
 #
 # $$\frac{d}{dw} F(\lambda^*(w), w) = \underbrace{\frac{\partial F}{\partial \lambda}(\lambda^*, w)}_{=\,0}\;
 # \frac{d\lambda^*}{dw} \;+\; \frac{\partial F}{\partial w}(\lambda^*, w).$$
 #
-# The first factor is zero *because $\lambda^*$ is where $F$ is lowest* in $\lambda$. So whatever $d\lambda^*/dw$
-# is, it is multiplied with zero. This is the **envelope theorem**, and it makes the gradients short: hold
-# $\lambda^*$ fixed and differentiate the rest.
+# The first factor is zero *because $\lambda^*$ is where $F$ is lowest* in $\lambda$. So whatever
+# $d\lambda^*/dw$ is, it is multiplied with zero. This is the **envelope theorem**, and it makes the gradients
+# short: hold $\lambda^*$ fixed and differentiate the rest.
 #
 # ### Exercise 6.6 ★★★ · All four
 #
-# Suppose that nothing is detached. Write the gradient of $L_{PureCC}$ in each of the four predictions, without
-# autograd. The mean of Eq. 14 runs over `v_complete.numel()` numbers.
+# Suppose that nothing is detached. Write the gradient of $L_{PureCC}$ in each of the four predictions,
+# without autograd. The mean of Eq. 14 runs over `v_complete.numel()` numbers.
 
 # %% tags=["exercise"]
 def gradients(v_tar, v_null, v_original, v_complete):
@@ -709,13 +711,14 @@ def gradients(v_tar, v_null, v_original, v_complete):                       # bo
 # <details><summary>Hint 1</summary>
 #
 # $L_{PureCC} = \frac1M \sum \lVert r\rVert^2$ with
-# $r = (v_{complete} - v_{original}) - \lambda^* (v_{tar} - v_{null})$ and $M$ numbers in all. Differentiate with
-# $\lambda^*$ held fixed: each gradient is $\frac{2}{M}\, r$ times what stands before the prediction in $r$.
+# $r = (v_{complete} - v_{original}) - \lambda^* (v_{tar} - v_{null})$ and $M$ numbers in all. Differentiate
+# with $\lambda^*$ held fixed: each gradient is $\frac{2}{M}\, r$ times what stands before the prediction in
+# $r$.
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Before $v_{complete}$ stands $+1$, before $v_{original}$ $-1$, before $v_{tar}$ $-\lambda^*$, before $v_{null}$
-# $+\lambda^*$.
+# Before $v_{complete}$ stands $+1$, before $v_{original}$ $-1$, before $v_{tar}$ $-\lambda^*$, before
+# $v_{null}$ $+\lambda^*$.
 # </details>
 
 # %% tags=["check"]
@@ -742,10 +745,10 @@ print(f"when lambda* is detached, it changes by at most {change:.0e}")
 assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(through, cut))
 
 # %% [markdown]
-# Why is it called an envelope? Move $v_{complete}$ along a line, here nearly in the direction of $R_t$, and draw
-# the loss over $w$: a thin curve for each *constant* $\lambda$, a thick one with $\lambda^*(w)$. The thick curve is
-# the lower edge of all thin ones, and touches each of them. Where two curves touch, they have the same slope, so
-# the slope of $F(\lambda^*(w), w)$ is the one with $\lambda$ held fixed.
+# Why is it called an envelope? Move $v_{complete}$ along a line, here nearly in the direction of $R_t$, and
+# draw the loss over $w$: a thin curve for each *constant* $\lambda$, a thick one with $\lambda^*(w)$. The
+# thick curve is the lower edge of all thin ones, and touches each of them. Where two curves touch, they have
+# the same slope, so the slope of $F(\lambda^*(w), w)$ is the one with $\lambda$ held fixed.
 
 # %%
 w = torch.linspace(-0.4, 0.4, 81)
@@ -769,19 +772,19 @@ plt.show()
 #
 # ![](last)
 #
-# $\lambda^*$ is where the loss is lowest in $\lambda$, so the gradient through it is multiplied with zero: the
-# envelope theorem.
+# $\lambda^*$ is where the loss is lowest in $\lambda$, so the gradient through it is multiplied with zero:
+# the envelope theorem.
 
 # %% [markdown]
-# Read your four lines. The gradient in $v_{complete}$ is the rejection: nothing along $R_t$, as section 5 said. The
-# one in $v_{original}$ is *exactly its opposite*: the gap can be closed from both sides. And $v_{tar}$ would be
-# turned *toward* what $\theta_2$ does already. So the detaching of $\lambda^*$ is free, and the other three are
-# not. Now in the real network.
+# Read your four lines. The gradient in $v_{complete}$ is the rejection: nothing along $R_t$, as section 5
+# said. The one in $v_{original}$ is *exactly its opposite*: the gap can be closed from both sides. And
+# $v_{tar}$ would be turned *toward* what $\theta_2$ does already. So the detaching of $\lambda^*$ is free,
+# and the other three are not. Now in the real network.
 #
 # ## 7 · A gradient that leaks
 #
-# A forgotten `detach` raises no error, and the loss still falls. To find it, ask every network what gradient it
-# gets.
+# A forgotten `detach` raises no error, and the loss still falls. To find it, ask every network what gradient
+# it gets.
 #
 # ```
 #    y_tar, empty --> theta_1 --> R(y_tar) ---x---.
@@ -792,9 +795,9 @@ plt.show()
 #
 # ### Exercise 6.7 ★★ · Who gets a gradient?
 #
-# `networks` is a dict of modules. Return for each the length of the gradient of `loss` in *all* its parameters that
-# can be trained, as one vector: a float, and 0.0 if there is none. Leave no trace: a second call has to give the
-# same answer.
+# `networks` is a dict of modules. Return for each the length of the gradient of `loss` in *all* its
+# parameters that can be trained, as one vector: a float, and 0.0 if there is none. Leave no trace: a second
+# call has to give the same answer.
 
 # %% tags=["exercise"]
 def gradient_norms(loss, networks):
@@ -826,9 +829,9 @@ def gradient_norms(loss, networks):              # the adapters alone, without Y
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)` writes to no `.grad`, keeps the graph
-# for the next network, and gives `None` for a weight that the loss does not depend on. It wants at least one
-# weight, so treat a frozen network (an empty list) on its own.
+# `torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)` writes to no `.grad`, keeps the
+# graph for the next network, and gives `None` for a weight that the loss does not depend on. It wants at
+# least one weight, so treat a frozen network (an empty list) on its own.
 # </details>
 
 # %% tags=["check"]
@@ -838,7 +841,7 @@ networks["not reached"] = torch.nn.Linear(2, 2)
 try:
     first, second = gradient_norms(loss, networks), gradient_norms(loss, networks)
 except RuntimeError as error:
-    expect("not have been used" not in str(error), "some weights have no part in the loss: allow_unused=True.")
+    expect("not have been used" not in str(error), "some weights are not in the loss: allow_unused=True.")
     raise
 for network in networks.values():
     network.zero_grad()                          # theta_1 may still hold one from stage 1
@@ -855,8 +858,8 @@ for name, value in true.items():
 print("6.7 right: " + ", ".join(f"{name} {value:.4f}" for name, value in first.items()))
 
 # %% [markdown]
-# Here is $L_{PureCC}$ with every `detach` as a switch. Before you run it, guess: in which row does $\theta_1$ get a
-# gradient? In which rows does the gradient of $\theta_2$ change?
+# Here is $L_{PureCC}$ with every `detach` as a switch. Before you run it, guess: in which row does $\theta_1$
+# get a gradient? In which rows does the gradient of $\theta_2$ change?
 
 # %%
 def with_forgotten(what, theta_1, theta_2):      # L_PureCC; nothing in `what` is detached
@@ -905,27 +908,29 @@ assert norms["v_original is not"]["theta_2"] < length
 assert torch.cosine_similarity(seen["v_original is not"][1], g, dim=0) < 0.95
 
 # %% [markdown]
-# * **$\lambda^*$**: the cosine is 1 and the length is the same. That is the envelope theorem, in the real network.
-# * **$\theta_1$ has two locks**, `no_grad` around $R(y_{tar})$ and `requires_grad_(False)`. Either is enough; only
-# where both are missing does a gradient arrive. (`no_grad` also keeps no activations in memory.)
-# * **The last row** is a mistake that no `detach` can mend: $\theta_2$ was given $\theta_1$'s $Y$ itself, not a
-# copy, so training the one moves the other. `ConceptEmbeddings` therefore begins with a `clone`.
-# * **$v_{original}$**: another gradient, in length and direction. Both predictions come from the same adapters,
-# with the derivatives $J_c$ and $J_o$. Detached, they receive $J_c^\top g$; not detached, $(J_c - J_o)^\top g$:
-# shorter, because whatever moves both predictions alike is not felt at all. And the gap is closed from both sides,
-# so the sentence *without* [V] is asked to move toward the one with it. Detached, $v_{original}$ is what it is
-# called, a reference. (`methods.not_detached` trains the other choice, and the benchmark compares them.)
+# * **$\lambda^*$**: the cosine is 1 and the length is the same. That is the envelope theorem, in the real
+# network.
+# * **$\theta_1$ has two locks**, `no_grad` around $R(y_{tar})$ and `requires_grad_(False)`. Either is enough;
+# only where both are missing does a gradient arrive. (`no_grad` also keeps no activations in memory.)
+# * **The last row** is a mistake that no `detach` can mend: $\theta_2$ was given $\theta_1$'s $Y$ itself, not
+# a copy, so training the one moves the other. `ConceptEmbeddings` therefore begins with a `clone`.
+# * **$v_{original}$**: another gradient, in length and direction. Both predictions come from the same
+# adapters, with the derivatives $J_c$ and $J_o$. Detached, they receive $J_c^\top g$; not detached,
+# $(J_c - J_o)^\top g$: shorter, because whatever moves both predictions alike is not felt at all. And the gap
+# is closed from both sides, so the sentence *without* [V] is asked to move toward the one with it. Detached,
+# $v_{original}$ is what it is called, a reference. (`methods.not_detached` trains the other choice, and the
+# benchmark compares them.)
 #
 # ## 8 · What a step costs
 #
-# A batch of $B$ samples costs $B$ forward passes for each text. Which passes come back? Count them, by a wrapper
-# that looks like the network itself. (The package puts several texts into one larger batch, so counting *calls*
-# would miss half of them: count *samples*.)
+# A batch of $B$ samples costs $B$ forward passes for each text. Which passes come back? Count them, by a
+# wrapper that looks like the network itself. (The package puts several texts into one larger batch, so
+# counting *calls* would miss half of them: count *samples*.)
 #
 # ### Exercise 6.8 ★★ · A counter
 #
-# `v.register_hook(f)` calls `f(g)` when the gradient $g$ of $v$ has been computed, so once for each backward pass
-# through the network. It can be set only if `v.requires_grad`.
+# `v.register_hook(f)` calls `f(g)` when the gradient $g$ of $v$ has been computed, so once for each backward
+# pass through the network. It can be set only if `v.requires_grad`.
 
 # %% [markdown] tags=["slide"]
 # ## What a step costs
@@ -962,11 +967,11 @@ def counting(theta, name, tally):                # counts calls
     return velocity
 
 # %% tags=["wrong"]
-def counting(theta, name, tally):                # believes that every forward pass comes back
+def counting(theta, name, tally):                # believes that every gradient is asked for
     def velocity(x_t, t, text):
         v = theta(x_t, t, text)
         tally[name, "forward"] += len(x_t)
-        tally[name, "backward"] += len(x_t)
+        tally[name, "backward"] += len(x_t) * v.requires_grad
         return v
     return velocity
 
@@ -996,15 +1001,21 @@ for loss_of_step, wanted in expected.items():
            f"{loss_of_step.__name__}: count len(x_t) samples for each call, not calls.")
     expect(got == wanted, f"{loss_of_step.__name__}: you counted {got},\nand it is {wanted}; a prediction "
                           "comes back only if it carries a gradient, and then once.")
+tally = Counter()                                # two predictions, of which only one is in the loss
+seen = counting(theta_2, "theta_2", tally)
+_, used = seen(batch.x_t, batch.t, batch.texts.base), seen(batch.x_t, batch.t, batch.texts.complete)
+used.mean().backward()
+theta_2.zero_grad()
+expect(tally["theta_2", "backward"] == B, "what is not in the loss never comes back: use the hook.")
 print("6.8 right: passes for each sample     forward    backward")
 for loss_of_step, got in counts.items():
     print(f"{loss_of_step.__name__:38s}{sum(v for k, v in got.items() if 'forward' in k):7.0f}"
           f"{sum(v for k, v in got.items() if 'backward' in k):12.0f}")
 
 # %% [markdown]
-# A step of PureCC has four forwards and **one** backward, and a step of $L_{CC}$ one of each. If a backward costs
-# $b$ forwards, the ratio is $(4 + b) / (1 + b)$: it is below 4, because the dear part is not repeated. Drawn for
-# $b = 2$:
+# A step of PureCC has four forwards and **one** backward, and a step of $L_{CC}$ one of each. If a backward
+# costs $b$ forwards, the ratio is $(4 + b) / (1 + b)$: it is below 4, because the dear part is not repeated.
+# Drawn for $b = 2$:
 #
 # ```
 #    L_CC      [complete][      backward      ]
@@ -1013,16 +1024,17 @@ for loss_of_step, got in counts.items():
 #
 # `python -m purecc_min speed` measures the ratio on your computer.
 #
-# The paper's own figures, for 400 steps of each stage on Stable Diffusion 3.5 Medium: 0.13 A100 hours for stage 1,
-# whose step is a LoRA's, and 0.20 for stage 2, a ratio of 1.5. PureCC needs both stages, 0.33 hours in all: 2.5
-# times a LoRA. (In the formula 0.20 / 0.13 would be $b = 4.6$. The hours hold more than passes, and the paper does
-# not divide them.) At inference only $\theta_2$ is used, and it costs what a LoRA costs.
+# The paper's own figures, for 400 steps of each stage on Stable Diffusion 3.5 Medium: 0.13 A100 hours for
+# stage 1, whose step is a LoRA's, and 0.20 for stage 2, a ratio of 1.5. PureCC needs both stages, 0.33 hours
+# in all: 2.5 times a LoRA. (In the formula 0.20 / 0.13 would be $b = 4.6$. The hours hold more than passes,
+# and the paper does not divide them.) At inference only $\theta_2$ is used, and it costs what a LoRA costs.
 #
 # ## 9 · Training with your own objective
 #
-# The package's loop calls a function `(thetas, batch, eta) -> (loss, what to log)`. Wrap yours, check that three
-# steps of it are the package's three steps, and train with three values of $\eta$: 0 is a plain LoRA, 1 is the
-# paper's choice, and 8 is far too much, to see the tendency. All three start alike and see the same batches.
+# The package's loop calls a function `(thetas, batch, eta) -> (loss, what to log)`. Wrap yours, check that
+# three steps of it are the package's three steps, and train with three values of $\eta$: 0 is a plain LoRA, 1
+# is the paper's choice, and 8 is far too much, to see the tendency. All three start alike and see the same
+# batches.
 
 # %%
 def stage_2_loss(thetas, batch, eta):
@@ -1085,21 +1097,22 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 # Look at the last column: nobody asked for [V] there.
 
 # %% [markdown]
-# Read the table from left to right. $L_{PureCC}$ falls with $\eta$, as it should, and at $\eta = 8$ $L_{CC}$ pays
-# for it. At $\eta = 1$ it is a small part of the loss: a gentle correction of a LoRA, and no other kind of
-# training. $\lambda^*$ is smaller as well at $\eta = 8$, though no term asks for that: the adapters that make the
-# rejection small make all of $R_c$ small (column R_complete).
+# Read the table from left to right. $L_{PureCC}$ falls with $\eta$, as it should, and at $\eta = 8$ $L_{CC}$
+# pays for it. At $\eta = 1$ it is a small part of the loss: a gentle correction of a LoRA, and no other kind
+# of training. $\lambda^*$ is smaller as well at $\eta = 8$, though no term asks for that: the adapters that
+# make the rejection small make all of $R_c$ small (column R_complete).
 #
-# The last two columns hold the most important fact of this lesson. For every $\eta$, $v_{original}$ has moved away
-# from the untouched model *further* than [V] makes a difference. The adapters act on every text, and what they do
-# to both predictions alike cancels in $R_c$: Eq. 14 cannot see it. The last column of pictures shows it, where
-# nobody asked for [V]. $L_{PureCC}$ keeps the *difference* pure; nothing in Eq. 15 holds $v_{original}$ where it
-# was. (One concept, one seed, fifty steps: an illustration, not a measurement. The measurement is in
-# [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md).)
+# The last two columns hold the most important fact of this lesson. For every $\eta$, $v_{original}$ has moved
+# away from the untouched model *further* than [V] makes a difference. The adapters act on every text, and
+# what they do to both predictions alike cancels in $R_c$: Eq. 14 cannot see it. The last column of pictures
+# shows it, where nobody asked for [V]. $L_{PureCC}$ keeps the *difference* pure; nothing in Eq. 15 holds
+# $v_{original}$ where it was. (One concept, one seed, fifty steps: an illustration, not a measurement. The
+# measurement is in [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md).)
 #
 # ## What you can now say
 #
-# * $\lambda^* R(y_{tar})$ is the projection of $R(y_{complete}, y_{base})$, and $L_{PureCC}$ the squared rejection.
+# * $\lambda^* R(y_{tar})$ is the projection of $R(y_{complete}, y_{base})$, and $L_{PureCC}$ the squared
+# rejection.
 # * $L_{PureCC}$ takes away what [V] adds beside the concept's direction. Only $L_{CC}$ asks for the concept.
 # * Detaching $\lambda^*$ changes nothing (envelope). Detaching $v_{original}$ is a choice. $\theta_1$ has two
 # locks.
@@ -1116,27 +1129,28 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 #
 # ## Three questions
 #
-# **1.** A colleague multiplies the extractor's direction by 10, "to teach the concept more strongly". What changes?
+# **1.** A colleague multiplies the extractor's direction by 10, "to teach the concept more strongly". What
+# changes?
 # <details><summary>Answer</summary>
 #
-# Nothing. $\lambda^*$ becomes a tenth, and $\lambda^* R(y_{tar})$ stays. The same holds for the factor $-1$. Only
-# the *line* through $R(y_{tar})$ matters. With a constant $l$ it would change everything.
+# Nothing. $\lambda^*$ becomes a tenth, and $\lambda^* R(y_{tar})$ stays. The same holds for the factor $-1$.
+# Only the *line* through $R(y_{tar})$ matters. With a constant $l$ it would change everything.
 # </details>
 #
-# **2.** Somebody takes $v_{original}$ in Eq. 13 from the untouched base model, and leaves $\theta_2$'s in Eq. 10.
-# May they still leave out the `detach` of $\lambda^*$?
+# **2.** Somebody takes $v_{original}$ in Eq. 13 from the untouched base model, and leaves $\theta_2$'s in Eq.
+# 10. May they still leave out the `detach` of $\lambda^*$?
 # <details><summary>Answer</summary>
 #
-# No. $\lambda^*$ then minimises $\lVert R_c - l R_t \rVert^2$ with *another* $v_{original}$ than the loss has, so
-# $\partial F / \partial\lambda$ is not zero there, and the first part of the chain rule stays.
+# No. $\lambda^*$ then minimises $\lVert R_c - l R_t \rVert^2$ with *another* $v_{original}$ than the loss
+# has, so $\partial F / \partial\lambda$ is not zero there, and the first part of the chain rule stays.
 # </details>
 #
 # **3.** After stage 2, $L_{PureCC}$ is exactly zero and $\lambda^* = 0$. What does [V] do?
 # <details><summary>Answer</summary>
 #
-# Nothing: the rejection and the projection are both zero, so $R(y_{complete}, y_{base}) = 0$, and a text means the
-# same with [V] and without. The model can still draw the concept, for *every* robot. A small $L_{PureCC}$ alone is
-# no proof of purity.
+# Nothing: the rejection and the projection are both zero, so $R(y_{complete}, y_{base}) = 0$, and a text
+# means the same with [V] and without. The model can still draw the concept, for *every* robot. A small
+# $L_{PureCC}$ alone is no proof of purity.
 # </details>
 #
 # **Next:** lesson 7. The objective is written; what it gains and what it costs has to be measured.

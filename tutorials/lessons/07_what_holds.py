@@ -15,18 +15,19 @@
 #
 # **Where $v_{original}$ goes, which gradient takes it there, and three ways to hold it**
 #
-# Lesson 6 ended with a warning: $L_{PureCC}$ compares $\theta_2$ with itself, so what the adapters do to both texts
-# alike it cannot see. In this lesson you measure how much that is, and find the gradient that does it. Then you write
-# three cures, train with them, and compare them where a comparison is fair: at equal fidelity.
+# Lesson 6 ended with a warning: $L_{PureCC}$ compares $\theta_2$ with itself, so what the adapters do to both
+# texts alike it cannot see. In this lesson you measure how much that is, and find the gradient that does it.
+# Then you write three cures, train with them, and compare them where a comparison is fair: at equal fidelity.
 #
 # **When you are through, you have written**
 #
-# 1. the drift of $v_{original}$, and a tool that says what one small step along a gradient does to a prediction;
+# 1. the drift of $v_{original}$, and a tool that says what one small step along a gradient does to a
+# prediction;
 # 2. three cures: an anchor, a switch, and adapters that are bound to [V];
 # 3. the reading of two methods at equal fidelity;
 #
-# **and you can say** why no $\eta$ holds $v_{original}$, why bound adapters cost texts without [V] exactly nothing,
-# and when you should use something else all the same.
+# **and you can say** why no $\eta$ holds $v_{original}$, why bound adapters cost texts without [V] exactly
+# nothing, and when you should use something else all the same.
 #
 # | | |
 # |---|---|
@@ -35,8 +36,8 @@
 # | Keep open | [`purecc_min/methods.py`](../../purecc_min/methods.py) and [`lora.py`](../../purecc_min/lora.py), **after** you have tried |
 # | Read after | [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md): the same questions, with several concepts and seeds |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the solved
-# notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
+# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 7 · What nothing holds
@@ -121,14 +122,14 @@ show([p for x in drawn.values() for p in pipe.decode_images(x)],
 # After stage 2 of PureCC, with $\eta = 1$.
 
 # %% [markdown]
-# These are the extractor and the stage 2 of lesson 6, with the package's loss and 50 steps each. The three columns on
-# the left ask for [V]. The three on the right do not: a plain robot, and two other things. The plain robot has turned
-# into *the* robot.
+# These are the extractor and the stage 2 of lesson 6, with the package's loss and 50 steps each. The three
+# columns on the left ask for [V]. The three on the right do not: a plain robot, and two other things. The
+# plain robot has turned into *the* robot.
 #
 # ## 1 · How far has $v_{original}$ moved?
 #
-# Take noised references $(x_t, t)$, and the untouched model's prediction for the base text, $v_0$. From there, two
-# arrows go out:
+# Take noised references $(x_t, t)$, and the untouched model's prediction for the base text, $v_0$. From
+# there, two arrows go out:
 #
 # ```
 #                         move of v_complete
@@ -143,8 +144,8 @@ show([p for x in drawn.values() for p in pipe.decode_images(x)],
 #
 # ### Exercise 7.1 ★ · The drift
 #
-# Return three numbers: the drift; the same share for $v_{complete}$, measured from the same $v_0$; and the cosine
-# of the two moves. Read each $[B, C, H, W]$ as **one** long vector.
+# Return three numbers: the drift; the same share for $v_{complete}$, measured from the same $v_0$; and the
+# cosine of the two moves. Read each $[B, C, H, W]$ as **one** long vector.
 
 # %% tags=["exercise"]
 def drift(theta_0, theta, batch):
@@ -181,8 +182,9 @@ def drift(theta_0, theta, batch):                # the cosine of the predictions
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `theta_0` is called once, with the base text; `theta` twice. Subtract $v_0$ from both of theta's predictions, then
-# take lengths. An untrained theta has not moved: keep the cosine from 0 / 0 with `.clamp(min=1e-12)`.
+# `theta_0` is called once, with the base text; `theta` twice. Subtract $v_0$ from both of theta's
+# predictions, then take lengths. An untrained theta has not moved: keep the cosine from 0 / 0 with
+# `.clamp(min=1e-12)`.
 # </details>
 
 # %% tags=["check"]
@@ -207,35 +209,36 @@ for name, a, b in zip(names, before, mine):
 assert before[0] == 0 and mine[0] > 0.6 * mine[1] and mine[2] > 0.8
 
 # %% [markdown]
-# After fifty steps $v_{original}$ has moved about as far as $v_{complete}$, and in nearly the same direction. The
-# concept is not where [V] is. It is in the adapters, for any text about a robot. And nothing was wrong with your
-# loss: this is what it allows.
+# After fifty steps $v_{original}$ has moved about as far as $v_{complete}$, and in nearly the same direction.
+# The concept is not where [V] is. It is in the adapters, for any text about a robot. And nothing was wrong
+# with your loss: this is what it allows.
 #
 # **Why the loss allows it, in two lines.** Add the same $\delta$ to both predictions of $\theta_2$:
 #
 # $$R(y_{complete}, y_{base}) = (v_{complete} + \delta) - (v_{original} + \delta) = v_{complete} - v_{original}.$$
 #
-# So $R_c$, $\lambda^*$ and $L_{PureCC}$ stay *exactly* what they were, for every $\delta$, and $L_{CC}$ falls if
-# $\delta$ leads toward the references. The cheapest way to learn the concept is to move both alike.
+# So $R_c$, $\lambda^*$ and $L_{PureCC}$ stay *exactly* what they were, for every $\delta$, and $L_{CC}$ falls
+# if $\delta$ leads toward the references. The cheapest way to learn the concept is to move both alike.
 
 # %% [markdown] tags=["slide"]
 # ## Why the loss allows it
 #
 # $$(v_{complete} + \delta) - (v_{original} + \delta) = v_{complete} - v_{original}$$
 #
-# Move both predictions by the same $\delta$: $R_c$, $\lambda^*$ and $L_{PureCC}$ do not change. $L_{CC}$ falls.
+# Move both predictions by the same $\delta$: $R_c$, $\lambda^*$ and $L_{PureCC}$ do not change. $L_{CC}$
+# falls.
 
 # %% [markdown]
 # ## 2 · Which gradient moves it?
 #
-# $L_{PureCC}$ *allows* the drift. Who causes it? $\theta_2$ is pushed by two gradients, $g_{CC}$ of $L_{CC}$ and
-# $\eta\, g_{PureCC}$. First get hold of them.
+# $L_{PureCC}$ *allows* the drift. Who causes it? $\theta_2$ is pushed by two gradients, $g_{CC}$ of $L_{CC}$
+# and $\eta\, g_{PureCC}$. First get hold of them.
 #
 # ### Exercise 7.2 ★ · Two gradients
 #
-# `pcc_loss(theta_1, theta_2, batch, eta)` returns the loss and the terms of lesson 6; among them are `loss_cc` and
-# `loss_purecc`. Return the gradient of each over **all** parameters of $\theta_2$, as one vector $[P]$, in the order
-# of `theta_2.parameters()`. Leave no trace in `.grad`.
+# `pcc_loss(theta_1, theta_2, batch, eta)` returns the loss and the terms of lesson 6; among them are
+# `loss_cc` and `loss_purecc`. Return the gradient of each over **all** parameters of $\theta_2$, as one
+# vector $[P]$, in the order of `theta_2.parameters()`. Leave no trace in `.grad`.
 
 # %% tags=["exercise"]
 def two_gradients(theta_1, theta_2, batch):
@@ -267,8 +270,8 @@ def two_gradients(theta_1, theta_2, batch):      # .grad is never emptied
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `torch.autograd.grad(loss, weights, retain_graph=True)` gives a list of tensors and writes nothing anywhere. The
-# graph is needed twice. `parameters_to_vector` joins the list to one vector.
+# `torch.autograd.grad(loss, weights, retain_graph=True)` gives a list of tensors and writes nothing anywhere.
+# The graph is needed twice. `parameters_to_vector` joins the list to one vector.
 # </details>
 
 # %% tags=["check"]
@@ -289,23 +292,23 @@ print(f"the share of L_PureCC, for eta = 1:  in the loss {in_loss:.1%}, in the g
 assert in_loss < 0.15 and in_gradient > 2 * in_loss
 
 # %% [markdown]
-# $L_{PureCC}$ is a small part of the loss, and a much larger part of the gradients: a small rejection can still be
-# steep. So it does something. What?
+# $L_{PureCC}$ is a small part of the loss, and a much larger part of the gradients: a small rejection can
+# still be steep. So it does something. What?
 #
-# A step goes along $-g$. How a prediction answers to a step is a **directional derivative**: with the parameters
-# $w$ and a direction $d$,
+# A step goes along $-g$. How a prediction answers to a step is a **directional derivative**: with the
+# parameters $w$ and a direction $d$,
 #
 # $$\frac{v(w + h d) - v(w - h d)}{2h} \;=\; J d + O(h^2),$$
 #
-# where $J$ is the Jacobian of the prediction. This *central difference* needs two forward passes with a shifted
-# $\theta_2$, and no line of new calculus. Nobody ever writes down $J$: it would have as many rows as there are
-# pixels.
+# where $J$ is the Jacobian of the prediction. This *central difference* needs two forward passes with a
+# shifted $\theta_2$, and no line of new calculus. Nobody ever writes down $J$: it would have as many rows as
+# there are pixels.
 #
 # ### Exercise 7.3 ★★ · The answer of a prediction
 #
-# `predict()` returns a tensor, computed with `theta`'s parameters as they are at that moment. Shift the parameters
-# by $\pm h d$, predict, and put them back **exactly**. `vector_to_parameters(w, theta.parameters())` writes a vector
-# $[P]$ into them.
+# `predict()` returns a tensor, computed with `theta`'s parameters as they are at that moment. Shift the
+# parameters by $\pm h d$, predict, and put them back **exactly**.
+# `vector_to_parameters(w, theta.parameters())` writes a vector $[P]$ into them.
 
 # %% tags=["exercise"]
 def answer(theta, d, predict, h):
@@ -346,14 +349,14 @@ def answer(theta, d, predict, h):                # there and back by adding: w i
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Keep `w = parameters_to_vector(theta.parameters()).detach().clone()` and write `w + h * d`, `w - h * d` and at the
-# end `w` itself. Adding and subtracting in turn rounds each time.
+# Keep `w = parameters_to_vector(theta.parameters()).detach().clone()` and write `w + h * d`, `w - h * d` and
+# at the end `w` itself. Adding and subtracting in turn rounds each time.
 # </details>
 # <details><summary>How the check knows</summary>
 #
-# For every $u$ of the prediction's shape, $\langle Jd, u\rangle = \langle d, J^\top u\rangle$, and $J^\top u$ is
-# what `backward` computes: the gradient of $\langle v, u\rangle$. So your forward passes are compared with a
-# backward pass.
+# For every $u$ of the prediction's shape, $\langle Jd, u\rangle = \langle d, J^\top u\rangle$, and $J^\top u$
+# is what `backward` computes: the gradient of $\langle v, u\rangle$. So your forward passes are compared with
+# a backward pass.
 # </details>
 
 # %% tags=["check"]
@@ -377,8 +380,9 @@ expect_close(there / back, torch.ones(()), "<Jd, u> / <d, J^T u>", 0.02)
 print(f"7.3 right: <Jd, u> = {there:.4f} by two forward passes, <d, J^T u> = {back:.4f} by a backward pass")
 
 # %% [markdown]
-# Now ask. A step along $-g_{CC}$ and one along $-\eta\, g_{PureCC}$ with $\eta = 1$, at the beginning of stage 2 and
-# at its end: how far do $v_{original}$, $v_{complete}$ and their difference $R_c$ go, for each unit of step size?
+# Now ask. A step along $-g_{CC}$ and one along $-\eta\, g_{PureCC}$ with $\eta = 1$, at the beginning of
+# stage 2 and at its end: how far do $v_{original}$, $v_{complete}$ and their difference $R_c$ go, for each
+# unit of step size?
 
 # %%
 def answers(theta):                              # name of a gradient -> the answers of v_original, v_complete
@@ -418,19 +422,20 @@ plt.show()
 #
 # ![](last)
 #
-# Where one small step acts, on one scale a row. Neither loss asks for a move of $v_{original}$. The adapters are shared, so it goes along.
+# Where one small step acts, on one scale a row. Neither loss asks for a move of $v_{original}$. The adapters
+# are shared, so it goes along.
 
 # %% [markdown]
 # Read each row of the table from left to right.
 #
-# * **$-g_{CC}$ is what moves $v_{original}$.** $L_{CC}$ never sees the base text. But adapters that act on every
-# token have no way to change the picture of "a [V] robot" and not that of "a robot": one step moves both
-# predictions nearly alike, from the first step on.
+# * **$-g_{CC}$ is what moves $v_{original}$.** $L_{CC}$ never sees the base text. But adapters that act on
+# every token have no way to change the picture of "a [V] robot" and not that of "a robot": one step moves
+# both predictions nearly alike, from the first step on.
 # * **$-g_{PureCC}$ moves it too.** Its loss pushes $v_{complete}$ alone, toward the line of lesson 6, and
 # $v_{original}$ comes along. Only the small part in the column $R_c$ does what the loss asks for.
-# * **So no $\eta$ helps.** It makes a push larger that moves both alike as well: a very large one takes both back
-# together, and the concept with them (lesson 6, $\eta = 8$). No term of Eq. 15 knows where $v_{original}$ *was*.
-# Something has to say so: a loss, a switch, or the place where adapters act.
+# * **So no $\eta$ helps.** It makes a push larger that moves both alike as well: a very large one takes both
+# back together, and the concept with them (lesson 6, $\eta = 8$). No term of Eq. 15 knows where
+# $v_{original}$ *was*. Something has to say so: a loss, a switch, or the place where adapters act.
 #
 # ## 3 · First cure: an anchor
 #
@@ -495,9 +500,9 @@ for name, g in (("g_CC", g_cc), ("g_PureCC", g_pure), ("g_anchor", g_anchor)):
 assert back["g_anchor"] > 0.2 and back["g_anchor"] > max(back["g_CC"], back["g_PureCC"])
 
 # %% [markdown]
-# Of the three the anchor's gradient leads $v_{original}$ home most directly. Its price: a second prediction that
-# comes back, a forward pass of $\theta_0$, and a weight that balances it against $L_{CC}$. And it is a *request*,
-# on the texts that are anchored; how well it is kept you will see in section 6.
+# Of the three the anchor's gradient leads $v_{original}$ home most directly. Its price: a second prediction
+# that comes back, a forward pass of $\theta_0$, and a weight that balances it against $L_{CC}$. And it is a
+# *request*, on the texts that are anchored; how well it is kept you will see in section 6.
 #
 # ## 4 · Second cure: switching off
 #
@@ -506,8 +511,8 @@ assert back["g_anchor"] > 0.2 and back["g_anchor"] > max(back["g_CC"], back["g_P
 # $$v(x_t \mid y) = \begin{cases} v_\theta(x_t \mid y) & \text{if [V] is in } y,\\
 # v_{\theta_0}(x_t \mid y) & \text{otherwise.}\end{cases}$$
 #
-# `text.slots` $[B, T]$ is 0 except where a placeholder stands. A batch may mix both kinds of texts: guidance (lesson
-# 1) puts the empty text and the prompt into one.
+# `text.slots` $[B, T]$ is 0 except where a placeholder stands. A batch may mix both kinds of texts: guidance
+# (lesson 1) puts the empty text and the prompt into one.
 #
 # ### Exercise 7.5 ★★ · The switch, row by row
 
@@ -537,8 +542,8 @@ def switched_off(theta, theta_0):                # looks at the first token alon
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `(text.slots > 0).any(dim=1)` is $[B]$. Give it three axes of length 1, then `torch.where(named, a, b)` chooses a
-# row's prediction.
+# `(text.slots > 0).any(dim=1)` is $[B]$. Give it three axes of length 1, then `torch.where(named, a, b)`
+# chooses a row's prediction.
 # </details>
 
 # %% tags=["check"]
@@ -554,14 +559,14 @@ print("7.5 right: the rows without [V] are the base model's, bit for bit")
 
 # %% [markdown]
 # The leak is gone, for any LoRA, after the training. But see what has changed in guidance. It computes
-# $v_\varnothing + g\,(v_y - v_\varnothing)$. Suppose that the adapters add $\delta$ to *every* prediction. If they
-# answer the empty text too, then
+# $v_\varnothing + g\,(v_y - v_\varnothing)$. Suppose that the adapters add $\delta$ to *every* prediction. If
+# they answer the empty text too, then
 #
 # $$(v_\varnothing + \delta) + g\,\big((v_y + \delta) - (v_\varnothing + \delta)\big)
 # = v_\varnothing + g\,(v_y - v_\varnothing) + \delta,$$
 #
-# and $\delta$ arrives once. With the base model's empty text it is $g\,\delta$: it arrives $g$ times. What was
-# learned in one way is drawn in another.
+# and $\delta$ arrives once. With the base model's empty text it is $g\,\delta$: it arrives $g$ times. What
+# was learned in one way is drawn in another.
 
 # %%
 @torch.no_grad()
@@ -590,26 +595,29 @@ assert not torch.equal(drawn["PureCC, switched"][:3], drawn["PureCC"][:3])
 #
 # ![](last)
 #
-# The last three columns are the base model's, bit for bit. But guidance's empty text is now the base model's too: what was learned arrives $g$ times.
+# The last three columns are the base model's, bit for bit. But guidance's empty text is now the base model's
+# too: what was learned arrives $g$ times.
 
 # %% [markdown]
-# In the right column of the table the move is multiplied by $g$, exactly. In the left one it grows less: the adapters
-# move the empty text too, though not quite as far as the prompt, and what is common to both cancels.
+# In the right column of the table the move is multiplied by $g$, exactly. In the left one it grows less: the
+# adapters move the empty text too, though not quite as far as the prompt, and what is common to both cancels.
 #
-# In the pictures, the three without [V] are the base model's, bit for bit. The other three are drawn from *the same
-# weights* as in the row above, and look overdone. (In the [benchmark](../../purecc_min/benchmark/README.md) who
-# answers the empty text changes more than the choice between LoRA and PureCC does.)
+# In the pictures, the three without [V] are the base model's, bit for bit. The other three are drawn from
+# *the same weights* as in the row above, and look overdone. (In the
+# [benchmark](../../purecc_min/benchmark/README.md) who answers the empty text changes more than the choice
+# between LoRA and PureCC does.)
 #
 # ### Where a switch cannot help: one picture, two robots
 #
-# "A [V] robot beside a robot": this text has a [V] in it, so the adapters are on, for every token, and the plain
-# robot is drawn by the same adapters as *the* robot. A switch chooses between two models for a whole picture. Only
-# something that acts inside the picture, token by token, could tell the two apart. That is the third cure.
+# "A [V] robot beside a robot": this text has a [V] in it, so the adapters are on, for every token, and the
+# plain robot is drawn by the same adapters as *the* robot. A switch chooses between two models for a whole
+# picture. Only something that acts inside the picture, token by token, could tell the two apart. That is the
+# third cure.
 #
 # ## 5 · Third cure: binding
 #
-# Let the adapters act at [V]'s token only. A text without [V] has no such token, so nothing acts. Which layers can be
-# adapted there? Follow the slot through block $l$ (lesson 4: at its input stands $Y^l$):
+# Let the adapters act at [V]'s token only. A text without [V] has no such token, so nothing acts. Which
+# layers can be adapted there? Follow the slot through block $l$ (lesson 4: at its input stands $Y^l$):
 #
 # ```
 #                 .--> to_k, to_v ---> keys and values ---> attended to by EVERY token, patches too
@@ -618,8 +626,8 @@ assert not torch.equal(drawn["PureCC, switched"][:3], drawn["PureCC"][:3])
 #                                                                                     Y^(l+1) comes
 # ```
 #
-# What the slot computes for *itself* never leaves it. What others read from it are its keys and values. Test it: push
-# the output of each layer at the slot, in all blocks, and see whether $v$ moves.
+# What the slot computes for *itself* never leaves it. What others read from it are its keys and values. Test
+# it: push the output of each layer at the slot, in all blocks, and see whether $v$ moves.
 
 # %% [markdown] tags=["slide"]
 # ## Which layers can be bound to [V]?
@@ -663,15 +671,15 @@ assert all((reach[name, True] > 0) == (name[-4:] in ("to_k", "to_v")) for name i
 assert all(reach[name, False] > 0 for name in layers)
 
 # %% [markdown]
-# With $Y^l$ in every block, exactly two layers reach the picture; the zeros are exact. (In the right column nothing
-# overwrites the slot, and every layer counts. The argument holds *because of* Eq. 7.) So a bound set needs adapters
-# on `to_k` and `to_v` of the text stream and nowhere else: $y = Wx + m \cdot BAx$, where the mask $m$ is 1 at the
-# slot and 0 at every other token.
+# With $Y^l$ in every block, exactly two layers reach the picture; the zeros are exact. (In the right column
+# nothing overwrites the slot, and every layer counts. The argument holds *because of* Eq. 7.) So a bound set
+# needs adapters on `to_k` and `to_v` of the text stream and nowhere else: $y = Wx + m \cdot BAx$, where the
+# mask $m$ is 1 at the slot and 0 at every other token.
 #
 # ### Exercise 7.6 ★★★ · Bound adapters
 #
-# Write the visit: put $Y^l$ into the slots, attach the adapters of block $l$ to `block.attention.text.to_k` and
-# `.to_v` with hooks (lesson 4), multiply each change with the mask, run the block, remove the hooks.
+# Write the visit: put $Y^l$ into the slots, attach the adapters of block $l$ to `block.attention.text.to_k`
+# and `.to_v` with hooks (lesson 4), multiply each change with the mask, run the block, remove the hooks.
 
 # %% tags=["exercise"]
 def bound_visit(pairs, Y, slots):
@@ -739,8 +747,8 @@ def bound_visit(pairs, Y, slots):                # the mask is laid on the whole
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `getattr(block.attention.text, "to_k")` is the layer. `try: return block(x, c, vec)` with `finally:` removes the
-# hooks on every way out.
+# `getattr(block.attention.text, "to_k")` is the layer. `try: return block(x, c, vec)` with `finally:` removes
+# the hooks on every way out.
 # </details>
 
 # %% tags=["check"]
@@ -770,14 +778,14 @@ print(f"7.6 right: the package's bound adapters, to {(mine - theirs).abs().max()
 
 # %% [markdown]
 # Compare the three cures. The anchor *asks* that a text without [V] should be answered as before. The switch
-# *chooses* another model for it. Binding makes it *impossible* to answer otherwise: $m = 0$ at every token, so
-# $y = Wx + 0$ in every layer, before the training, after it, and for guidance's empty text. And in a text with [V] it
-# acts at one token.
+# *chooses* another model for it. Binding makes it *impossible* to answer otherwise: $m = 0$ at every token,
+# so $y = Wx + 0$ in every layer, before the training, after it, and for guidance's empty text. And in a text
+# with [V] it acts at one token.
 #
 # ## 6 · Three runs on the same draws
 #
-# A plain LoRA ($L_{CC}$), an anchored one ($L_{CC} + L_{anchor}$), and a bound one ($L_{CC}$): fifty steps each, at
-# one learning rate, from the same $Y^l$ and with the same batches.
+# A plain LoRA ($L_{CC}$), an anchored one ($L_{CC} + L_{anchor}$), and a bound one ($L_{CC}$): fifty steps
+# each, at one learning rate, from the same $Y^l$ and with the same batches.
 
 # %%
 def l_cc(thetas, batch, eta):
@@ -829,34 +837,35 @@ assert 0 < changes["anchored"] < min(changes["LoRA"], changes["PureCC"])
 assert shares["bound"] > 3 * max(shares["LoRA"], shares["PureCC"])
 
 # %% [markdown]
-# *Like the references* is the cosine between what the reader network sees in the three pictures with [V] and in the
-# references. All four runs have learned the robot. What they did beside it differs:
+# *Like the references* is the cosine between what the reader network sees in the three pictures with [V] and
+# in the references. All four runs have learned the robot. What they did beside it differs:
 #
 # * **LoRA and PureCC** drift alike, and the plain robot is gone in both rows. Look at the cat there, too.
-# * **The anchor's** request is heard: its drift is clearly smaller, and the plain robot is plainer again. But the
-# drift is not zero, and the pictures without [V] are not those of the first row.
-# * **The bound run** has two zeros. They are not small numbers that were measured; they hold by construction, and
-# the cell above has compared the bits.
-# * **But the damage can also lie in the pictures *with* [V].** Compare the surroundings of the robot there with
-# those of the base model, row by row. Bound adapters say everything through one token, and what they cannot say
-# well they can write beside the object. No drift on base texts will tell you that.
-# * **The last column** says what $L_{PureCC}$ is worth in each run. While both predictions move alike it sees next
-# to nothing. With $v_{original}$ held, the whole concept is in $R_c$, and it has work to do.
+# * **The anchor's** request is heard: its drift is clearly smaller, and the plain robot is plainer again. But
+# the drift is not zero, and the pictures without [V] are not those of the first row.
+# * **The bound run** has two zeros. They are not small numbers that were measured; they hold by construction,
+# and the cell above has compared the bits.
+# * **But the damage can also lie in the pictures *with* [V].** Compare the surroundings of the robot there
+# with those of the base model, row by row. Bound adapters say everything through one token, and what they
+# cannot say well they can write beside the object. No drift on base texts will tell you that.
+# * **The last column** says what $L_{PureCC}$ is worth in each run. While both predictions move alike it sees
+# next to nothing. With $v_{original}$ held, the whole concept is in $R_c$, and it has work to do.
 #
 # ## 7 · At equal fidelity
 #
-# Fifty steps each: is that fair? Who learns less also damages less. So do not compare ends. Take the whole way of
-# each training, from the base model at (0, 0), and read both runs **at the same fidelity**, the highest one that
-# both reach. It is as if the faster one had been stopped early.
+# Fifty steps each: is that fair? Who learns less also damages less. So do not compare ends. Take the whole
+# way of each training, from the base model at (0, 0), and read both runs **at the same fidelity**, the
+# highest one that both reach. It is as if the faster one had been stopped early.
 #
-# We need a fidelity that costs no pictures: the share of $L_{CC}$ that is gone, on draws that no run has seen. And as
-# damage the drift on texts that are not about [V], at the pictures that the base model draws for them.
+# We need a fidelity that costs no pictures: the share of $L_{CC}$ that is gone, on draws that no run has
+# seen. And as damage the drift on texts that are not about [V], at the pictures that the base model draws for
+# them.
 #
 # ### Exercise 7.7 ★★ · Reading a front
 #
-# `front` is a list of (fidelity, damage) in the order of training. Return the damage at the place where the front
-# **first** reaches `level`, on the straight line between the two points around it; `None` if it never does.
-# Training is noisy: a fidelity may fall on the way.
+# `front` is a list of (fidelity, damage) in the order of training. Return the damage at the place where the
+# front **first** reaches `level`, on the straight line between the two points around it; `None` if it never
+# does. Training is noisy: a fidelity may fall on the way.
 
 # %% tags=["exercise"]
 def damage_at(front, level):
@@ -878,8 +887,8 @@ def damage_at(front, level):                     # np.interp wants ascending fid
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `zip(front, front[1:])` gives each point with the next. The first pair with `f_0 < level <= f_1` is the place; the
-# part of the way is `(level - f_0) / (f_1 - f_0)`.
+# `zip(front, front[1:])` gives each point with the next. The first pair with `f_0 < level <= f_1` is the
+# place; the part of the way is `(level - f_0) / (f_1 - f_0)`.
 # </details>
 
 # %% tags=["check"]
@@ -945,40 +954,41 @@ assert fronts["bound"][-1][0] < fronts["LoRA"][-1][0]
 # Read all runs on the grey line: the highest fidelity that all of them reach.
 
 # %% [markdown]
-# On the grey line everybody has learned the same, by this measure. PureCC and the LoRA lie near each other, as they
-# do in the benchmark. The anchored run pays less, and the bound run nothing at all. After the same fifty steps the
-# bound run is behind the LoRA: that is what equal fidelity takes into account.
+# On the grey line everybody has learned the same, by this measure. PureCC and the LoRA lie near each other,
+# as they do in the benchmark. The anchored run pays less, and the bound run nothing at all. After the same
+# fifty steps the bound run is behind the LoRA: that is what equal fidelity takes into account.
 #
-# Be careful with two things. $L_{CC}$ counts every pixel of the references, also those that are *not* the robot;
-# the likeness of section 6, which looks at the object, need not put the runs in the same order. And these are one
-# concept, one seed and fifty steps; the [benchmark](../../purecc_min/benchmark/README.md) has four concepts, three
-# to five seeds, its fidelity is read from pictures, and intervals stand beside its numbers.
+# Be careful with two things. $L_{CC}$ counts every pixel of the references, also those that are *not* the
+# robot; the likeness of section 6, which looks at the object, need not put the runs in the same order. And
+# these are one concept, one seed and fifty steps; the [benchmark](../../purecc_min/benchmark/README.md) has
+# four concepts, three to five seeds, its fidelity is read from pictures, and intervals stand beside its
+# numbers.
 #
 # ## 8 · What to use
 #
-# **Use bound adapters with $L_{CC}$: `learn --method bound`.** They cost nothing without [V], by construction; they
-# have no weight to balance, and a step has fewer adapters to compute than a LoRA's. In trials with a base model that
-# had drawn stripes, hats and antennas before, one at a time, they learned such a robot, cat and fish as well as a
-# LoRA.
+# **Use bound adapters with $L_{CC}$: `learn --method bound`.** They cost nothing without [V], by
+# construction; they have no weight to balance, and a step has fewer adapters to compute than a LoRA's. In
+# trials with a base model that had drawn stripes, hats and antennas before, one at a time, they learned such
+# a robot, cat and fish as well as a LoRA.
 #
 # **When not:**
 #
-# * **The base model has never drawn what the concept needs.** Stripes and antennas are such things for this tiny
-# model; a hat is another. Then one token is a narrow door. In the benchmark, bound adapters reach 0.49 after 200
-# steps where a LoRA whose adapters answer the empty text as well reaches 0.84, and 0.61 with as many passes as
-# PureCC. The rival is the **anchored LoRA**: 0.64 there, with the base model's empty text, and about a fifth of the
-# LoRA's leak left.
-# * **The LoRA is there already, and each picture shows one thing.** Then **switch it off** without [V]. It is free.
-# Expect overdone pictures if the empty text is switched as well, and remember the two robots.
-# * **You want fewer changes beside the object.** On bound adapters, PureCC's objective does what it was made for
-# (`learn --method bound-paper`): at equal fidelity the benchmark finds less change outside the object than with
-# $L_{CC}$, with a smaller concept at the end.
+# * **The base model has never drawn what the concept needs.** Stripes and antennas are such things for this
+# tiny model; a hat is another. Then one token is a narrow door. In the benchmark, bound adapters reach 0.49
+# after 200 steps where a LoRA whose adapters answer the empty text as well reaches 0.84, and 0.61 with as
+# many passes as PureCC. The rival is the **anchored LoRA**: 0.64 there, with the base model's empty text, and
+# about a fifth of the LoRA's leak left.
+# * **The LoRA is there already, and each picture shows one thing.** Then **switch it off** without [V]. It is
+# free. Expect overdone pictures if the empty text is switched as well, and remember the two robots.
+# * **You want fewer changes beside the object.** On bound adapters, PureCC's objective does what it was made
+# for (`learn --method bound-paper`): at equal fidelity the benchmark finds less change outside the object
+# than with $L_{CC}$, with a smaller concept at the end.
 #
 # ## What you can now say
 #
 # * After stage 2 $v_{original}$ has moved about as far as $v_{complete}$, in the same direction.
-# * $-g_{CC}$ does it, for the adapters are shared; $-g_{PureCC}$ moves both alike as well. $L_{PureCC}$ does not
-# change when both predictions move by the same $\delta$, so no $\eta$ can hold either of them.
+# * $-g_{CC}$ does it, for the adapters are shared; $-g_{PureCC}$ moves both alike as well. $L_{PureCC}$ does
+# not change when both predictions move by the same $\delta$, so no $\eta$ can hold either of them.
 # * An anchor asks, a switch chooses, binding makes it impossible.
 # * Only a slot's keys and values are read by others: $Y^{l+1}$ overwrites the rest.
 # * Compare at equal fidelity, and say who answers guidance's empty text.
@@ -994,25 +1004,25 @@ assert fronts["bound"][-1][0] < fronts["LoRA"][-1][0]
 #
 # ## Three questions
 #
-# **1.** Somebody trains a LoRA on `to_k` and `to_v` of the text stream, without a mask. The base text "a robot in the
-# snow" has no [V]. Does its picture stay?
+# **1.** Somebody trains a LoRA on `to_k` and `to_v` of the text stream, without a mask. The base text "a
+# robot in the snow" has no [V]. Does its picture stay?
 # <details><summary>Answer</summary>
 #
-# No. The adapters then act on the tokens of *every* word, "robot" and "snow" included. It is the mask that binds, not
-# the choice of the layers. (It was one of the wrong answers to 7.6.)
+# No. The adapters then act on the tokens of *every* word, "robot" and "snow" included. It is the mask that
+# binds, not the choice of the layers. (It was one of the wrong answers to 7.6.)
 # </details>
 #
-# **2.** In stage 2 a bound $\theta_2$ is trained with PureCC's objective. Does it matter now whether $v_{original}$
-# is detached?
+# **2.** In stage 2 a bound $\theta_2$ is trained with PureCC's objective. Does it matter now whether
+# $v_{original}$ is detached?
 # <details><summary>Answer</summary>
 #
-# No. $v_{original}$ is the base model's prediction and depends on no trained parameter, so there is no gradient that
-# could be cut. The three readings of $v_{original}$ (detached, not detached, taken from the untouched model) have
-# become one.
+# No. $v_{original}$ is the base model's prediction and depends on no trained parameter, so there is no
+# gradient that could be cut. The three readings of $v_{original}$ (detached, not detached, taken from the
+# untouched model) have become one.
 # </details>
 #
-# **3.** A table says: method A has half of method B's leak after 200 steps. What do you ask before you believe that
-# A is the purer one?
+# **3.** A table says: method A has half of method B's leak after 200 steps. What do you ask before you
+# believe that A is the purer one?
 # <details><summary>Answer</summary>
 #
 # How much A has learned by then. If its fidelity is lower, read both at the same fidelity. And who answered

@@ -15,24 +15,25 @@
 #
 # **From a folder of photographs to a concept that other programs can load, step by step**
 #
-# So far the world was small enough for a laptop. The same classes load the public weights of Stable Diffusion 3.5
-# Medium, the model that the paper customizes. What changes is everything *around* the method: three text encoders,
-# an autoencoder, a shift of the times, half precision, and a card whose memory has an end. In this lesson you
-# write these parts, and then all of them run together, from pictures to an exported file.
+# So far the world was small enough for a laptop. The same classes load the public weights of Stable Diffusion
+# 3.5 Medium, the model that the paper customizes. What changes is everything *around* the method: three text
+# encoders, an autoencoder, a shift of the times, half precision, and a card whose memory has an end. In this
+# lesson you write these parts, and then all of them run together, from pictures to an exported file.
 #
 # **When you are through, you have written**
 #
 # 1. the text stream of SD3.5, its latents, and a cache of both in which no picture gets another one's text;
 # 2. the shifted times of training and sampling;
-# 3. a count of a step's memory, gradient checkpointing, a training step for fp16, and the export to diffusers;
+# 3. a count of a step's memory, gradient checkpointing, a training step for fp16, and the export to
+# diffusers;
 #
-# **and you can say** what fills a card in each stage, why two classic bugs never raise an error, and what a LoRA
-# file cannot carry.
+# **and you can say** what fills a card in each stage, why two classic bugs never raise an error, and what a
+# LoRA file cannot carry.
 #
-# **What runs here, and what that shows.** The real weights are 17 GB and need a card. Here a *tiny random model*
-# runs end to end. It lies on the disk in the public layout, file by file and name by name, and the package loads it
-# like the real one. So this lesson shows that formats, shapes, order, memory and arithmetic are right. It shows
-# **nothing about quality**: a random model draws noise, whatever it has learned.
+# **What runs here, and what that shows.** The real weights are 17 GB and need a card. Here a *tiny random
+# model* runs end to end. It lies on the disk in the public layout, file by file and name by name, and the
+# package loads it like the real one. So this lesson shows that formats, shapes, order, memory and arithmetic
+# are right. It shows **nothing about quality**: a random model draws noise, whatever it has learned.
 #
 # | | |
 # |---|---|
@@ -41,14 +42,14 @@
 # | Keep open | [`tinyflow/sd3/README.md`](../../tinyflow/sd3/README.md), [`train.py`](../../purecc_min/train.py) and [`memory.py`](../../purecc_min/commands/memory.py), **after** you have tried |
 # | Read after | the model's own page, and its licence |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the solved
-# notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
+# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 10 · Photographs on Stable Diffusion 3.5
 #
-# From a folder of photographs to a file that other programs can load. Everything runs here on a tiny random model
-# in the public layout: that shows layout, memory and formats, and nothing about quality.
+# From a folder of photographs to a file that other programs can load. Everything runs here on a tiny random
+# model in the public layout: that shows layout, memory and formats, and nothing about quality.
 
 # %%
 import json
@@ -124,12 +125,13 @@ assert values(real["MMDiT"]) == 2_243_171_520 and values(real["T5-XXL"]) == 4_76
 assert 16 < sum(stored.values()) < 17 and stored["T5-XXL"] > sum(stored.values()) / 2
 
 # %% [markdown]
-# More than half of the download is T5, which only reads. You may leave `text_encoder_3/` and `tokenizer_3/` out;
-# then its 256 tokens are zeros. That saves 9.5 GB on the disk; what it costs in pictures is not measured here.
+# More than half of the download is T5, which only reads. You may leave `text_encoder_3/` and `tokenizer_3/`
+# out; then its 256 tokens are zeros. That saves 9.5 GB on the disk; what it costs in pictures is not measured
+# here.
 #
 # **How to get them.** The repository `stabilityai/stable-diffusion-3.5-medium` is *gated*: make an account at
-# Hugging Face, read and accept the Stability Community Licence on the model's page (it says who may use the weights
-# for what), make an access token, and then:
+# Hugging Face, read and accept the Stability Community Licence on the model's page (it says who may use the
+# weights for what), make an access token, and then:
 #
 # ```
 # pip install huggingface_hub
@@ -140,10 +142,10 @@ assert 16 < sum(stored.values()) < 17 and stored["T5-XXL"] > sum(stored.values()
 #
 # Without the login you receive a web page in place of a file. The package recognises that, and says so.
 #
-# Now the tiny random model. The cell below writes our classes to a folder under the **public names**. The rename
-# table `mmdit_layers` says, for each of our layers, what diffusers calls it; `[swap]` behind a name says that its
-# two halves are exchanged: we keep shift and scale, diffusers keeps scale and shift. An exchange that is forgotten
-# fits in every shape and ruins every picture.
+# Now the tiny random model. The cell below writes our classes to a folder under the **public names**. The
+# rename table `mmdit_layers` says, for each of our layers, what diffusers calls it; `[swap]` behind a name
+# says that its two halves are exchanged: we keep shift and scale, diffusers keeps scale and shift. An
+# exchange that is forgotten fits in every shape and ruins every picture.
 
 # %% [markdown] tags=["slide"]
 # ## Five networks, 16 GB
@@ -230,10 +232,10 @@ some = [ref.pictures[k] for ref in concept.references for k in (0, 1, 2)][:6]
 show(some, ["a reference", "a crop", "a crop"] * 2)
 
 # %% [markdown]
-# `learn` reads your own photographs in the same way (three to five pictures; a text in a `.txt` file beside each).
-# Every photograph is cut to a square, and seven random crops of it are made, half of them mirrored. So a model sees
-# the concept at several places, and cannot learn one frame by heart. (A concept with writing on it, or with a left
-# and a right side, suffers from mirroring.)
+# `learn` reads your own photographs in the same way (three to five pictures; a text in a `.txt` file beside
+# each). Every photograph is cut to a square, and seven random crops of it are made, half of them mirrored. So
+# a model sees the concept at several places, and cannot learn one frame by heart. (A concept with writing on
+# it, or with a left and a right side, suffers from mirroring.)
 #
 # ## 2 · Three encoders read every text
 #
@@ -243,8 +245,8 @@ show(some, ["a reference", "a crop", "a crop"] * 2)
 # | CLIP-G | the same, larger | states of width 1280, and one vector | 77 |
 # | T5-XXL | a language model, never saw a picture | states of width 4096 | 256 |
 #
-# The CLIPs know what things look like; T5 knows what long sentences mean. Their states become the *context*, the
-# text tokens of the MMDiT; the CLIPs' vectors become *pooled*, which speaks through adaLN (lesson 2).
+# The CLIPs know what things look like; T5 knows what long sentences mean. Their states become the *context*,
+# the text tokens of the MMDiT; the CLIPs' vectors become *pooled*, which speaks through adaLN (lesson 2).
 #
 # ```
 #               width 4096
@@ -252,8 +254,9 @@ show(some, ["a reference", "a crop", "a crop"] * 2)
 #   256 tokens  [              T5 4096                  ]
 # ```
 #
-# The two CLIPs read the *same* 77 tokens, so their states stand side by side. T5 cuts the text in another way, so
-# its tokens come after them. The empty text of guidance goes through all three, too; it is not a row of zeros.
+# The two CLIPs read the *same* 77 tokens, so their states stand side by side. T5 cuts the text in another
+# way, so its tokens come after them. The empty text of guidance goes through all three, too; it is not a row
+# of zeros.
 #
 # ### Exercise 10.1 ★ · One text stream from three
 
@@ -285,7 +288,8 @@ def join(clip_l, clip_g, t5, pooled_l, pooled_g):            # one encoder after
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Side by side is `dim=-1`, one after the other is `dim=1`. `F.pad(x, (0, k))` puts $k$ zeros behind the last axis.
+# Side by side is `dim=-1`, one after the other is `dim=1`. `F.pad(x, (0, k))` puts $k$ zeros behind the last
+# axis.
 # </details>
 
 # %% tags=["check"]
@@ -319,21 +323,22 @@ in_clip, in_t5 = (slots[0, :77] > 0).sum(), (slots[0, 77:] > 0).sum()
 assert in_clip == in_t5 == asked[0].count("[V]") and not slots[1].any()
 
 # %% [markdown]
-# [V] has a slot in **both** parts, and $Y^l$ stands in both. If it stood in CLIP's only, T5's token would go on
-# saying "any robot" beside it. The white corner below the CLIP tokens is the padding with zeros.
+# [V] has a slot in **both** parts, and $Y^l$ stands in both. If it stood in CLIP's only, T5's token would go
+# on saying "any robot" beside it. The white corner below the CLIP tokens is the padding with zeros.
 #
 # ## 3 · Latents
 #
-# The flow of SD3.5 does not run on pixels. An autoencoder, the VAE, makes of a picture a *latent* with 16 channels
-# and an eighth of the width and height. Pixels enter it as numbers in $[-1, 1]$. Its encoder describes a normal
-# distribution by mean and log-variance, and we take the mean. One step is left, and it is often forgotten:
+# The flow of SD3.5 does not run on pixels. An autoencoder, the VAE, makes of a picture a *latent* with 16
+# channels and an eighth of the width and height. Pixels enter it as numbers in $[-1, 1]$. Its encoder
+# describes a normal distribution by mean and log-variance, and we take the mean. One step is left, and it is
+# often forgotten:
 #
 # $$x_0 = (\text{mean} - \text{shift}) \cdot \text{scale}, \qquad \text{mean} = x_0 / \text{scale} + \text{shift},
 # \qquad \text{shift} = 0.0609, \; \text{scale} = 1.5305.$$
 #
 # Why? Eq. 1 mixes $x_0$ with noise of mean 0 and variance 1. The two numbers give latents about that mean and
-# variance, and with such latents the model was trained. Nothing fails without them: shapes fit, the loss falls. The
-# first SD3 trainers of diffusers forgot the shift (#8708).
+# variance, and with such latents the model was trained. Nothing fails without them: shapes fit, the loss
+# falls. The first SD3 trainers of diffusers forgot the shift (#8708).
 #
 # ```
 #  uint8 [H, W, 3] --/127.5 - 1--> pixels --encoder--> mean --(mean - shift) * scale--> x_0 [16, H/8, W/8]
@@ -376,8 +381,8 @@ def decode(codec, x_0):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `chunk(2, dim=1)` cuts the channels in half. The way back undoes the steps in the opposite order: first divide by
-# the scale, then add the shift.
+# `chunk(2, dim=1)` cuts the channels in half. The way back undoes the steps in the opposite order: first
+# divide by the scale, then add the shift.
 # </details>
 
 # %% tags=["check"]
@@ -407,8 +412,8 @@ show([pictures[0], *(grey(x_0[0, k]) for k in (0, 5, 10, 15)), back],
      ["a picture", *(f"channel {k}" for k in (0, 5, 10, 15)), "decoded"])
 
 # %% [markdown]
-# The last picture is what a *random* decoder makes of it: the plainest reminder of what this lesson does not show.
-# The real VAE was trained to give the first picture back.
+# The last picture is what a *random* decoder makes of it: the plainest reminder of what this lesson does not
+# show. The real VAE was trained to give the first picture back.
 
 # %% [markdown] tags=["slide"]
 # ## Latents
@@ -422,11 +427,11 @@ show([pictures[0], *(grey(x_0[0, k]) for k in (0, 5, 10, 15)), back],
 # %% [markdown]
 # ## 4 · A cache, and a bug that never raises an error
 #
-# The text encoders weigh 11 GB, and they say the same in every step. So we encode every text and every picture
-# **once**, before training, and the encoders never have to share the card with a step. (The authors' released code
-# keeps them on the card, and encodes everything anew in each step.) A cache has one duty: **row $i$ of everything
-# belongs to reference $i$.** Below is a cache as one writes it. It runs, and the loss falls. Read it before you
-# look at what it does.
+# The text encoders weigh 11 GB, and they say the same in every step. So we encode every text and every
+# picture **once**, before training, and the encoders never have to share the card with a step. (The authors'
+# released code keeps them on the card, and encodes everything anew in each step.) A cache has one duty: **row
+# $i$ of everything belongs to reference $i$.** Below is a cache as one writes it. It runs, and the loss
+# falls. Read it before you look at what it does.
 
 # %%
 def loader(epoch):                               # the references, shuffled anew in every epoch
@@ -453,14 +458,16 @@ show([a.picture for a, _ in owners(epoch)], [f"text of {b.id},\npicture {a.id}" 
 assert 0.6 * (1 - 1 / n) < wrong / n / len(epochs) < 1.3 * (1 - 1 / n)
 
 # %% [markdown]
-# The cache was filled in the order of epoch 0 and is read by the number of the *step*, in the order of another
-# epoch. In $n$ shuffled pictures, one in $n$ meets its own text by chance. This is a real bug: it was found in the
-# SD3 DreamBooth trainer of diffusers (#14430). While all pictures have one and the same text it does no harm, and so
-# nobody sees it. With texts of their own, the model learns that words do not mean what they say.
+# The cache was filled in the order of epoch 0 and is read by the number of the *step*, in the order of
+# another epoch. In $n$ shuffled pictures, one in $n$ meets its own text by chance. This is a real bug: it was
+# found in the SD3 DreamBooth trainer of diffusers (#14430). While all pictures have one and the same text it
+# does no harm, and so nobody sees it. With texts of their own, the model learns that words do not mean what
+# they say.
 #
 # ### Exercise 10.3 ★★ · A cache that cannot be paired wrongly
 #
-# Keep the shuffling (it is `loader`'s and is right), and encode each picture once. `ref.id` is a reference's name.
+# Keep the shuffling (it is `loader`'s and is right), and encode each picture once. `ref.id` is a reference's
+# name.
 
 # %% tags=["exercise"]
 def make_cache():
@@ -519,10 +526,10 @@ for epoch, made in zip(epochs, shuffled):
 print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture with its own text")
 
 # %% [markdown]
-# The package never has two orders to begin with. `EncodedConcept` holds latents and all four texts of a reference
-# in row $i$, and `draw_batch` draws *one* list of rows for everything: `data.variants[rows, ...]` and
-# `data.texts.rows(rows)`. Its `fingerprint` covers pictures, texts and their order, so a run that is resumed with
-# other files is refused.
+# The package never has two orders to begin with. `EncodedConcept` holds latents and all four texts of a
+# reference in row $i$, and `draw_batch` draws *one* list of rows for everything: `data.variants[rows, ...]`
+# and `data.texts.rows(rows)`. Its `fingerprint` covers pictures, texts and their order, so a run that is
+# resumed with other files is refused.
 
 # %% [markdown] tags=["slide"]
 # ## A bug that never raises an error
@@ -533,7 +540,8 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 #     train(cache[step], ref.complete)
 # ```
 #
-# Found in a public SD3 trainer. Row i of everything must belong to reference i: store by name, not by position.
+# Found in a public SD3 trainer. Row i of everything must belong to reference i: store by name, not by
+# position.
 
 # %% [markdown]
 # ## 5 · The timestep shift
@@ -542,10 +550,10 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 #
 # $$\text{shift}(t) = \frac{s\,t}{1 + (s - 1)\,t}, \qquad s = 3.$$
 #
-# Why should a large picture need other times than a small one? Take a picture whose side is $k$ times larger, and
-# look at it from so far away that $k \times k$ pixels become their mean. The picture hardly changes by that, as
-# neighbouring pixels are alike. The noise does: the mean of $k^2$ independent numbers of variance 1 has the
-# standard deviation $1/k$. So from far away
+# Why should a large picture need other times than a small one? Take a picture whose side is $k$ times larger,
+# and look at it from so far away that $k \times k$ pixels become their mean. The picture hardly changes by
+# that, as neighbouring pixels are alike. The noise does: the mean of $k^2$ independent numbers of variance 1
+# has the standard deviation $1/k$. So from far away
 #
 # $$x_t \;\to\; (1 - t)\,x_0 + \tfrac{t}{k}\,x_1,$$
 #
@@ -558,9 +566,9 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 #
 # ### Exercise 10.4 ★★ · Times, in training and in sampling
 #
-# Training draws $t$ as the sigmoid of a standard normal, then shifts. Sampling takes `steps` times, evenly spaced
-# from 1 down to `last`, shifts them, and ends with a 0. (The published scheduler has `last` = 0.002994, so the last
-# step of SD3.5 is very short.) Both must use the same shift.
+# Training draws $t$ as the sigmoid of a standard normal, then shifts. Sampling takes `steps` times, evenly
+# spaced from 1 down to `last`, shifts them, and ends with a 0. (The published scheduler has `last` =
+# 0.002994, so the last step of SD3.5 is very short.) Both must use the same shift.
 
 # %% tags=["exercise"]
 def shifted(t, s):
@@ -603,8 +611,8 @@ def stops(steps, s, last):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `torch.linspace(1, last, steps)` has `steps` times and includes both ends. The 0 comes behind them, unshifted (the
-# shift would leave it 0 in any case).
+# `torch.linspace(1, last, steps)` has `steps` times and includes both ends. The 0 comes behind them,
+# unshifted (the shift would leave it 0 in any case).
 # </details>
 
 # %% tags=["check"]
@@ -652,19 +660,19 @@ odds = [u / (1 - u) for u in (t, shifted(t, scale))]                        # no
 assert torch.allclose(scale * odds[0], odds[1])
 
 # %% [markdown]
-# All three are divided by the amount of $x_0$ in them. The first and the third are equally noisy, as derived; the
-# second one is three times less so.
+# All three are divided by the amount of $x_0$ in them. The first and the third are equally noisy, as derived;
+# the second one is three times less so.
 #
-# The **scale** of Exercise 10.2 is a shift as well. If $x_0$ is too small by a factor 1.53, noise outweighs it by
-# 1.53 times as much at every $t$: the odds are multiplied, as by $s = 1.53$. Without the scale one trains
-# with other times than intended. And a shift in training only, or in sampling only (SimpleTuner #2649), means that
-# the model learns times which the sampler rarely visits.
+# The **scale** of Exercise 10.2 is a shift as well. If $x_0$ is too small by a factor 1.53, noise outweighs
+# it by 1.53 times as much at every $t$: the odds are multiplied, as by $s = 1.53$. Without the scale one
+# trains with other times than intended. And a shift in training only, or in sampling only (SimpleTuner
+# #2649), means that the model learns times which the sampler rarely visits.
 
 # %% [markdown] tags=["slide"]
 # ## The timestep shift
 #
-# From far away, $k \times k$ pixels are one, and their noise is $k$ times smaller. To be destroyed as much, a large
-# picture needs a later time:
+# From far away, $k \times k$ pixels are one, and their noise is $k$ times smaller. To be destroyed as much, a
+# large picture needs a later time:
 #
 # $$\frac{t'}{k(1 - t')} = \frac{t}{1 - t} \quad\Rightarrow\quad t' = \frac{k\,t}{1 + (k - 1)\,t}$$
 #
@@ -682,10 +690,10 @@ assert torch.allclose(scale * odds[0], odds[1])
 # | optimizer | gradient and AdamW's two moments, of the set that is **trained** | 3 x 4 |
 # | activations | what autograd keeps of the forward pass; and the encoded texts, which stay on the card | 2; 4 |
 #
-# The first three can be counted on paper. For the fourth, PyTorch has a hook: it is called with every tensor that a
-# forward pass keeps for its backward pass. We use it on one full-size block after the other, on the meta device.
-# (Note what is *not* kept: the input of a frozen linear layer. It is needed for the gradient of that layer's weight
-# only.)
+# The first three can be counted on paper. For the fourth, PyTorch has a hook: it is called with every tensor
+# that a forward pass keeps for its backward pass. We use it on one full-size block after the other, on the
+# meta device. (Note what is *not* kept: the input of a frozen linear layer. It is needed for the gradient of
+# that layer's weight only.)
 
 # %%
 def kept(run, ignored):
@@ -735,8 +743,8 @@ counted = {(stage, checkpointing): dry_run(SD35_MEDIUM, paper, PX, stage, checkp
 assert 15 * given[0] < sum(kept_of) and kept_of[0] > kept_of[20]            # 13 blocks attend twice
 
 # %% [markdown]
-# With **gradient checkpointing** a block keeps its input alone. In the backward pass it is computed a second time,
-# and what it keeps then exists for one block at a time.
+# With **gradient checkpointing** a block keeps its input alone. In the backward pass it is computed a second
+# time, and what it keeps then exists for one block at a time.
 #
 # ### Exercise 10.5 ★★ · Count a step
 
@@ -776,8 +784,8 @@ def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpoin
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# With checkpointing there are the inputs of all blocks and, while one block is computed again, what that one keeps.
-# At the worst moment that is the largest block.
+# With checkpointing there are the inputs of all blocks and, while one block is computed again, what that one
+# keeps. At the worst moment that is the largest block.
 # </details>
 
 # %% tags=["check"]
@@ -813,15 +821,15 @@ assert counted[2, False].total - counted[1, False].total < 0.03e9 and trained > 
 assert counted[2, True].activations < counted[2, False].activations / 5
 
 # %% [markdown]
-# Three things can be read off. Adapters and optimizer are invisible: that is what LoRA is for. Stage 2 has three more
-# predictions in a step and hardly needs more memory, because those three run without a gradient and keep nothing:
-# time, not memory, is what PureCC costs. And the activations are what grows with the picture and the batch, so they
-# are where to save.
+# Three things can be read off. Adapters and optimizer are invisible: that is what LoRA is for. Stage 2 has
+# three more predictions in a step and hardly needs more memory, because those three run without a gradient
+# and keep nothing: time, not memory, is what PureCC costs. And the activations are what grows with the
+# picture and the batch, so they are where to save.
 #
-# This is **counted, not measured**. 0.6 GB of every total of the package are an assumption for CUDA's context and
-# the allocator. The paper's Table 5 says 28 GB for a LoRA and 30 GB for PureCC, and not at which size; the released
-# code keeps text encoders (11 GB) and a second transformer (5 GB) on the card, which explains most of the
-# difference.
+# This is **counted, not measured**. 0.6 GB of every total of the package are an assumption for CUDA's context
+# and the allocator. The paper's Table 5 says 28 GB for a LoRA and 30 GB for PureCC, and not at which size;
+# the released code keeps text encoders (11 GB) and a second transformer (5 GB) on the card, which explains
+# most of the difference.
 
 # %% [markdown] tags=["slide"]
 # ## What fills the card
@@ -841,9 +849,10 @@ assert counted[2, True].activations < counted[2, False].activations / 5
 # ```
 #
 # Two facts about `torch.autograd.Function`: inside `forward` and `backward` no graph is built, unless you say
-# `torch.enable_grad()`; and what `backward` returns are the gradients of `forward`'s arguments, `None` for those
-# that need none. The adapters are *not* among the arguments: they hide inside $f$. (`one` is a number that needs a
-# gradient. Without it the first block's output would seem to need none, because its inputs are data.)
+# `torch.enable_grad()`; and what `backward` returns are the gradients of `forward`'s arguments, `None` for
+# those that need none. The adapters are *not* among the arguments: they hide inside $f$. (`one` is a number
+# that needs a gradient. Without it the first block's output would seem to need none, because its inputs are
+# data.)
 #
 # The cell below makes what the check needs: a branch on the tiny model, and a batch.
 
@@ -918,8 +927,8 @@ def recompute(f, x, c, vec):
 # </details>
 # <details><summary>Hint 3</summary>
 #
-# `torch.autograd.backward(outputs, gradients)` fills `.grad` of `x`, of `c`, *and* of all parameters on the way.
-# `torch.autograd.grad` would give you the gradients you name, and leave the adapters without theirs.
+# `torch.autograd.backward(outputs, gradients)` fills `.grad` of `x`, of `c`, *and* of all parameters on the
+# way. `torch.autograd.grad` would give you the gradients you name, and leave the adapters without theirs.
 # </details>
 
 # %% tags=["check"]
@@ -954,10 +963,10 @@ plt.xlabel("MB that the forward pass of the tiny model keeps")
 plt.show()
 
 # %% [markdown]
-# The price is time: one more forward pass in every step. In `MMDiT.forward` it is a switch, `checkpointing`, and
-# `learn` sets it only if the card is too small without. It calls PyTorch's own `torch.utils.checkpoint`, which does
-# what yours does and needs no `one`. The results of both ways of training are the same, bit for bit (this is one of
-# the package's tests).
+# The price is time: one more forward pass in every step. In `MMDiT.forward` it is a switch, `checkpointing`,
+# and `learn` sets it only if the card is too small without. It calls PyTorch's own `torch.utils.checkpoint`,
+# which does what yours does and needs no `one`. The results of both ways of training are the same, bit for
+# bit (this is one of the package's tests).
 
 # %% [markdown] tags=["slide"]
 # ## Gradient checkpointing
@@ -977,16 +986,17 @@ plt.show()
 # | bf16 | 8 bits | 7 bits | $3 \cdot 10^{38}$ | $10^{-38}$ | $10^{-40}$ |
 # | fp16 | 5 bits | 10 bits | 65504 | $2^{-14} = 6 \cdot 10^{-5}$ | $2^{-24} = 6 \cdot 10^{-8}$ |
 #
-# bf16 has the range of fp32, and needs no care here. Cards before Ampere, such as the free T4, do not compute in
-# it: there it is fp16, with a short range. What is so small in our step? The **gradient**. The loss is a mean over
-# all $M$ latents of a batch, so
+# bf16 has the range of fp32, and needs no care here. Cards before Ampere, such as the free T4, do not compute
+# in it: there it is fp16, with a short range. What is so small in our step? The **gradient**. The loss is a
+# mean over all $M$ latents of a batch, so
 #
 # $$\frac{\partial L}{\partial v_i} = \frac{2\,(v_i - \text{target}_i)}{M}, \qquad
 # M = 2 \cdot 16 \cdot 64 \cdot 64 = 131\,072 \text{ at 512 px},$$
 #
-# about $10^{-5}$ for an error of 1, already below the smallest normal number. Every layer on the way back multiplies
-# it further. Our tiny batch has 64 times fewer latents, so below its loss is divided by 64: at the output the
-# gradients then have the size of 512 px. (How a *trained* network passes them on, a random one cannot tell.)
+# about $10^{-5}$ for an error of 1, already below the smallest normal number. Every layer on the way back
+# multiplies it further. Our tiny batch has 64 times fewer latents, so below its loss is divided by 64: at the
+# output the gradients then have the size of 512 px. (How a *trained* network passes them on, a random one
+# cannot tell.)
 
 # %%
 def gradient_sizes(scale):
@@ -1029,9 +1039,9 @@ assert shares[1] > 0.05 > 0.01 > shares[SCALE]
 
 # %% [markdown]
 # The remedy is one line. Multiply the loss by a constant before the backward pass, and divide the adapters'
-# gradients, which are fp32, by it afterwards. Every gradient on the way is larger by that factor. The constant is
-# $2^{12}$: a power of 2 changes the exponent alone, so no digit is rounded by it; and a larger one would come
-# nearer to 65504 at the other end.
+# gradients, which are fp32, by it afterwards. Every gradient on the way is larger by that factor. The
+# constant is $2^{12}$: a power of 2 changes the exponent alone, so no digit is rounded by it; and a larger
+# one would come nearer to 65504 at the other end.
 #
 # ### Exercise 10.7 ★★ · A step that survives fp16
 #
@@ -1112,24 +1122,24 @@ print(f"10.7 right: fp16 gradient of a small loss, away from fp32's: {error:.1%}
       f"{((without - exact).norm() / exact.norm()).item():.0%} unscaled")
 
 # %% [markdown]
-# For the last line the loss was multiplied by $2^{-12}$: so small, fp16 alone loses the gradient altogether. In
-# `train.py` the constant is called `SCALE`, and is always on: bf16 and fp32 have room for it.
+# For the last line the loss was multiplied by $2^{-12}$: so small, fp16 alone loses the gradient altogether.
+# In `train.py` the constant is called `SCALE`, and is always on: bf16 and fp32 have room for it.
 
 # %% [markdown] tags=["slide"]
 # ## Gradients that vanish in fp16
 #
-# The loss is a mean over 131,072 latents: gradients are about $10^{-5}$ at the output and smaller below. fp16 ends at
-# $6 \cdot 10^{-8}$. Multiply the loss by $2^{12}$, divide afterwards, then clip.
+# The loss is a mean over 131,072 latents: gradients are about $10^{-5}$ at the output and smaller below. fp16
+# ends at $6 \cdot 10^{-8}$. Multiply the loss by $2^{12}$, divide afterwards, then clip.
 #
 # ![](last)
 
 # %% [markdown]
 # ## 9 · End to end
 #
-# Now everything that you wrote runs together: `join` reads the texts, `make_cache` and `pairs` hold the latents
-# (`encode` is in them), `training_times` draws, `half_step` trains, `stops` samples, `decode` shows. The two losses
-# are those of lessons 4 and 6. There are two stages of 25 steps; the learning rate is a hundred times the paper's
-# 1e-4, so that in 25 steps something moves in a random model.
+# Now everything that you wrote runs together: `join` reads the texts, `make_cache` and `pairs` hold the
+# latents (`encode` is in them), `training_times` draws, `half_step` trains, `stops` samples, `decode` shows.
+# The two losses are those of lessons 4 and 6. There are two stages of 25 steps; the learning rate is a
+# hundred times the paper's 1e-4, so that in 25 steps something moves in a random model.
 #
 # ```
 # photographs --encode--> cache --.                         stage 1: L_CC --> theta_1, frozen --.
@@ -1212,10 +1222,10 @@ plt.show()
 assert apart < 1e-3
 
 # %% [markdown]
-# The three pictures are texture, as announced: a random model with a random decoder. What the cell *shows* is that
-# every part fits every other one: a concept was trained over an untouched base, and your sampler draws what the
-# package's draws, number by number. With the real weights in `DIR`, the same classes run. How well a concept is
-# learned on them is not measured here.
+# The three pictures are texture, as announced: a random model with a random decoder. What the cell *shows* is
+# that every part fits every other one: a concept was trained over an untouched base, and your sampler draws
+# what the package's draws, number by number. With the real weights in `DIR`, the same classes run. How well a
+# concept is learned on them is not measured here.
 
 # %% [markdown] tags=["slide"]
 # ## End to end, on a random model
@@ -1234,9 +1244,10 @@ assert apart < 1e-3
 # transformer.transformer_blocks.0.attn.to_q.lora_B.weight      B [out, r]
 # ```
 #
-# Our names are `A.blocks/0/attention/image/to_q`, with `/` because a parameter's name may hold no dot. The rename
-# table of Sec. 1 has the rest. A client adds $\frac{\alpha}{r} B A$ to the weight. We train $B A$ itself, so the
-# file has to say $\alpha = r$. diffusers takes $\alpha$ from the file's metadata and, if it is absent, takes $r$.
+# Our names are `A.blocks/0/attention/image/to_q`, with `/` because a parameter's name may hold no dot. The
+# rename table of Sec. 1 has the rest. A client adds $\frac{\alpha}{r} B A$ to the weight. We train $B A$
+# itself, so the file has to say $\alpha = r$. diffusers takes $\alpha$ from the file's metadata and, if it is
+# absent, takes $r$.
 #
 # ### Exercise 10.8 ★★ · Export
 
@@ -1306,11 +1317,11 @@ print(f"full size: {len(adapters) - 1} tensors, {sum(a.numel() for a in adapters
 assert strengths[0] == 1 / r and strengths[2] == 1 and len(adapters) - 1 == 382
 
 # %% [markdown]
-# **What a LoRA file cannot carry** is $Y$: no client knows a vector that replaces a text token at the input of
-# every block. A client that loads the LoRA alone, with the class word in the place of [V], draws with $\theta_2$'s
-# adapters and without its $Y$. For diffusers this recipe adds it by hooks; you can paste it into a script (it needs
-# `pip install diffusers transformers peft` and the real weights; it does not run in this notebook. The package's
-# tests run it on a small random model, and the picture equals ours):
+# **What a LoRA file cannot carry** is $Y$: no client knows a vector that replaces a text token at the input
+# of every block. A client that loads the LoRA alone, with the class word in the place of [V], draws with
+# $\theta_2$'s adapters and without its $Y$. For diffusers this recipe adds it by hooks; you can paste it into
+# a script (it needs `pip install diffusers transformers peft` and the real weights; it does not run in this
+# notebook. The package's tests run it on a small random model, and the picture equals ours):
 #
 # ```python
 # import torch
@@ -1320,8 +1331,8 @@ assert strengths[0] == 1 / r and strengths[2] == 1 and len(adapters) - 1 == 382
 #
 # DIR = "the folder of the weights"
 # pipeline = StableDiffusion3Pipeline.from_pretrained(DIR, torch_dtype=torch.bfloat16).to("cuda")
-# pipeline.load_lora_weights("lora")                           # the folder of pytorch_lora_weights.safetensors
-# _, slots = load_tokenizer(DIR)(["", "a [V] dog on a surfboard"], {"[V]": "dog"})     # the empty text comes first
+# pipeline.load_lora_weights("lora")             # the folder of pytorch_lora_weights.safetensors
+# _, slots = load_tokenizer(DIR)(["", "a [V] dog on a surfboard"], {"[V]": "dog"})  # first the empty text
 # with attach_concept(pipeline.transformer, "concept.safetensors", slots):
 #     picture = pipeline("a dog dog on a surfboard", negative_prompt="", guidance_scale=5.0,
 #                        height=512, width=512).images[0]
@@ -1341,8 +1352,9 @@ assert strengths[0] == 1 / r and strengths[2] == 1 and len(adapters) - 1 == 382
 # %% [markdown]
 # ## 11 · Lab: a free card of 16 GB
 #
-# What does `learn` decide on such a card? `fit` asks the count: False says that the step fits as it is, True that it
-# fits with gradient checkpointing. (`python -m purecc_min memory` prints the whole table in about a minute.)
+# What does `learn` decide on such a card? `fit` asks the count: False says that the step fits as it is, True
+# that it fits with gradient checkpointing. (`python -m purecc_min memory` prints the whole table in about a
+# minute.)
 
 # %%
 GB, FREE = 1e9, 15e9                             # what a 16 GB card has left
@@ -1380,13 +1392,14 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # | 5 | `python -m purecc_min export output/dog/concept.safetensors --out lora/pytorch_lora_weights.safetensors` | 382 tensors |
 #
 # **Not measured here**: the memory that a card really takes, the time of a step, and quality. In words: a T4
-# computes in fp16 (the package sees that by itself), is slow, and its host needs room to *map* T5's file; without
-# T5 it is 7 GB in all. If step 3 names a smaller option, such as `--batch 1`, follow it. A run that is cut off goes
-# on with the same command. `python -m tests.gpu --out card.md` measures kernels, memory and seconds on any CUDA
-# card, beside the numbers that were counted (after `pip install -r tests/requirements.txt`).
+# computes in fp16 (the package sees that by itself), is slow, and its host needs room to *map* T5's file;
+# without T5 it is 7 GB in all. If step 3 names a smaller option, such as `--batch 1`, follow it. A run that
+# is cut off goes on with the same command. `python -m tests.gpu --out card.md` measures kernels, memory and
+# seconds on any CUDA card, beside the numbers that were counted (after
+# `pip install -r tests/requirements.txt`).
 #
-# For photographs: three to five of one thing, from several sides, in *several* places, and a text beside each that
-# names whatever is not the thing: `a [V] dog on a red sofa`. What no word explains becomes part of [V].
+# For photographs: three to five of one thing, from several sides, in *several* places, and a text beside each
+# that names whatever is not the thing: `a [V] dog on a red sofa`. What no word explains becomes part of [V].
 
 # %% [markdown] tags=["slide"]
 # ## A free card of 16 GB
@@ -1400,12 +1413,14 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # %% [markdown]
 # ## What you can now say
 #
-# * One text becomes 77 + 256 tokens and one vector. CLIP-L and CLIP-G stand side by side, T5 behind them, and [V]
-# has a slot in both parts.
-# * Latents are shifted and scaled, times are shifted, rows are paired. Each of these, forgotten, raises no error.
+# * One text becomes 77 + 256 tokens and one vector. CLIP-L and CLIP-G stand side by side, T5 behind them, and
+# [V] has a slot in both parts.
+# * Latents are shifted and scaled, times are shifted, rows are paired. Each of these, forgotten, raises no
+# error.
 # * Beside the frozen weights, a card is filled by activations. Stage 2 needs hardly more memory than stage 1;
 # checkpointing buys memory with time.
-# * fp16 loses small gradients. A power of 2 before the backward pass, taken back before the clipping, keeps them.
+# * fp16 loses small gradients. A power of 2 before the backward pass, taken back before the clipping, keeps
+# them.
 # * A LoRA file carries the adapters under names that a client knows, with alpha = r, and not $Y$.
 #
 # | you wrote | in the package |
@@ -1424,25 +1439,28 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # **1.** All your photographs have the same text. Does the cache of Sec. 4, with the bug, do any harm?
 # <details><summary>Answer</summary>
 #
-# No: every latent meets a text that is equal to its own. That is why the bug lived so long. As soon as texts differ,
-# which is what good texts do, it teaches the model that words and pictures have nothing to do with each other.
+# No: every latent meets a text that is equal to its own. That is why the bug lived so long. As soon as texts
+# differ, which is what good texts do, it teaches the model that words and pictures have nothing to do with
+# each other.
 # </details>
 #
-# **2.** Someone forgets to divide the gradients by the scale. AdamW divides its step by the gradients' own size, so
-# is the forgotten division harmless?
+# **2.** Someone forgets to divide the gradients by the scale. AdamW divides its step by the gradients' own
+# size, so is the forgotten division harmless?
 # <details><summary>Answer</summary>
 #
-# AdamW alone would hardly notice. But the clipping comes first: 4096 times as large, every gradient is above the
-# norm 1, so every step is cut to the same length. Gradients of calm steps then count as much as those of wild ones.
+# AdamW alone would hardly notice. But the clipping comes first: 4096 times as large, every gradient is above
+# the norm 1, so every step is cut to the same length. Gradients of calm steps then count as much as those of
+# wild ones.
 # </details>
 #
-# **3.** Stage 2 predicts four velocities where stage 1 predicts one. Why does it not need four times the activations?
+# **3.** Stage 2 predicts four velocities where stage 1 predicts one. Why does it not need four times the
+# activations?
 # <details><summary>Answer</summary>
 #
-# Three of the four (for the target, the empty and the base text) run under `no_grad`: nothing is kept of them, and
-# the memory of one block is used again by the next. With the gradient through $v_{original}$ as well (lesson 6) two
-# predictions would be kept, and the activations would be about twice as many.
+# Three of the four (for the target, the empty and the base text) run under `no_grad`: nothing is kept of
+# them, and the memory of one block is used again by the next. With the gradient through $v_{original}$ as
+# well (lesson 6) two predictions would be kept, and the activations would be about twice as many.
 # </details>
 #
-# **Next:** your own photographs. And the [benchmark](../../purecc_min/benchmark/README.md), if you want to know
-# what a method of your own costs the model.
+# **Next:** your own photographs. And the [benchmark](../../purecc_min/benchmark/README.md), if you want to
+# know what a method of your own costs the model.
