@@ -39,8 +39,8 @@
 # | Read after | lesson 2, where the points become pictures |
 #
 # An exercise is a function whose body is blank, and the cell below it is its check. A blank exercise stops the
-# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved). One star
-# is a warm-up, three stars are hard.
+# notebook with one friendly line. Hints are folded; the solved notebook is in [`../solved`](../solved).
+# One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 1 · Rectified flow in two dimensions
