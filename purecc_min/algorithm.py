@@ -25,20 +25,20 @@ Training = tuple[Branch, Iterator[dict]]         # what is trained, and the loop
 
 
 def stage_1(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, loss: LossOfStep = l_cc,
-            where: str = "everywhere", adapters: bool = True) -> Training:
+            where: str = "everywhere", adapters: bool = True, name: str = "stage1") -> Training:
     """A branch that starts from the class word, and its loop: the extractor, or all of a method without one.
 
     Nothing is trained before the loop is iterated over. Freeze an extractor when it is done.
 
     Args:
-        loss, where, adapters: see Method in methods.py.
+        loss, where, adapters: see Method in methods.py. name: of the checkpoint.
     """
     generator = generator_for(config.seed, 1, step=-1)
     Y = class_word_states(pipe, data, generator)
     theta = Branch.fresh(pipe, Y, config.rank, generator, where)
     theta.lora.requires_grad_(adapters)
     origin = text_hash(data.fingerprint() + tensor_hash(pipe.mmdit.state_dict()))
-    thetas, checkpoint = Thetas(pipe.velocity, None, theta), folder / "stage1.safetensors"
+    thetas, checkpoint = Thetas(pipe.velocity, None, theta), folder / f"{name}.safetensors"
     return theta, train_resumably(loss, thetas, data, config, 1, checkpoint, origin)
 
 

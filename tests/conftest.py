@@ -37,7 +37,7 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="session")
 def robot():
-    return load_concept(FOLDER / "striped_robot", "robot", 32)
+    return load_concept(FOLDER / "checked_robot", "robot", 64)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def sd3(tmp_path_factory):
 def cheap(monkeypatch):
     """These tests are about the machinery, not about pictures."""
     from purecc_min.benchmark import cells, entries
-    monkeypatch.setattr(cells, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(cells, "FEW_STEPS", 1)
     monkeypatch.setattr(entries, "IMAGINED", 2)
     cells.set_up.cache_clear()
     yield

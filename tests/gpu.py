@@ -49,9 +49,8 @@ from tinyflow.attention import JointAttention
 from tinyflow.errors import InputError
 from tinyflow.files import write_whole
 from tinyflow.mmdit import MMDiT
-from tinyflow.picturebook.model import load_tiny
-from tinyflow.picturebook.second.model import SHIPPED
-from tinyflow.picturebook.second.pretrain import PretrainConfig, Pretraining, begin
+from tinyflow.picturebook.model import SHIPPED, load_tiny
+from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining, begin
 from tinyflow.pipeline import Pipeline, Text
 from tinyflow.sd3.t5 import T5Config, T5Layer
 from tinyflow.text import TextConfig, TextLayer

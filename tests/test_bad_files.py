@@ -187,13 +187,13 @@ def test_a_run_that_fails_before_it_saves_leaves_no_claim(photos, capsys, monkey
 
 def test_a_byte_order_mark_is_no_word(photos):
     """Notepad and Excel write one. It once became part of the first word, or of the first column's name."""
-    plain = load_concept(photos, WORD, 32).references
+    plain = load_concept(photos, WORD, 64).references
     for file in photos.glob("*.txt"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert [r.complete for r in load_concept(photos, WORD, 32).references] == [r.complete for r in plain]
+    assert [r.complete for r in load_concept(photos, WORD, 64).references] == [r.complete for r in plain]
     rows = ["image_path,prompt", *(f"{r.id},{r.complete}" for r in plain)]
     (photos / "train.csv").write_bytes("\n".join(rows).encode("utf-8-sig"))
-    assert [r.complete for r in load_concept(photos, WORD, 32).references] == [r.complete for r in plain]
+    assert [r.complete for r in load_concept(photos, WORD, 64).references] == [r.complete for r in plain]
 
 
 # --------------------------------------------------------------------------------------------- whole commands
@@ -206,8 +206,8 @@ COMMANDS = [
     "purecc_min sample good.safetensors red --out out.png", "purecc_min sample file red --out out.png",
     "purecc_min export good.safetensors", "purecc_min export good.safetensors --out good.safetensors",
     "purecc_min speed --steps none", "purecc_min.benchmark --methods LoRa", "purecc_min.benchmark --out file",
-    "purecc_min.measure.toy dragon", "tinyflow.picturebook.second.reader --out file",
-    "tinyflow.picturebook.second.check --base none", "tutorials.run --keep", "tutorials.build 99"]
+    "purecc_min.measure.toy dragon", "tinyflow.picturebook.reader --out file",
+    "tinyflow.picturebook.check --base none", "tutorials.build 99"]
 
 
 def test_whole_commands_fail_as_well(ground):

@@ -12,7 +12,7 @@ import pytest
 from purecc_min import __main__ as purecc_min
 from purecc_min.benchmark import __main__ as benchmark
 from tests.hostile import LONG, WORD, learn_spoiled, refused
-from tinyflow.picturebook.second import check, codec, pretrain, reader
+from tinyflow.picturebook import check, codec, pretrain, reader
 
 # ----------------------------------------------------------------------------------------- numbers of options
 LEARN = ["learn", "photos", "--class-word", WORD, "--out", "out"]

@@ -1,39 +1,50 @@
-"""The benchmark's binding part: bound methods, their extractors, and who answers a text without [V]."""
+"""The benchmark's bound methods, their extractors, and who answers a text without [V]."""
 
 import torch
 
-from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, set_up, theta_1_cell, train_cell
-from purecc_min.benchmark.entries import BINDING
+from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, run_cell, set_up, theta_1_cell, train_cell
+from purecc_min.benchmark.entries import as_sampled
 from tutorials.experiments import pool
 
 
 def test_a_bound_method_never_moves_a_text_without_the_token(cheap, tmp_path):
     """Neither in training nor in sampling; and a LoRA that is switched off is the base model there too."""
-    data, pipe = set_up("checked_cat").data, set_up("checked_cat").pipe
-    x_t, t = torch.randn(4, 3, 32, 32), torch.full((4,), 0.4)
-    for name in ("bound", "bound paper, eta 1", "LoRA switched off", "LoRA, base's empty text"):
-        cell = Cell("checked_cat", name, steps=2)
+    data, pipe = set_up("striped_cat").data, set_up("striped_cat").pipe
+    x_t, t = torch.randn(4, 16, 16, 16), torch.full((4,), 0.4)
+    for name, way in (("bound", ""), ("bound paper", ""), ("LoRA", "switched off"), ("LoRA", "")):
+        cell = Cell("striped_cat", name, steps=2)
         for _, thetas, _ in train_cell(cell, learn_theta_1(cell, tmp_path)):
             pass
-        theta, options = ALL[name].as_sampled(thetas)
+        theta, options = as_sampled(thetas, way)
         kept = torch.equal(theta(x_t, t, data.texts.base), pipe.velocity(x_t, t, data.texts.base))
-        assert kept == (name != "LoRA, base's empty text")
-        assert (options == {"theta_null": pipe.velocity}) == (name != "LoRA switched off")
+        assert kept == ((name, way) != ("LoRA", ""))
+        assert (options == {"theta_null": pipe.velocity}) == (way == "")
+    assert as_sampled(thetas, "own empty text") == (thetas.theta, {})
+
+
+def test_switched_off_is_measured_without_drawing_again(cheap, tmp_path):
+    """With [V] it draws what the LoRA draws, and without [V] what the original draws."""
+    ways = run_cell(Cell("striped_cat", "LoRA", steps=2), tmp_path)["ways"]
+    on, off = ways[""]["2"], ways["switched off"]["2"]
+    for name in ("similarity", "outside change", "composition", "neighbour leak", "neighbour change"):
+        assert on[name] == off[name]
+    assert off["class drift"] == off["drift"] == off["path KL"] == 0 < on["class drift"]
 
 
 def test_a_bound_extractor_teaches_a_bound_model(cheap):
-    cells = {name: theta_1_cell(Cell("checked_cat", name)) for name in BINDING}
-    teachers = {name: cell.method for name, cell in cells.items() if cell}
-    assert teachers == {"paper, base's empty text": "LoRA", "bound paper, LoRA's extractor": "LoRA",
-                        **{f"bound paper, eta {eta}": "bound" for eta in (1, 0.3, 0.1)},
-                        "bound, extractor's Y": "bound"}
+    for name, method in ALL.items():
+        teacher = theta_1_cell(Cell("striped_cat", name))
+        if method.theta_1 == "frozen":
+            assert ALL[teacher.method].where == method.where, name
+        else:
+            assert teacher is None
 
 
 def test_a_pool_that_is_never_used_twice_is_the_fresh_draws(cheap, tmp_path, monkeypatch):
     """What is remembered is what would have been computed."""
     monkeypatch.setattr(pool, "FOLDER", tmp_path)
-    monkeypatch.setattr(pool, "SAMPLING_STEPS", 1)
-    cell = Cell("striped_robot", pool.METHOD, steps=2)
+    monkeypatch.setattr(pool, "FEW_STEPS", 1)
+    cell = Cell("checked_robot", pool.METHOD, steps=2)
     fresh, remembered, reused = (pool.train(cell, size) for size in (0, 8, 4))
     for name in ("similarity", "outside change"):
         assert fresh[name] == remembered[name] != reused[name]

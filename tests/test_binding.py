@@ -30,7 +30,7 @@ def make_bound(pipe, seed=1, where="token") -> Branch:
 
 def draw(batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, 32, 32, generator=generator), torch.rand(batch, generator=generator)
+    return torch.randn(batch, 16, 16, 16, generator=generator), torch.rand(batch, generator=generator)
 
 
 def encode(pipe, *texts):
@@ -167,7 +167,7 @@ def test_two_bound_concepts_ignore_each_others_adapters(pipe):
     """At each slot the keys and values are its own concept's; every other token's are the base model's."""
     one, two = make_bound(pipe, 1), make_bound(pipe, 2)
     text = pipe.encode_text(["a [V1] robot [V2] cat"], {"[V1]": "robot", "[V2]": "cat"})
-    block, c = pipe.mmdit.blocks[1], torch.randn(1, 16, 32)
+    block, c = pipe.mmdit.blocks[1], torch.randn(1, 44, 32)
     layers = target_layers(block, "token").values()
     plain = [layer(c) for layer in layers]
     with one.lora.attached(1, block, text.slots == 1), two.lora.attached(1, block, text.slots == 2):

@@ -27,7 +27,7 @@ def make_branch(pipe, trained=True) -> Branch:
 
 def draw(pipe, batch=2):
     text = pipe.encode_text(["a big [V] robot in the snow"] * batch, STAND_IN)
-    return torch.randn(batch, 3, 32, 32), torch.rand(batch), text
+    return torch.randn(batch, 16, 16, 16), torch.rand(batch), text
 
 
 def plain_text(pipe, batch=2):
@@ -139,7 +139,7 @@ def test_texts_without_the_token_never_see_the_embeddings(pipe):
 
 def test_embeddings_start_from_the_class_words_states(pipe):
     """At the first block that state is the embedded token itself, whatever t and noise are."""
-    bases, picture = ["a robot in the snow", "a big robot at night"], torch.zeros(1, 32, 32, 3).byte().numpy()
+    bases, picture = ["a robot in the snow", "a big robot at night"], torch.zeros(1, 64, 64, 3).byte().numpy()
     references = [Reference(base, picture, f"{TOKEN} {base}", base, f"{TOKEN} robot") for base in bases]
     data = encode(pipe, ConceptSet("robot", references))
     Y = class_word_states(pipe, data, torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import jupytext
+import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -127,3 +128,14 @@ def test_the_points_of_an_answer_are_five():
     for answer in re.split(r"\n\*\*\d+\.\*\*", (TEACHING / "exam_keys.md").read_text())[1:]:
         points = [float(number) for number in re.findall(r"\[(\d(?:\.5)?)\]", answer)]
         assert sum(points) == 5 or "One point each, any five" in " ".join(answer.split()), answer
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_the_notebooks_are_those_of_the_sources(path):
+    """Whoever changes a lesson runs `python -m tutorials.build` again."""
+    made = versions(jupytext.read(path))
+    solved = [cell for cell in made["solved"].cells if "slide" not in tags(cell)]
+    for folder, cells in (("notebooks", made["learner"].cells), ("solved", solved)):
+        kept = nbformat.read(FOLDER / folder / f"{path.stem}.ipynb", as_version=4)
+        assert [cell.source for cell in kept.cells] == [cell.source for cell in cells]
+    assert (FOLDER / "slides" / f"{path.stem}.html").exists()

@@ -2,41 +2,59 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import make_pipe
 from tinyflow.errors import InputError
+from tinyflow.mmdit import MMDiTConfig
 from tinyflow.picturebook import pretrain as module
-from tinyflow.picturebook.pretrain import PretrainConfig, learning_rate, pretrain
-from tinyflow.weights import load_tensors
+from tinyflow.picturebook.model import make_codec, make_tiny
+from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining
+from tinyflow.picturebook.training import train
+from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
-CONFIG = PretrainConfig(steps=6, batch=4, pictures=12, warmup=2)
+CONFIG = PretrainConfig(steps=6, batch=4, pictures=16, warmup=2)
 ROOT = Path(__file__).parent.parent
 SMALL = """
 import sys
-from tests.conftest import make_pipe
+from PIL import Image
+from tests.test_picturebook_pretrain import make_pipe
 from tinyflow.picturebook import pretrain as module
 module.make_tiny = lambda: make_pipe().requires_grad_(True)
-module.sample_grid = lambda pipe: module.Image.new("RGB", (8, 8))
+module.sample_page = lambda pipe: Image.new("RGB", (8, 8))
 module.main(sys.argv[1:])
 """
 
 
+def make_pipe():
+    """A small model, with no gate left at zero."""
+    torch.manual_seed(0)
+    config = MMDiTConfig(16, 2, width=32, depth=3, heads=2, context_width=16, pooled_width=16)
+    pipe = make_tiny(config)
+    with torch.no_grad():
+        for parameter in pipe.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return pipe.requires_grad_(False).eval()
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A small model, and no sample grids: they would take longer than the training."""
-    monkeypatch.setattr(module, "make_tiny", lambda: make_pipe().requires_grad_(True))
-    monkeypatch.setattr(module, "sample_grid", lambda pipe: module.Image.new("RGB", (8, 8)))
+    """No pages of samples: they would take longer than the training."""
+    monkeypatch.setattr(module, "sample_page", lambda pipe: module.Image.new("RGB", (8, 8)))
+
+
+def start(out, config=CONFIG):
+    return Pretraining(config, make_pipe().requires_grad_(True), out)
 
 
 def test_an_interrupted_pretraining_ends_bitwise_like_a_whole_one(tmp_path):
-    whole = [loss for _, loss in pretrain(CONFIG, tmp_path / "whole", "cpu", save_every=2)]
-    rows = pretrain(CONFIG, tmp_path / "cut", "cpu", save_every=2)
+    whole = [loss for _, loss in train(start(tmp_path / "whole"), tmp_path / "whole", 2)]
+    rows = train(start(tmp_path / "cut"), tmp_path / "cut", 2)
     cut = [next(rows)[1] for _ in range(5)]      # the fifth step is lost: the last checkpoint is of step 4
-    cut = cut[:4] + [loss for _, loss in pretrain(CONFIG, tmp_path / "cut", "cpu", save_every=2)]
+    cut = cut[:4] + [loss for _, loss in train(start(tmp_path / "cut"), tmp_path / "cut", 2)]
     assert cut == whole and len(whole) == 6
     one, _ = load_tensors(tmp_path / "whole" / "base.safetensors", "tinyflow base")
     other, _ = load_tensors(tmp_path / "cut" / "base.safetensors", "tinyflow base")
@@ -46,41 +64,76 @@ def test_an_interrupted_pretraining_ends_bitwise_like_a_whole_one(tmp_path):
 
 
 def test_another_configuration_is_refused(tmp_path):
-    list(pretrain(CONFIG, tmp_path, "cpu"))
+    list(train(start(tmp_path), tmp_path, 6))
     with pytest.raises(InputError, match="another configuration"):
-        list(pretrain(PretrainConfig(steps=6, batch=2, pictures=12, warmup=2), tmp_path, "cpu"))
+        list(train(start(tmp_path, replace(CONFIG, batch=2)), tmp_path, 6))
 
 
-def test_the_average_is_what_is_kept(tmp_path):
-    list(pretrain(CONFIG, tmp_path, "cpu"))
+def test_the_average_is_what_is_kept_and_the_codec_is_not_trained(tmp_path):
+    training = start(tmp_path)
+    codec = tensor_hash(training.codec.state_dict())
+    list(train(training, tmp_path, 6))
     checkpoint, _ = load_tensors(tmp_path / "checkpoint.safetensors", "tinyflow pretraining checkpoint")
     base, facts = load_tensors(tmp_path / "base.safetensors", "tinyflow base")
     name = "mmdit.final_linear.weight"
     assert torch.equal(base[name], checkpoint[f"average.{name}"].half())
     assert not torch.equal(base[name], checkpoint[f"model.{name}"].half())
     assert facts["config"]["steps"] == 6 and "seconds" in facts
+    assert tensor_hash(training.codec.state_dict()) == codec and not any("codec" in name for name in base)
 
 
-def test_the_learning_rate_warms_up_and_decays():
-    config = PretrainConfig(steps=100, warmup=10)
-    rates = [learning_rate(k, config) for k in range(100)]
-    assert rates[0] < rates[9] == max(rates) == config.learning_rate
-    assert rates[99] < 0.03 * config.learning_rate
+def test_latents_are_those_of_the_scenes_and_are_made_once(tmp_path):
+    training = start(tmp_path)
+    file = tmp_path / "latents.safetensors"
+    written = file.stat().st_mtime_ns
+    again = start(tmp_path)
+    assert file.stat().st_mtime_ns == written and torch.equal(training.latents, again.latents)
+    pictures, _ = module.render_all(training.scenes[3:4])
+    x_0 = training.codec.encode(module.to_pixels(pictures))
+    assert torch.allclose(training.latents[3].float(), x_0[0], atol=2e-3)
+    other = start(tmp_path, replace(CONFIG, seed=2))             # other pictures: the file is made anew
+    assert not torch.equal(other.latents, again.latents)
+
+
+def run(folder, *arguments, processes=1):
+    script = folder / "small.py"
+    script.write_text(SMALL)
+    codec = folder / "codec.safetensors"
+    torch.manual_seed(0)
+    save_tensors(codec, "tinyflow codec", make_codec().state_dict(), {"scale": 1.0, "shift": 0.0})
+    line = [sys.executable]
+    if processes > 1:
+        line += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    line += [str(script), "--steps", "5", "--batch", "4", "--pictures", "16", "--device", "cpu",
+             "--codec", str(codec)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*line, *arguments], env=environment, cwd=folder, capture_output=True, text=True,
+                          timeout=300)
 
 
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     """torchrun splits each batch; the averaged gradients are those of one process (up to bf16 rounding)."""
-    script = tmp_path / "small.py"
-    script.write_text(SMALL)
-    arguments = ["--steps", "5", "--batch", "4", "--pictures", "12", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, str(script), *arguments, "--out", str(tmp_path / "one")]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-           str(script), *arguments, "--out", str(tmp_path / "two")]
-    for command in (one, two):
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run(tmp_path, "--out", str(tmp_path / name), processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
     a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors", "tinyflow pretraining checkpoint")[0]
             for name in ("one", "two"))
     for name in a:
-        if name.endswith("exp_avg") and a[name].norm() > 1e-4:   # the running mean of the gradients
+        if name.endswith(".mean") and a[name].norm() > 1e-4:     # the running mean of the gradients
             assert (a[name] - b[name]).norm() < 0.05 * a[name].norm(), name
+
+
+def test_a_stage_goes_on_from_another_ones_weights_and_a_wrong_start_is_one_line(tmp_path, monkeypatch):
+    weights = tmp_path / "start.safetensors"
+    pipe = make_pipe()
+    codec = pipe.codec
+    del pipe.codec
+    save_tensors(weights, "tinyflow base", pipe.state_dict(), {})
+    pipe.codec = codec
+    monkeypatch.setattr(module, "make_tiny", make_pipe)
+    begun = module.begin(weights, None, 1)
+    assert torch.equal(begun.mmdit.final_linear.weight, pipe.mmdit.final_linear.weight)
+    assert all(p.requires_grad for p in begun.mmdit.parameters())
+    wrong = run(tmp_path, "--out", str(tmp_path / "x"), "--start", str(tmp_path / "none.safetensors"))
+    assert wrong.returncode == 2 and "there is no such file" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

@@ -23,7 +23,7 @@ from tinyflow.flow import noise_for
 from tinyflow.sd3.load import load_sd3, load_tokenizer
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
-ROBOT = FOLDER / "striped_robot"
+ROBOT = FOLDER / "checked_robot"
 PUBLIC = ["--base", "sd3.5-medium", "--size", "64", "--steps", "2", "--device", "cpu",
           "--class-word", "robot"]
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     assert "--weights DIR" in fails(capsys, "learn", ROBOT, *PUBLIC)
     assert "--weights DIR" in fails(capsys, "sample", concept, "a [V] robot")
     assert "leave it out" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--weights", sd3[0])
-    assert "32 px only" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--size", "64")
+    assert "64 px only" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--size", "32")
     public = ["learn", ROBOT, "--weights", sd3[0], *PUBLIC]
     absent = "mps" if torch.cuda.is_available() else "cuda"      # the plan once asked it for its memory
     assert f"--device {absent}: torch can use none" in fails(capsys, *public, "--device", absent)

@@ -4,19 +4,20 @@ import torch
 
 from tinyflow.errors import InputError
 from tinyflow.picturebook import world
+from tinyflow.picturebook.model import LENGTH
 from tinyflow.tokenizer import WordTokenizer
 
 
 @pytest.fixture
 def tokenizer():
-    return WordTokenizer(world.VOCABULARY)
+    return WordTokenizer(world.VOCABULARY, LENGTH)
 
 
 def test_every_caption_the_world_can_say_is_known(tokenizer):
     rng = np.random.default_rng(0)
     texts = [world.random_caption(world.random_scene(rng), rng) for _ in range(500)]
     ids, slots = tokenizer(texts)
-    assert ids.shape == (500, 16) and not slots.any() and (ids[:, 0] == tokenizer.start).all()
+    assert ids.shape == (500, LENGTH) and not slots.any() and (ids[:, 0] == tokenizer.start).all()
     assert any(text == "" for text in texts) and any(" robot robot" in text for text in texts)
 
 
@@ -29,8 +30,8 @@ def test_the_placeholder_is_read_as_its_stand_in_and_its_place_is_reported(token
 def test_an_unknown_word_is_named_with_its_nearest_neighbours(tokenizer):
     with pytest.raises(InputError, match="'robott'.*robot"):
         tokenizer(["a red robott"])
-    with pytest.raises(InputError, match="at most 14"):
-        tokenizer(["robot " * 15])
+    with pytest.raises(InputError, match="at most 42"):
+        tokenizer(["robot " * 43])
 
 
 def test_pooling_is_at_the_first_end_token_and_attention_is_causal(pipe):

@@ -239,7 +239,7 @@ from purecc_min.measure.toy import FOLDER
 from tests.conftest import make_pipe
 train.SAVE_EVERY = 3
 config = train.TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
-robot = load_concept(FOLDER / "striped_robot", "robot", 32)
+robot = load_concept(FOLDER / "checked_robot", "robot", 64)
 for stage, _, row in learn(make_pipe(), robot, config, Path(sys.argv[1])):
     print(stage, row["step"], flush=True)
     sys.stdin.readline()                                         # a step is taken only when it is asked for

@@ -76,7 +76,7 @@ def test_tensors_that_do_not_fit_are_listed():
     tensors = dict(model.state_dict())
     tensors["surplus"] = tensors.pop("final_linear.bias")
     tensors["final_linear.weight"] = torch.zeros(1, 2)
-    message = (r"here: .*final_linear.weight is \(1, 2\), not \(48, 32\); "
+    message = (r"here: .*final_linear.weight is \(1, 2\), not \(64, 32\); "
                "missing final_linear.bias; unexpected surplus")
     with pytest.raises(InputError, match=message):
         load_into(model, tensors, "here")

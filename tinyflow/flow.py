@@ -39,7 +39,7 @@ def predict_x_0(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """Moves times toward noise: t -> s t / (1 + (s - 1) t).
 
-    Larger pictures need a larger shift s. It is 1 in the tiny world, which changes nothing, and 3 in SD3.5.
+    Larger pictures need a larger shift s. 1 changes nothing; it is 3 in SD3.5 and in the tiny world.
     """
     return shift * t / (1 + (shift - 1) * t)
 

@@ -24,8 +24,8 @@ from tinyflow.attention import JointAttention, SelfAttention
 @dataclass(frozen=True)
 class MMDiTConfig:
     """The defaults are the tiny model of the picture-book world."""
-    channels: int = 3                            # of the picture (or latent)
-    patch: int = 4
+    channels: int = 16                           # of the latents
+    patch: int = 2
     width: int = 128
     depth: int = 6
     heads: int = 4

@@ -4,9 +4,9 @@
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
 
-`sample` draws pictures with them. The flow runs on what the codec makes of a picture: its pixels in the
-tiny world, the latents of an autoencoder in SD3.5. Where it is made: picturebook/model.py (tiny),
-sd3/load.py (public weights). Read next: purecc_min/concept.py.
+`sample` draws pictures with them. The flow runs on latents: what the codec, an autoencoder, makes of a
+picture. Where it is made: picturebook/model.py (tiny), sd3/load.py (public weights). Read next:
+purecc_min/concept.py.
 """
 
 from dataclasses import dataclass, fields

@@ -19,32 +19,40 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from purecc_min.algorithm import concept_facts
-from purecc_min.benchmark.entries import ABLATIONS, BINDING, FURTHER, MAIN, THETA_1_SETTINGS, Setup, start
+from purecc_min.benchmark.entries import (
+    ABLATIONS,
+    FURTHER,
+    MAIN,
+    THETA_1_SETTINGS,
+    Setup,
+    as_sampled,
+    start,
+)
 from purecc_min.branch import Branch
 from purecc_min.concept import EncodedConcept, encode, noised
-from purecc_min.measure.draw import Pictures, draw_groups, perfect
+from purecc_min.measure.draw import FEW_STEPS, Pictures, draw_groups, perfect
 from purecc_min.measure.measures import measure
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES, velocity_error
 from purecc_min.methods import Thetas
-from purecc_min.train import TrainConfig, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
 from tinyflow.files import write_picture, write_whole
 from tinyflow.flow import noise_for
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.reader import Reader
-from tinyflow.pipeline import Pipeline
+from tinyflow.pipeline import Velocity, to_pictures
 from tinyflow.weights import load_tensors
 
 STEPS = 200                                      # of training, for every method alike
 SNAPSHOTS = (50, 100)                            # and before that, steps at which a cell is measured
 CURVE = (1, 25, 50, 100, 150, 200)               # steps at which the terms of Eq. 10 to 14 are recorded
-SAMPLING_STEPS = 8                               # the base model draws as it is told as often as with 28
-STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "plain": 6, "other": 6}   # pictures kept of each group
+STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "neighbour": 6, "plain": 6, "other": 6}   # kept
 RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file for each part
-KEPT = ("LoRA", "paper", "bound")                # methods whose concepts stay in the folder
-ALL = MAIN | ABLATIONS | FURTHER | BINDING
+KEPT = ("LoRA", "paper", "bound", "bound paper")             # methods whose concepts stay in the folder
+ALL = MAIN | ABLATIONS | FURTHER
 
 
 @cache
@@ -75,7 +83,7 @@ class Cell:
 
     @property
     def snapshots(self) -> tuple[int, ...]:
-        last = dict(self.changes).get("steps", self.steps)
+        last = self.config().steps if self.method in ALL else self.steps
         early = [step for step in (*SNAPSHOTS, STEPS) if step < last] if self.on_the_way else []
         return (*early, last)
 
@@ -96,14 +104,15 @@ class Cell:
         return own | dict(self.changes)
 
     def config(self) -> TrainConfig:
-        return TrainConfig(**{"seed": self.seed, "steps": self.steps, **self.settings})
+        return TrainConfig(**{"seed": self.seed, "steps": self.steps * ALL[self.method].times,
+                              **self.settings})
 
     def recipe(self) -> str:
         """A fingerprint of all that this cell's result depends on, short of the code."""
         toy = CONCEPTS[self.concept]
         texts = [(r.complete, r.base, r.target) for r in toy.references().references]
-        parts = [self.settings, THETA_1_SETTINGS["LoRA"], self.snapshots, SAMPLING_STEPS, asdict(toy), texts,
-                 hash_of(SHIPPED / "base.safetensors"), hash_of(SHIPPED / "reader.safetensors")]
+        parts = [self.settings, THETA_1_SETTINGS["LoRA"], self.snapshots, FEW_STEPS, asdict(toy), texts,
+                 *(hash_of(SHIPPED / f"{name}.safetensors") for name in ("base", "codec", "reader"))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def result(self, folder: Path, shipped: bool = False) -> dict | None:
@@ -128,8 +137,9 @@ def set_up(concept: str) -> Setup:
     pipe, toy = load_tiny(), CONCEPTS[concept]
     references = toy.references()
     pictures = np.stack([reference.picture for reference in references.references])
-    original = draw_groups(pipe, None, toy, steps=SAMPLING_STEPS)
-    return Setup(pipe, Reader.shipped(), toy, encode(pipe, references), pictures, original)
+    original = draw_groups(pipe, None, toy, steps=FEW_STEPS)
+    masked = encode(pipe, toy.references(masked=True))
+    return Setup(pipe, Reader.shipped(), toy, encode(pipe, references), masked, pictures, original)
 
 
 def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas, Callable]]:
@@ -140,9 +150,35 @@ def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas
     setup, method, config = set_up(cell.concept), ALL[cell.method], cell.config()
     theta = start(method, setup.pipe, setup.data, config, theta_1)
     thetas, loss = Thetas(setup.pipe.velocity, theta_1, theta), method.loss_for(setup, config)
-    optimizer = optimizer_for(theta, config)
-    for row in train_steps(loss, thetas, setup.data, config, method.stage, optimizer):
+    optimizer, data = optimizer_for(theta, config), setup.masked if method.masked else setup.data
+    for row in train_steps(loss, thetas, data, config, method.stage, optimizer):
         yield row["step"], thetas, loss
+
+
+def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
+    """How often a picture goes forward through the model, and backward, where a LoRA's step does it once.
+
+    What a method does before its first step is shared out among all of its steps, and its extractor counts.
+    """
+    setup, method, config = set_up(cell.concept), ALL[cell.method], cell.config()
+    counted = {"forward": 0.0, "backward": 0.0}
+
+    def count(mmdit, inputs, out: Tensor) -> None:
+        counted["forward"] += len(out)
+        counted["backward"] += len(out) * out.requires_grad
+
+    hook = setup.pipe.mmdit.register_forward_hook(count)     # a copy of the model has it, too
+    theta = start(method, setup.pipe, setup.data, config, theta_1)
+    loss = method.loss_for(setup, config)
+    before = dict(counted)
+    batch = draw_batch(setup.data, config, method.stage, 0, setup.pipe.shift)
+    loss(Thetas(setup.pipe.velocity, theta_1, theta), batch, config.eta)
+    hook.remove()
+    own = {name: (before[name] / config.steps + counted[name] - before[name]) / config.batch
+           for name in counted}
+    teacher = theta_1_cell(cell)
+    taught = count_passes(teacher, None) if teacher else dict.fromkeys(own, 0.0)
+    return {name: method.times * own[name] + taught[name] for name in own}
 
 
 def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: float) -> list[dict[str, float]]:
@@ -205,10 +241,29 @@ def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
 
 
 # -------------------------------------------------------------------------------------------------------- run
-def write_strip(pipe: Pipeline, drawn: Pictures, file: Path) -> None:
+def write_strip(drawn: Pictures, file: Path) -> None:
     """The first pictures of each group in STRIP, side by side, to be looked at."""
-    pictures = pipe.decode_images(torch.cat([drawn[group][:count] for group, count in STRIP.items()]))
+    kept = [drawn[group][:count] for group, count in STRIP.items() if group in drawn]
+    pictures = to_pictures(torch.cat(kept))
     write_picture(file, Image.fromarray(np.concatenate(pictures, axis=1)))
+
+
+def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
+    """Draws and measures each way of sampling the method's model; returns the first way's pictures.
+
+    Adapters that are switched off for texts without [V] draw all others as they do otherwise. The adapted
+    model's own empty text is looked at in the end alone.
+    """
+    setup, drawn = set_up(cell.concept), {}
+    for way in ALL[cell.method].ways:
+        theta, options = as_sampled(thetas, way)
+        if way == "switched off":
+            untouched = {group: setup.original[group] for group in ("plain", "other")}
+            assess(step, way, None, drawn[""] | untouched)
+        elif way == "" or step == cell.snapshots[-1]:
+            drawn[way] = draw_groups(setup.pipe, theta, setup.toy, steps=FEW_STEPS, **options)
+            assess(step, way, theta, drawn[way])
+    return drawn[""]
 
 
 def run_cell(cell: Cell, folder: Path) -> dict:
@@ -216,28 +271,29 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     if result := cell.result(folder):
         return result
     begun, setup = time.time(), set_up(cell.concept)
-    pipe, reader, toy, snapshots, terms = setup.pipe, setup.reader, setup.toy, {}, {}
-    result = {**asdict(cell), "changes": dict(cell.changes), "recipe": cell.recipe(), "snapshots": snapshots,
+    pipe, toy, ways, terms = setup.pipe, setup.toy, {}, {}
+    result = {**asdict(cell), "changes": dict(cell.changes), "recipe": cell.recipe(), "ways": ways,
               "terms": terms}
 
-    def assess(step: int, theta: Branch | None, drawn: Pictures) -> None:
-        snapshots[str(step)] = measure(pipe, reader, theta, toy, setup.pictures, setup.original, drawn)
+    def assess(step: int, way: str, theta: Velocity | None, drawn: Pictures) -> None:
+        measured = measure(pipe, setup.reader, theta, toy, setup.pictures, setup.original, drawn)
+        ways.setdefault(way, {})[str(step)] = measured
 
     if cell.method in ("nothing", "perfect"):
-        drawn = setup.original if cell.method == "nothing" else perfect(reader, toy, setup.original)
-        assess(0, None, drawn)
+        drawn = setup.original if cell.method == "nothing" else perfect(setup.reader, toy, setup.original)
+        assess(0, "", None, drawn)
     else:
-        for step, thetas, loss in train_cell(cell, learn_theta_1(cell, folder)):
+        theta_1 = learn_theta_1(cell, folder)
+        result["passes"] = count_passes(cell, theta_1)
+        for step, thetas, loss in train_cell(cell, theta_1):
             if step in CURVE and ALL[cell.method].theta_1:
                 terms[str(step)] = terms_over_t(loss, thetas, setup.data, cell.config().eta)
             if step in cell.snapshots:
-                theta, options = ALL[cell.method].as_sampled(thetas)
-                drawn = draw_groups(pipe, theta, toy, steps=SAMPLING_STEPS, **options)
-                assess(step, theta, drawn)
-        result["velocity_error"] = velocity_error(pipe, theta, toy).relative            # over TIMES
+                drawn = assess_ways(cell, step, thetas, assess)
+        result["velocity_error"] = velocity_error(pipe, thetas.theta, toy).relative     # over TIMES
         if cell.method in KEPT:
             keep(cell, thetas.theta, folder)
     result["seconds"] = round(time.time() - begun, 1)
-    write_strip(pipe, drawn, (folder / cell.file).with_suffix(".png"))
+    write_strip(drawn, (folder / cell.file).with_suffix(".png"))
     write_whole(folder / cell.file, json.dumps(result).encode())
     return result

@@ -1,11 +1,12 @@
-"""The paper's claims, one row each: what it says, what it is here, and whether it holds.
+"""The paper's claims, one row each: what it says, its figures, what it is here, and whether it holds.
 
 A claim says that something is larger than something else. Its value is that difference, one number for each
 training seed (a mean over concepts). It HOLDS if the whole 95 % interval is above zero, DOES NOT HOLD if
 none of it is, and DEPENDS otherwise. A claim that two things are about equal holds if the interval lies
-within +- CLOSE. Measures stand in for the paper's: similarity for CLIP-I, DINO and CSD, mask IoU and
-outside change for Seg-Cons, layout (place, size and background as asked) for dCLIP-T, path KL for Fig. 2.
-Read next: figures.py.
+within +- CLOSE. Each is asked twice: for adapters that act everywhere, as in the paper, and for bound ones,
+where they have such a thing. Measures stand in for the paper's: similarity for CLIP-I and CSD, mask IoU and
+outside change for Seg-Cons, text kept (the reader's log-probability of the base text) for dCLIP-T, path KL
+for the KL of Fig. 2 and 4. Read next: figures.py.
 """
 
 from typing import NamedTuple
@@ -23,15 +24,18 @@ from purecc_min.benchmark.tables import (
     plus_minus,
     seed_means,
 )
-from purecc_min.measure.toy import HELD_OUT
+from purecc_min.measure.toy import CONCEPTS, HELD_OUT
 
 CLOSE = 0.02                                     # for claims that two things are about equal
-INSTANCES, STYLES, CAT = HELD_OUT[:3], HELD_OUT[3:], (ABLATED,)
+INSTANCES = tuple(name for name in HELD_OUT if not CONCEPTS[name].is_style)
+STYLES = tuple(name for name in HELD_OUT if CONCEPTS[name].is_style)
+CAT = (ABLATED,)
 
 
 class Claim(NamedTuple):
-    source: str
+    where: str
     says: str
+    figures: str
     values: list[float]                          # one for each seed; positive where the claim is right
     equal: bool = False
 
@@ -45,55 +49,64 @@ class Claim(NamedTuple):
         return "holds" if holds else "does not hold" if fails else "depends"
 
 
-# Where it stands, what it says, and the two methods, the measure and the concepts that are compared
-COMPARISONS = [
-    ("Table 1, instances", "fidelity (CLIP-I, DINO): PureCC above DreamBooth",
-     "paper", ">", "DreamBooth", "similarity", INSTANCES),
-    ("Table 1, instances", "Seg-Cons: PureCC above DreamBooth, mask IoU",
-     "paper", ">", "DreamBooth", "mask IoU", INSTANCES),
-    ("Table 1, instances", "Seg-Cons: DreamBooth changes more outside the masks",
-     "DreamBooth", ">", "paper", "outside change", INSTANCES),
-    ("Table 1, instances", "dCLIP-T: PureCC follows the text better than DreamBooth, layout",
-     "paper", ">", "DreamBooth", "layout", INSTANCES),
-    ("Table 1, instances", "fidelity (CLIP-I, DINO): PureCC above DreamBooth + prior",
-     "paper", ">", "DreamBooth + prior", "similarity", INSTANCES),
-    ("Table 1, instances", "Seg-Cons: PureCC above DreamBooth + prior, mask IoU",
-     "paper", ">", "DreamBooth + prior", "mask IoU", INSTANCES),
-    ("Table 1, instances", "Seg-Cons: DreamBooth + prior changes more outside the masks",
-     "DreamBooth + prior", ">", "paper", "outside change", INSTANCES),
-    ("Table 1, instances", "dCLIP-T: PureCC follows the text better than DreamBooth + prior, layout",
-     "paper", ">", "DreamBooth + prior", "layout", INSTANCES),
-    ("Table 1, style", "CSD: PureCC above DreamBooth", "paper", ">", "DreamBooth", "similarity", STYLES),
-    ("Table 1, style", "dCLIP-T: PureCC follows the text better than DreamBooth, layout",
-     "paper", ">", "DreamBooth", "layout", STYLES),
-    ("Table 2", "fidelity: full above L_CC alone", "paper", ">", "LoRA", "similarity", HELD_OUT),
-    ("Table 2", "Seg-Cons: full above L_CC alone, mask IoU", "paper", ">", "LoRA", "mask IoU", HELD_OUT),
-    ("Table 2", "Seg-Cons: L_CC alone changes more outside the masks",
-     "LoRA", ">", "paper", "outside change", HELD_OUT),
-    ("Table 2", "fidelity: full above merged stages", "paper", ">", "merged stages", "similarity", HELD_OUT),
-    ("Table 2", "Seg-Cons: full above merged stages, mask IoU",
-     "paper", ">", "merged stages", "mask IoU", HELD_OUT),
-    ("Table 2", "Seg-Cons: merged stages changes more outside the masks",
-     "merged stages", ">", "paper", "outside change", HELD_OUT),
-    ("Table 3", "fidelity: lambda 3 above 1", "paper, lambda 3", ">", "paper, lambda 1", "similarity", CAT),
-    ("Table 3", "fidelity: lambda 5 above 3", "paper, lambda 5", ">", "paper, lambda 3", "similarity", CAT),
-    ("Table 3", "fidelity: lambda* above lambda 1", "paper", ">", "paper, lambda 1", "similarity", CAT),
-    ("Table 3", "fidelity: lambda* above lambda 3", "paper", ">", "paper, lambda 3", "similarity", CAT),
-    ("Table 3", "fidelity: lambda* above lambda 5", "paper", ">", "paper, lambda 5", "similarity", CAT),
-    ("Table 3", "lambda 5 follows the text worse than lambda*, layout",
-     "paper", ">", "paper, lambda 5", "layout", CAT),
-    ("Table 6", "fidelity: eta 1 above 0.5", "paper", ">", "paper, eta 0.5", "similarity", CAT),
-    ("Table 6", "fidelity: eta 1 above 1.5", "paper", ">", "paper, eta 1.5", "similarity", CAT),
-    ("Table 6", "fidelity: eta 1 above 2", "paper", ">", "paper, eta 2", "similarity", CAT),
-    ("Sec. 14", "v_original from theta2 is as good as from a frozen copy, similarity",
-     "paper", "=", "untouched v_original", "similarity", CAT),
-    ("Sec. 14", "v_original from theta2 is as good as from a frozen copy, mask IoU",
-     "paper", "=", "untouched v_original", "mask IoU", CAT),
-    ("not in the paper", "detaching v_original makes no difference, similarity",
-     "paper", "=", "not detached", "similarity", CAT),
-    ("Fig. 2", "KL to the original: LoRA above PureCC", "LoRA", ">", "paper", "path KL", HELD_OUT),
-    ("Fig. 2", "KL to the original: DreamBooth above LoRA", "DreamBooth", ">", "LoRA", "path KL", HELD_OUT),
-]
+class Comparison(NamedTuple):
+    where: str                                   # in the paper
+    says: str
+    figures: str                                 # the paper's own
+    larger: str                                  # the method that has more of
+    measure: str
+    smaller: str                                 # than this one
+    concepts: tuple[str, ...] = HELD_OUT
+    equal: bool = False                          # the two are about equal
+
+
+COMPARISONS = [Comparison(*row) for row in [
+    ("Table 1", "CLIP-I: above DreamBooth", ".81 > .63", "paper", "similarity", "DreamBooth", INSTANCES),
+    ("Table 1", "Seg-Cons: above DreamBooth", "69.4 > 18.4", "paper", "mask IoU", "DreamBooth", INSTANCES),
+    ("Table 1", "the same, outside the masks", "", "DreamBooth", "outside change", "paper", INSTANCES),
+    ("Table 1", "dCLIP-T: above DreamBooth", "-0.31 > -4.81", "paper", "text kept", "DreamBooth", INSTANCES),
+    ("Table 1", "CLIP-I: above EWC", ".81 > .62", "paper", "similarity", "DreamBooth + EWC", INSTANCES),
+    ("Table 1", "Seg-Cons: above EWC", "69.4 > 26.4", "paper", "mask IoU", "DreamBooth + EWC", INSTANCES),
+    ("Table 1", "the same, outside the masks", "", "DreamBooth + EWC", "outside change", "paper", INSTANCES),
+    ("Table 1", "dCLIP-T: above EWC", "-0.31 > -4.17", "paper", "text kept", "DreamBooth + EWC", INSTANCES),
+    ("Table 1", "styles, CSD: above DreamBooth", ".63 > .57", "paper", "similarity", "DreamBooth", STYLES),
+    ("Table 1", "styles, dCLIP-T: above DreamBooth", "-0.26 > -6.23", "paper", "text kept", "DreamBooth",
+     STYLES),
+    ("Table 2", "CLIP-I: above L_CC alone", ".81 > .65", "paper", "similarity", "LoRA"),
+    ("Table 2", "Seg-Cons: above L_CC alone", "69.4 > 23.7", "paper", "mask IoU", "LoRA"),
+    ("Table 2", "the same, outside the masks", "", "LoRA", "outside change", "paper"),
+    ("Table 2", "dCLIP-T: above L_CC alone", "-0.31 > -4.52", "paper", "text kept", "LoRA"),
+    ("Table 2", "CLIP-I: above merged stages", ".81 > .50", "paper", "similarity", "merged stages"),
+    ("Table 2", "Seg-Cons: above merged stages", "69.4 > 54.4", "paper", "mask IoU", "merged stages"),
+    ("Table 2", "the same, outside the masks", "", "merged stages", "outside change", "paper"),
+    ("Table 3", "CLIP-I: lambda 3 above 1", ".58 > .43", "paper, lambda 3", "similarity", "paper, lambda 1",
+     CAT),
+    ("Table 3", "CLIP-I: lambda 5 above 3", ".73 > .58", "paper, lambda 5", "similarity", "paper, lambda 3",
+     CAT),
+    ("Table 3", "CLIP-I: lambda* above 1", ".81 > .43", "paper", "similarity", "paper, lambda 1", CAT),
+    ("Table 3", "CLIP-I: lambda* above 3", ".81 > .58", "paper", "similarity", "paper, lambda 3", CAT),
+    ("Table 3", "CLIP-I: lambda* above 5", ".81 > .73", "paper", "similarity", "paper, lambda 5", CAT),
+    ("Table 3", "dCLIP-T: lambda* above 5", "-0.31 > -2.67", "paper", "text kept", "paper, lambda 5", CAT),
+    ("Fig. 4", "KL: lambda* above 1", ".0192 > .0142", "paper", "path KL", "paper, lambda 1", CAT),
+    ("Fig. 4", "KL: lambda* above 3", ".0192 > .0146", "paper", "path KL", "paper, lambda 3", CAT),
+    ("Table 6", "CLIP-I: eta 1 above 0.5", ".81 > .55", "paper", "similarity", "paper, eta 0.5", CAT),
+    ("Table 6", "CLIP-I: eta 1 above 1.5", ".81 > .80", "paper", "similarity", "paper, eta 1.5", CAT),
+    ("Table 6", "CLIP-I: eta 1 above 2", ".81 > .67", "paper", "similarity", "paper, eta 2", CAT),
+    ("Sec. 14", "v_original of theta2 or of a frozen copy: similarity", "equal", "paper", "similarity",
+     "untouched v_original", CAT, True),
+    ("Sec. 14", "the same: mask IoU", "equal", "paper", "mask IoU", "untouched v_original", CAT, True),
+    ("(ours)", "v_original detached or not: similarity", "", "paper", "similarity", "not detached", CAT,
+     True),
+    ("Fig. 2", "KL: LoRA above PureCC", ".0099 > .0097", "LoRA", "path KL", "paper"),
+    ("Fig. 2", "KL: DreamBooth above LoRA", ".0367 > .0099", "DreamBooth", "path KL", "LoRA"),
+]]
+
+
+def bound(method: str) -> str | None:
+    """The method with adapters that act at [V] alone; DreamBooth has none and stays, others have no such."""
+    if method.startswith("paper"):
+        return f"bound {method}"
+    return {"LoRA": "bound"}.get(method, method if method.startswith("DreamBooth") else None)
 
 
 def difference(results: Results, larger: str, smaller: str, measure: str,
@@ -115,23 +128,29 @@ def term(result: dict, step: int, name: str) -> float:
     return float(np.mean([row[name] for row in result["terms"][str(step)]]))
 
 
-def claims(results: Results) -> list[Claim]:
-    """All of them. Those of which a cell is missing have no values."""
-    rows, papers = [], [result for result in results if name_of(result) == "paper"]
-    for source, says, larger, sign, smaller, measure, concepts in COMPARISONS:
-        rows.append(Claim(source, says, difference(results, larger, smaller, measure, concepts), sign == "="))
-    says = "v_original stays the original's: no trait of the concept where [V] is not said (class leak)"
-    rows.append(Claim("Fig. 8", says, seed_means(papers, "class leak"), equal=True))
+def claims(results: Results, is_bound: bool = False) -> list[Claim]:
+    """All of them, in one order. Those of which a cell is missing have no values."""
+    rows, name = [], bound if is_bound else str
+    for row in COMPARISONS:
+        values = difference(results, name(row.larger), name(row.smaller), row.measure, row.concepts)
+        rows.append(Claim(row.where, row.says, row.figures, values, row.equal))
+    papers = [result for result in results if name_of(result) == name("paper")]
+    says = "v_original stays the original's: class leak"
+    rows.append(Claim("Fig. 8", says, "", seed_means(papers, "class leak"), equal=True))
     for early, late in ((1, 50), (50, 200)):
         grown = [(r["seed"], term(r, late, "lambda") - term(r, early, "lambda")) for r in papers]
-        rows.append(Claim("Sec. 4.4", f"lambda* grows from step {early} to step {late}", mean_by_seed(grown)))
+        rows.append(Claim("Sec. 4.4", f"lambda* grows from step {early} to {late}", "", mean_by_seed(grown)))
     return rows
 
 
 def claims_table(results: Results) -> str:
-    """One row a claim. Those whose cells are missing say so."""
+    """One row a claim, for both kinds of adapters. A claim whose cells are missing has an empty place."""
     rows = []
-    for claim in claims(results):
-        value = plus_minus(claim.says, claim.values, signed=True) if claim.values else "not run"
-        rows.append([claim.source, claim.says, value, claim.verdict() if claim.values else ""])
-    return markdown(["where", "the paper says", "difference here", "verdict"], rows)
+    for everywhere, at_token in zip(claims(results), claims(results, is_bound=True)):
+        row = [everywhere.where, everywhere.says, everywhere.figures]
+        for claim in (everywhere, at_token):
+            known = claim.values and not np.isnan(claim.values).any()
+            row += [plus_minus(claim.says, claim.values, signed=True), claim.verdict()] if known else ["", ""]
+        rows.append(row)
+    return markdown(["where", "the paper says", "its figures", "everywhere", "verdict", "bound", "verdict"],
+                    rows)

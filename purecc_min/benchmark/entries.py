@@ -1,10 +1,10 @@
 """The benchmark's methods: for each the loss of one step, what that loss trains, and its tuned settings.
 
 The losses are those of purecc_min/methods.py, and beside them, here, the ones that only experiments want.
-MAIN are the paper's method, its authors' code, and what people use instead; ABLATIONS are the paper's
-method with one part replaced; FURTHER are experiments of ours with the same pieces; BINDING are adapters that
-act at [V] alone, with their rivals. README.md shows how to add a method. Read next: cells.py, where a method
-is run.
+MAIN is what people use, the paper's method, and both bound to [V]; FURTHER are rivals and experiments with
+the same pieces; ABLATIONS are the paper's objective with one part replaced, for adapters that act everywhere
+and for bound ones. A trained model can be sampled in several WAYS, which differ in who answers a text without
+[V]. README.md shows how to add a method. Read next: cells.py, where a method is run.
 """
 
 import contextlib
@@ -24,19 +24,15 @@ from purecc_min.measure.toy import Toy
 from purecc_min.methods import (
     Loss,
     Thetas,
-    anchor_loss,
     anchored,
-    another_direction,
     constant_lambda,
     from_parts,
     l_cc,
     not_detached,
     paper,
-    predictions,
     target_direction,
     untouched_original,
 )
-from purecc_min.objective import inner, lambda_star
 from purecc_min.train import TrainConfig, generator_for
 from tinyflow.flow import sample_times, squared_error
 from tinyflow.picturebook import world
@@ -44,7 +40,6 @@ from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline, Text, Velocity, in_one_batch
 
 IMAGINED = 32                                    # scenes that the base model imagines
-BINS, DECAY = 10, 0.9                            # of "lambda* of t"
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,8 @@ class Setup:
     reader: Reader
     toy: Toy
     data: EncodedConcept
-    pictures: np.ndarray                         # uint8 [n, 32, 32, 3], the references
+    masked: EncodedConcept                       # the same, with masks of the concept
+    pictures: np.ndarray                         # uint8 [n, H, W, 3], the references
     original: Pictures                           # what the base model draws
 
 
@@ -88,30 +84,24 @@ class Imagining:
 
     def __init__(self, setup: Setup, config: TrainConfig):
         pipe, toy = setup.pipe, setup.toy
-        generator = torch.Generator().manual_seed(config.seed)
-
-        def choose(options) -> str:
-            return list(options)[torch.randint(len(options), (1,), generator=generator).item()]
-
-        prompts = []
-        for _ in range(IMAGINED):
-            noun = choose(world.OBJECTS) if toy.is_style else toy.class_word
-            scene = world.Scene(noun, choose(world.COLOURS), choose(world.SIZES), choose(world.PLACES),
-                                choose(world.BACKGROUND_WORDS))
-            prompts.append(toy.prompt(scene))
+        scenes = [world.random_scene(np.random.default_rng((config.seed, n)), parts=False, pairs=0)
+                  for n in range(IMAGINED)]
+        if not toy.is_style:
+            scenes = [scene.changed(object=toy.class_word) for scene in scenes]
+        prompts = [toy.prompt(scene) for scene in scenes]
         stand_ins, rows = {TOKEN: toy.class_word}, [0] * IMAGINED
         base = pipe.encode_text([prompt.base for prompt in prompts], stand_ins)
         complete = pipe.encode_text([prompt.complete for prompt in prompts], stand_ins)
         self.texts = Texts(complete, base, setup.data.texts.target[rows], setup.data.texts.null[rows])
         self.x_0 = torch.cat([pipe.sample(base[some], (10_000 + some).tolist(), steps=10)
                               for some in torch.arange(IMAGINED).split(16)])
-        self.word = pipe.encode_text([toy.class_word])
+        self.word, self.shift = pipe.encode_text([toy.class_word]), pipe.shift
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def draw(self, count: int) -> Batch:
         """Random scenes at random times, with random noise."""
         rows = torch.randint(IMAGINED, (count,), generator=self.generator)
-        t = sample_times(count, generator=self.generator).to(self.x_0)
+        t = sample_times(count, self.shift, self.generator).to(self.x_0)
         x_1 = torch.randn((count, *self.x_0.shape[1:]), generator=self.generator).to(self.x_0)
         return noised(self.x_0[rows], x_1, t, self.texts.rows(rows))
 
@@ -141,25 +131,41 @@ class ImaginedScenes(Imagining):
         return squared_error(v_complete, v_purecc) + eta * squared_error(v_base, v_original), {}
 
 
+class EWC(Imagining):
+    """L_CC, and weights that matter for the base model's own pictures stay near theirs.
+
+    How much a weight matters is its Fisher information there: the mean square of the gradient of Eq. 3, a
+    picture at a time, on a scale on which the mean over all weights is 1.
+    """
+
+    def __init__(self, setup: Setup, config: TrainConfig):
+        super().__init__(setup, config)
+        mmdit = copy.deepcopy(setup.pipe.mmdit).requires_grad_(True)
+        self.before = [parameter.detach().clone() for parameter in mmdit.parameters()]
+        self.fisher = [torch.zeros_like(parameter) for parameter in self.before]
+        for _ in range(IMAGINED):
+            scene = self.draw(1)
+            text = scene.texts.base
+            squared_error(mmdit(scene.x_t, scene.t, text.context, text.pooled), scene.v).backward()
+            for fisher, parameter in zip(self.fisher, mmdit.parameters()):
+                fisher += parameter.grad.square()
+                parameter.grad = None
+        mean = torch.cat([fisher.flatten() for fisher in self.fisher]).mean()
+        self.fisher = [fisher / mean for fisher in self.fisher]
+
+    def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        loss_cc, _ = l_cc(thetas, batch, eta)
+        moved = [(fisher * (now - before).square()).sum() for fisher, now, before
+                 in zip(self.fisher, thetas.theta.mmdit.parameters(), self.before)]
+        loss_ewc = torch.stack(moved).sum()
+        return loss_cc + eta * loss_ewc, {"loss_cc": loss_cc, "loss_ewc": loss_ewc}
+
+
 # -------------------------------------------------------------- the paper's loss with one part of it replaced
 @torch.no_grad()
 def beyond(thetas: Thetas, batch: Batch, said: Text, known: Text) -> Tensor:
     """What `said` means to the extractor beyond what `known` means to the base model, [B, C, H, W]."""
     return thetas.theta_1(batch.x_t, batch.t, said) - thetas.theta_0(batch.x_t, batch.t, known)
-
-
-def beyond_base_text(thetas: Thetas, batch: Batch) -> Tensor:
-    """What the complete text means beyond the base text, in place of R(y_tar)."""
-    return beyond(thetas, batch, batch.texts.complete, batch.texts.base)
-
-
-def against_class_word(setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
-    """The paper's loss, with R(y_tar) measured against the class word in place of the empty text."""
-    word = setup.pipe.encode_text([setup.toy.class_word])
-
-    def direction(thetas: Thetas, batch: Batch) -> Tensor:
-        return beyond(thetas, batch, batch.texts.target, word[[0] * len(batch.t)])
-    return another_direction(direction)
 
 
 def released(thetas: Thetas, batch: Batch, eta: float) -> Loss:
@@ -182,44 +188,12 @@ def merged_stages(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     return loss + loss_1, log
 
 
-def lambda_at_least(least: float) -> Callable[[Thetas, Batch, float], Loss]:
-    """The paper's loss with lambda* raised to `least` where it is below."""
-    def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-        R_target = target_direction(thetas.theta_1, batch)
-        v_original, v_complete = predictions(thetas, batch)
-        lam = lambda_star(v_complete - v_original, R_target).detach().clamp(min=least)
-        return from_parts(v_original, v_complete, R_target, batch, eta, lam)
-    return loss
-
-
-class LambdaOfT:
-    """The paper's loss with one lambda* for each tenth of t in place of one for each sample.
-
-    It is the quotient of running means of the two inner products in Eq. 12.
-    """
-
-    def __init__(self, setup: Setup, config: TrainConfig):
-        self.running: dict[int, Tensor] = {}     # the tenth of t -> the means of both products, [2]
-
-    def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
-        R_target = target_direction(thetas.theta_1, batch)
-        v_original, v_complete = predictions(thetas, batch)
-        R_complete = (v_complete - v_original).detach()
-        products = torch.stack([inner(R_complete, R_target), inner(R_target, R_target)], dim=1)     # [B, 2]
-        tenths = (batch.t * BINS).long().tolist()
-        for tenth, new in zip(tenths, products):
-            self.running[tenth] = torch.lerp(new, self.running.get(tenth, new), DECAY)
-        means = torch.stack([self.running[tenth] for tenth in tenths])                  # [B, 2]
-        return from_parts(v_original, v_complete, R_target, batch, eta, means[:, 0] / means[:, 1])
-
-
-def anchored_paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """The paper's loss and, with weight 1, the anchor."""
-    loss, log = paper(thetas, batch, eta)
-    return loss + anchor_loss(thetas, batch), log
-
-
 # ------------------------------------------------------------------------------------------------ the methods
+WAYS = {"": "the base model answers guidance's empty text",
+        "switched off": "the base model answers every text without [V]",
+        "own empty text": "the adapted model answers every text, as in training"}
+
+
 @dataclass(frozen=True)
 class Entry:
     about: str                                   # what it is, in words
@@ -229,52 +203,81 @@ class Entry:
     trains: str = "adapters"                     # and Y; or "embeddings" alone, or the whole "model" and Y
     theta_1: str = ""                            # "frozen": the extractor of stage 1; "joint": trained along
     made_anew: bool = False                      # True: `loss` makes a run's own loss, loss(setup, config)
-    where: str = "everywhere"                 # its adapters act there, or at the "token" (purecc_min/lora.py)
+    masked: bool = False                         # True: L_CC counts the concept alone
+    where: str = "everywhere"                    # its adapters act there, or at the "token" (lora.py)
     teacher: str = "LoRA"                        # the method that teaches its frozen extractor
-    without_token: str = "adapted"               # who answers guidance's empty text: the adapted, the "base"
-                                                 # model; "off": the base model answers all texts without [V]
+    times: int = 1                               # how many times as many steps as the others
+    ways: tuple[str, ...] = ("",)                # keys of WAYS: each is a row of the tables
 
     @property
     def stage(self) -> int:
         """The stage of Algorithm 1 whose draws it uses: stage 2 follows a frozen extractor."""
         return 2 if self.theta_1 == "frozen" else 1
 
-    def as_sampled(self, thetas: Thetas) -> tuple[Velocity, dict]:
-        """The velocity that is followed in sampling, and options for Pipeline.sample."""
-        if self.without_token == "off":
-            return only_with_token(thetas.theta, thetas.theta_0), {}
-        return thetas.theta, {"theta_null": thetas.theta_0} if self.without_token == "base" else {}
-
     def loss_for(self, setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
         return self.loss(setup, config) if self.made_anew else self.loss
 
 
-def follows(about: str, loss: Callable, made_anew: bool = False, **settings) -> Entry:
-    """A method that follows a frozen extractor, at the learning rate that won for the paper's."""
-    return Entry(about, loss, RATES[2] | settings, theta_1="frozen", made_anew=made_anew)
+def as_sampled(thetas: Thetas, way: str) -> tuple[Velocity, dict]:
+    """The velocity that is followed in sampling, and options for Pipeline.sample."""
+    if way == "switched off":
+        return only_with_token(thetas.theta, thetas.theta_0), {}
+    return thetas.theta, {} if way == "own empty text" else {"theta_null": thetas.theta_0}
+
+
+def follows(about: str, loss: Callable, **more) -> Entry:
+    """A method that follows a frozen extractor, with the settings that won for the paper's."""
+    return Entry(about, loss, MAIN["paper"].settings | more, theta_1="frozen")
+
+
+def bound_follows(about: str, loss: Callable, **more) -> Entry:
+    """The same with adapters that act at [V] alone, and such an extractor."""
+    return Entry(about, loss, MAIN["bound paper"].settings | more, theta_1="frozen", where="token",
+                 teacher="bound")
 
 
 RATES = tuple(dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3))
 WHOLE_RATES = tuple(dict(learning_rate=rate) for rate in (5e-5, 1e-4, 2e-4))
+BOUND_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
 Y_RATES = tuple(dict(embedding_learning_rate=rate) for rate in (0.02, 0.1, 0.5))
-PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
-RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
 ANCHOR_TRIES = (RATES[1] | dict(eta=1.0), RATES[1] | dict(eta=5.0), RATES[2] | dict(eta=1.0))
+PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
+EWC_TRIES = tuple(WHOLE_RATES[2] | dict(eta=eta) for eta in (0.1, 1.0, 10.0))
+RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
 THETA_1_SETTINGS = {"LoRA": dict(learning_rate=2e-3), "bound": dict(learning_rate=4e-3)}     # of extractors
 MAIN = {
     "DreamBooth": Entry("L_CC on every weight of a copy", l_cc, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
+    "LoRA": Entry("L_CC on adapters and Y", l_cc, RATES[2], RATES, ways=tuple(WAYS)),
+    "LoRA + anchor": Entry("LoRA, and the base text predicts what it predicted before (DOP)",
+                            anchored, ANCHOR_TRIES[2], ANCHOR_TRIES),
+    "Y alone": Entry("L_CC on Y: no weight changes (XTI)", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
+    "paper": Entry("PureCC as the paper writes it", paper, RATES[2], RATES, theta_1="frozen",
+                    ways=("", "own empty text")),
+    "bound": Entry("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[0], BOUND_RATES,
+                    where="token"),
+    "bound paper": Entry("the paper's objective on such adapters", paper, BOUND_RATES[1], BOUND_RATES,
+                          theta_1="frozen", where="token", teacher="bound"),
+}
+FURTHER = {
     "DreamBooth + prior": Entry("DreamBooth, and L_CC on the base model's own pictures of the class",
                                  PriorPreservation, PRIOR_TRIES[2], PRIOR_TRIES, trains="model",
                                  made_anew=True),
-    "embeddings alone": Entry("L_CC on Y", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
-    "LoRA": Entry("L_CC on adapters and Y", l_cc, RATES[2], RATES),
-    "LoRA + anchor": Entry("LoRA, and the base text predicts what it predicted before (DOP)",
-                            anchored, ANCHOR_TRIES[2], ANCHOR_TRIES),
-    "paper": Entry("PureCC as the paper writes it", paper, RATES[2], RATES, theta_1="frozen"),
+    "DreamBooth + EWC": Entry("DreamBooth, and weights that matter stay near the base model's", EWC,
+                               EWC_TRIES[1], EWC_TRIES, trains="model", made_anew=True),
     "released": Entry("PureCC as its authors' code does it", released, RELEASED_TRIES[2], RELEASED_TRIES,
                        theta_1="frozen"),
     "merged stages": Entry("PureCC with an extractor that is trained in the same stage", merged_stages,
                             RATES[2], RATES, theta_1="joint"),
+    "bound, imagined scenes": Entry("Eq. 14 at lambda 1 on scenes that the base model imagines",
+                                     ImaginedScenes, BOUND_RATES[1], BOUND_RATES, theta_1="frozen",
+                                     made_anew=True, where="token", teacher="bound"),
+    "LoRA, masked": Entry("LoRA, and what is beside the concept does not count", l_cc, RATES[2],
+                           masked=True),
+    "bound, masked": Entry("bound, and what is beside the concept does not count", l_cc, BOUND_RATES[0],
+                            where="token", masked=True),
+    "LoRA, twice": Entry("LoRA for as many steps as the paper's two stages", l_cc, RATES[2], times=2),
+    "bound, twice": Entry("bound for as many steps as two stages", l_cc, BOUND_RATES[0], times=2,
+                           where="token"),
 }
 ABLATIONS = {
     "paper, lambda 1": follows("lambda 1 in place of lambda* (Table 3)", constant_lambda(1.0)),
@@ -286,50 +289,12 @@ ABLATIONS = {
     "not detached": follows("the gradient goes through v_original", not_detached),
     "untouched v_original": follows("v_original from the base model, in Eq. 10 and Eq. 13",
                                     untouched_original),
-}
-FURTHER = {
-    "R against the class word": follows("Eq. 8 with the base model's class word in place of the empty text",
-                                        against_class_word, made_anew=True),
-    "R against the base text": follows("Eq. 8 with the complete text and the base model's base text",
-                                       another_direction(beyond_base_text)),
-    "lambda* at least 0": follows("negative lambda* cut off", lambda_at_least(0.0)),
-    "lambda* at least 1": follows("lambda* raised to 1", lambda_at_least(1.0)),
-    "lambda* of t": follows("one lambda* for each tenth of t", LambdaOfT, made_anew=True),
-    "anchor + paper": follows("the paper's loss, and the base text anchored", anchored_paper),
-    "imagined scenes": follows("Eq. 14 at lambda 1 on scenes that the base model imagines, R against the "
-                               "class word, the base text anchored", ImaginedScenes, made_anew=True),
-}
-
-
-
-
-def bound(about: str, loss: Callable, settings: dict, tries: tuple[dict, ...] = (), **more) -> Entry:
-    """A method whose adapters act at [V] alone, so that who answers the empty text makes no difference."""
-    return Entry(about, loss, settings, tries, where="token", without_token="base", **more)
-
-
-BOUND_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
-BOUND_ETAS = tuple(dict(learning_rate=4e-3, eta=eta) for eta in (0.1, 0.3, 1.0))
-BINDING = {
-    "LoRA, base's empty text": Entry("LoRA, with guidance's empty text from the base model", l_cc, RATES[2],
-                                      without_token="base"),
-    "LoRA switched off": Entry("the same weights, switched off for every text without [V]", l_cc, RATES[2],
-                                without_token="off"),
-    "anchor, base's empty text": Entry("LoRA + anchor, with the empty text from the base model", anchored,
-                                        ANCHOR_TRIES[2], without_token="base"),
-    "paper, base's empty text": Entry("PureCC, with the empty text from the base model", paper, RATES[2],
-                                       theta_1="frozen", without_token="base"),
-    "bound": bound("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[0], BOUND_RATES),
-    "bound paper, eta 1": bound("the paper's objective on such adapters", paper, BOUND_ETAS[2], BOUND_ETAS,
-                                theta_1="frozen", teacher="bound"),
-    "bound paper, eta 0.3": bound("the same with another eta", paper, BOUND_ETAS[1], theta_1="frozen",
-                                  teacher="bound"),
-    "bound paper, eta 0.1": bound("the same with another eta", paper, BOUND_ETAS[0], theta_1="frozen",
-                                  teacher="bound"),
-    "bound, extractor's Y": bound("eta 0: L_CC alone, from the same start", l_cc, dict(learning_rate=4e-3),
-                                  theta_1="frozen", teacher="bound"),
-    "bound paper, LoRA's extractor": bound("eta 1, with an extractor that acts everywhere", paper,
-                                           BOUND_ETAS[2], theta_1="frozen"),
+    "bound paper, lambda 1": bound_follows("lambda 1 in place of lambda*", constant_lambda(1.0)),
+    "bound paper, lambda 3": bound_follows("lambda 3 in place of lambda*", constant_lambda(3.0)),
+    "bound paper, lambda 5": bound_follows("lambda 5 in place of lambda*", constant_lambda(5.0)),
+    "bound paper, eta 0.5": bound_follows("eta 0.5", paper, eta=0.5),
+    "bound paper, eta 1.5": bound_follows("eta 1.5", paper, eta=1.5),
+    "bound paper, eta 2": bound_follows("eta 2", paper, eta=2.0),
 }
 
 

@@ -3,6 +3,7 @@
     fronts.png     fidelity against each kind of damage; a line is one method's training, mean over concepts
                    and seeds
     curves.png     lambda*, cosine, the norms and the losses of the paper's method, over training and over t
+    first.png      the first concept's sheet as the demo draws it, with a row more, on its typical seed
     samples-*.png  what each method draws of a concept, on the seed that is typical for the paper's method:
                    the one with the median similarity
     figure8.png    the pictures to which v_original, v_complete and v_PureCC lead, over training
@@ -18,25 +19,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, set_up, train_cell
+from purecc_min.benchmark.cells import CURVE, KEPT, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
 from purecc_min.benchmark.entries import Setup
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
+from purecc_min.branch import only_with_token
 from purecc_min.concept import TOKEN, Batch, Texts
+from purecc_min.measure.first_picture import draw_sheet, unseen_texts
+from purecc_min.measure.measures import better
+from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
 from purecc_min.objective import pcc_loss
 from tinyflow.flow import euler, noise_for
 from tinyflow.picturebook.sheet import sheet
 from tinyflow.pipeline import Velocity
 
-PANELS = ("class leak", "class drift", "confounder unsaid", "outside change", "drift", "path KL",
-          "retention, held out", "composition")
+PANELS = ("class leak", "class drift", "neighbour leak", "confounder unsaid", "outside change", "drift",
+          "path KL", "composition")
 CURVES = {"lambda": "lambda*", "norm_R_complete": "|R(y_complete, y_base)|", "norm_R_target": "|R(y_tar)|",
           "cosine": "their cosine", "loss_purecc": "L_PureCC", "loss_cc": "L_CC"}
-SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("plain", 0),
-         ("plain", 1), ("other", 0), ("other", 1))     # (group, number) of the pictures in samples.png
+SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("neighbour", 0),
+         ("plain", 0), ("plain", 1), ("other", 0), ("other", 1))     # pictures in samples.png: group, number
 FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
 PAGE, INK = "#faf8f3", "#34303c"
-COLOURS = ("#7f8794", "#a8763e", "#d66ba0", "#2e86ab", "#3a9d5d", "#e4572e", "#e9a23b", "#7d5ba6")
+COLOURS = ("#7f8794", "#2e86ab", "#7fc4dd", "#1b4965", "#a8763e", "#d66ba0", "#e4572e", "#f3a683", "#3a9d5d",
+           "#9ccc65", "#e9a23b", "#7d5ba6")
 LOOK = {"figure.facecolor": PAGE, "axes.facecolor": PAGE, "savefig.facecolor": PAGE, "font.size": 9,
         "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
         "axes.titlelocation": "left", "figure.constrained_layout.use": True, "legend.frameon": False,
@@ -51,13 +57,15 @@ def fronts(results: Results, file: Path) -> None:
     for colour, name in zip(COLOURS, names):
         own = [r for r in results if name_of(r) == name]
         runs = [[nothing[r["concept"]], *(values for _, values in front(r))] for r in own]
-        fidelity = np.mean([[values["fidelity"] for values in run] for run in runs], axis=0)
-        width = 2.2 if name in ("LoRA", "paper") else 1.2
+        width = 2.2 if name in ("LoRA", "paper", "bound") else 1.2
         look = dict(color=colour, linewidth=width, zorder=1 + width, markersize=3.5, label=name)
         for axis, panel in zip(axes.flat, PANELS):
-            damage = np.mean([[values[panel] for values in run] for run in runs], axis=0)
+            known = [run for run in runs if panel in run[0]]                # styles lack some measures
+            fidelity, damage = (np.mean([[values[measure] for values in run] for run in known], axis=0)
+                                for measure in ("fidelity", panel))
             axis.plot(fidelity, damage, "o-", **look)
-            axis.set(title=panel, xlabel="fidelity: original 0, perfect 1", xlim=(0, 1.02))
+            axis.set(title=f"{panel} {better(panel)}", xlabel="fidelity: original 0, perfect 1",
+                     xlim=(0, 1.02))
         errors = np.mean([r["velocity_error"] for r in own], axis=0)
         axes[-1, -1].plot(TIMES, errors, "o-", **look)
     axes[-1, -1].set(title="velocity error at the end", xlabel="t", yscale="log")
@@ -87,37 +95,54 @@ def curves(results: Results, file: Path) -> None:
 
 
 def typical_seed(results: Results, concept: str) -> int:
-    """The seed with which the paper's method has its median similarity."""
-    papers = [r for r in results if name_of(r) == "paper" and r["concept"] == concept]
-    runs = sorted((final(r)["similarity"], r["seed"]) for r in papers)
-    return runs[len(runs) // 2][1]
+    """The seed with which the paper's method, or without it any, has its median similarity."""
+    runs = [r for r in results if r["concept"] == concept and r["method"] not in ENDS]
+    runs = [r for r in runs if name_of(r) == "paper"] or runs
+    ordered = sorted((final(r)["similarity"], r["seed"]) for r in runs)
+    return ordered[len(ordered) // 2][1]
 
 
 def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
-    """A row for each method, with the pictures in SHOWN."""
+    """A row for each method of which this folder has pictures, with those in SHOWN."""
     seed, setup = typical_seed(results, concept), set_up(concept)
-    starts, prompts = dict(zip(STRIP, np.cumsum([0, *STRIP.values()]))), setup.toy.prompts()
+    prompts = setup.toy.prompts()
     prompts["plain"] = [prompt._replace(complete=prompt.base) for prompt in prompts["concept"]]
+    strip_of = {group: count for group, count in STRIP.items() if group in prompts}
+    starts = dict(zip(strip_of, np.cumsum([0, *strip_of.values()])))
+    shown = [(group, n) for group, n in SHOWN if group in prompts]
     rows = [("references", list(setup.pictures))]
     typical = [r for r in results if r["concept"] == concept and (r["seed"] == seed or r["method"] in ENDS)]
     for title, (result, *_) in grouped(typical).items():
-        strip = np.asarray(Image.open((folder / Cell.of(result).file).with_suffix(".png")))
-        pictures = np.split(strip, sum(STRIP.values()), axis=1)
-        rows.append((title, [pictures[starts[group] + n] for group, n in SHOWN]))
-    sheet(rows, [(1, [prompts[group][n].complete for group, n in SHOWN])], side=112).save(file)
+        drawn = (folder / Cell.of(result).file).with_suffix(".png")
+        if not drawn.exists():                   # a result that came with this repository
+            continue
+        pictures = np.split(np.asarray(Image.open(drawn)), sum(strip_of.values()), axis=1)
+        rows.append((title, [pictures[starts[group] + n] for group, n in shown]))
+    sheet(rows, [(1, [prompts[group][n].complete for group, n in shown])], side=112).save(file)
 
 
-def unseen_texts(setup: Setup) -> Texts:
+def first_picture(results: Results, concept: str, folder: Path, file: Path) -> None:
+    """What the methods of KEPT have learned, and what a LoRA draws that is switched off without [V]."""
+    pipe, toy, seed = set_up(concept).pipe, CONCEPTS[concept], typical_seed(results, concept)
+    cells = [Cell.of(r) for r in results if (r["concept"], r["seed"]) == (concept, seed)]
+    thetas = {cell.method: learned(cell, folder) for cell in cells if cell.method in KEPT}
+    rows = {"LoRA": thetas["LoRA"],
+            "LoRA, switched off without [V]": only_with_token(thetas["LoRA"], pipe.velocity)}
+    draw_sheet(pipe, toy.references(), rows | thetas, unseen_texts(toy.class_word), file)
+
+
+def scene_unseen(setup: Setup) -> Texts:
     """The texts of a scene that no reference shows, with a big object, which is easier to look at."""
     prompts, pipe, texts = setup.toy.prompts()["concept"], setup.pipe, setup.data.texts
     shown = {scene.background for scene in setup.toy.reference_scenes()}
-    unseen = [p for p in prompts if p.scene.background not in shown and p.scene.size == "big"] or prompts
+    unseen = [prompt for prompt in prompts
+              if prompt.scene.background not in shown and prompt.scene.trait("size") == "big"] or prompts
     complete = pipe.encode_text([unseen[0].complete], {TOKEN: setup.toy.class_word})
     return Texts(complete, pipe.encode_text([unseen[0].base]), texts.target[[0]], texts.null[[0]])
 
 
 @torch.no_grad()
-def follow(name: str, theta_1: Velocity, theta_2: Velocity, texts: Texts, x_1: Tensor,
+def follow(name: str, theta_1: Velocity, theta_2: Velocity, texts: Texts, x_1: Tensor, shift: float,
            steps: int = 28) -> Tensor:
     """The picture x_0 to which one of FIELDS leads from the noise x_1, both [B, C, H, W].
 
@@ -129,7 +154,7 @@ def follow(name: str, theta_1: Velocity, theta_2: Velocity, texts: Texts, x_1: T
         _, terms = pcc_loss(theta_1, theta_2, batch, eta=1.0)
         return getattr(terms, name)
 
-    for _, x_0 in euler(field, x_1, steps):
+    for _, x_0 in euler(field, x_1, steps, shift):
         pass
     return x_0
 
@@ -137,12 +162,12 @@ def follow(name: str, theta_1: Velocity, theta_2: Velocity, texts: Texts, x_1: T
 def figure_8(cell: Cell, folder: Path, file: Path) -> None:
     """Trains the paper's method once more and follows its three velocities from one noise."""
     setup = set_up(cell.concept)
-    texts, x_1 = unseen_texts(setup), noise_for([0], setup.data.x_0.shape[1:])
+    texts, x_1 = scene_unseen(setup), noise_for([0], setup.data.x_0.shape[1:])
     pictures, steps = {label: [] for label in FIELDS.values()}, []
     for step, thetas, _ in train_cell(cell, learn_theta_1(cell, folder)):
         if step in CURVE:
             steps.append(f"step {step}")
             for name, label in FIELDS.items():
-                x_0 = follow(name, thetas.theta_1, thetas.theta, texts, x_1)
+                x_0 = follow(name, thetas.theta_1, thetas.theta, texts, x_1, setup.pipe.shift)
                 pictures[label].append(setup.pipe.decode_images(x_0)[0])
     sheet(list(pictures.items()), [(0, steps)], side=96).save(file)

@@ -2,7 +2,7 @@
 
     PART/results.json, results.csv      every measure of every snapshot of every cell
     PART/table.md                       the tables that the command prints
-    main/*.png, binding/fronts.png      figures.py says what they show
+    main/*.png, further/fronts.png      figures.py says what they show
 
 Read next: README.md, the report on the shipped results.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from purecc_min.benchmark.cells import Cell
 from purecc_min.benchmark.claims import claims_table
-from purecc_min.benchmark.figures import curves, figure_8, fronts, samples, typical_seed
+from purecc_min.benchmark.figures import curves, figure_8, first_picture, fronts, samples, typical_seed
 from purecc_min.benchmark.tables import (
     Results,
     add_fidelity,
@@ -22,17 +22,15 @@ from purecc_min.benchmark.tables import (
     front,
     grouped,
     measures_table,
-    methods_table,
+    methods_tables,
     name_of,
+    rows_of,
     stopped_early,
     terms_table,
     tuning_table,
 )
 from purecc_min.measure.measures import MEASURES
 from tinyflow.files import write_whole
-
-DRAWN = ("nothing", "perfect", "LoRA, base's empty text", "LoRA switched off", "anchor, base's empty text",
-         "embeddings alone", "paper, base's empty text", "bound steps=600", "bound paper, eta 1")
 
 
 def write_data(results: Results, part: str, folder: Path) -> None:
@@ -50,35 +48,33 @@ def write_data(results: Results, part: str, folder: Path) -> None:
 
 
 def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
-    """The results of those cells that were run. shipped: or that came with this repository."""
-    results = list(filter(None, [cell.result(folder, shipped) for cell in cells]))
-    add_fidelity(results)
-    return results
+    """The rows of those cells that were run. shipped: or that came with this repository."""
+    rows = [row for cell in cells for row in rows_of(cell.result(folder, shipped) or {"ways": {}})]
+    add_fidelity(rows)
+    return rows
 
 
-def draw_figures(results: Results, folder: Path) -> None:
+def draw_figures(results: Results, folder: Path, shipped: bool) -> None:
     """The pictures that need what the cells of this folder have left."""
     out = folder / "main"
-    curves(results, out / "curves.png")
+    results = [row for row in results if row["way"] == ""]
     for concept in dict.fromkeys(result["concept"] for result in results):
         samples(results, folder, out / f"samples-{concept}.png", concept)
+    if shipped:
+        return
+    curves(results, out / "curves.png")
     concept, steps = results[0]["concept"], results[0]["steps"]
+    first_picture(results, concept, folder, out / "first.png")
     typical = Cell(concept, "paper", typical_seed(results, concept), steps=steps)
     figure_8(typical, folder, out / "figure8.png")
 
 
 def main_text(results: Results) -> str:
-    """The main part's four tables."""
+    """The main part's tables."""
     with_stopped = results + stopped_early(results)
-    return "\n\n".join([methods_table(grouped(with_stopped)), measures_table(with_stopped),
-                        equal_fidelity(results), terms_table(results)])
-
-
-def binding_text(results: Results) -> str:
-    """The binding part's tables: the ends of training, then along fronts against three ways of bound L_CC."""
-    references = ("bound", "bound steps=600", "bound, extractor's Y")
-    return "\n\n".join([methods_table(grouped(results)),
-                        *(equal_fidelity(results, reference) for reference in references)])
+    return "\n\n".join([methods_tables(grouped(with_stopped)),
+                        *(equal_fidelity(results, reference) for reference in ("LoRA", "bound")),
+                        terms_table(results), measures_table(with_stopped)])
 
 
 def by_concept(results: Results) -> str:
@@ -87,24 +83,24 @@ def by_concept(results: Results) -> str:
     for result in results:
         own = grouped([other for other in results if other["concept"] == result["concept"]])
         groups |= {f"{result['concept']} | {title}": group for title, group in own.items()}
-    return methods_table(groups, first="concept | method")
+    return methods_tables(groups, first="concept | method")
 
 
 def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) -> str:
     """Writes a part's tables, data and pictures into folder/part; returns the tables.
 
     Args:
-        shipped: whether results that came with this repository fill the gaps; their pictures are not there.
+        shipped: whether results that came with this repository fill the gaps. Their pictures are not there.
     """
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "binding": binding_text}
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table,
+              "further": lambda rows: methods_tables(grouped(rows))}
     text = tables.get(part, by_concept)(results)
     write_whole(folder / part / "table.md", (text + "\n").encode())
-    if part == "binding":
-        results = [result for result in results if name_of(result) in DRAWN]
-    if part in ("main", "binding"):
+    if part in ("main", "further"):
         fronts(results, folder / part / "fronts.png")
-    if part == "main" and not shipped:
-        draw_figures(results, folder)
-    return text
+    if part == "main":
+        draw_figures(results, folder, shipped)
+    left = ", ".join(sorted(file.name for file in (folder / part).iterdir()))
+    return f"{text}\n\n{folder / part} holds {left}"

@@ -10,16 +10,20 @@ and of what was preserved. Read next: claims.py.
 import numpy as np
 
 from purecc_min.benchmark.cells import ALL, Cell
-from purecc_min.measure.measures import DAMAGES, MEASURES, show
+from purecc_min.benchmark.entries import WAYS
+from purecc_min.measure.measures import DAMAGES, MEASURES, better, show
 from purecc_min.measure.toy import TUNING
 
 # the 97.5 % quantile of Student's t, by degrees of freedom
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 ENDS = ("nothing", "perfect")                    # of the scale
-HEADLINE = ("sees concept", "fidelity", "confounder contradicted", "confounder unsaid", "class leak",
-            "retention, seen", "retention, held out", "layout", "outside change", "drift", "path KL",
-            "composition")
-Results = list[dict]
+TABLES = {"What is learned": ("fidelity", "sees concept", "individual", "beside another", "composition"),
+          "What follows [V] that should not": ("confounder contradicted", "confounder unsaid",
+                                               "outside change", "mask IoU", "text kept"),
+          "What changes without [V]": ("class leak", "class drift", "diversity", "drift", "path KL"),
+          "What changes beside [V]": ("neighbour leak", "neighbour change", "retention, seen",
+                                      "retention, held out")}
+Results = list[dict]                             # rows: a cell's result, sampled in one way
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
@@ -34,8 +38,13 @@ def mean_by_seed(pairs: list[tuple[int, float]]) -> list[float]:
     return [float(np.mean([value for own, value in pairs if own == seed])) for seed in seeds]
 
 
-def name_of(result: dict) -> str:
-    return Cell.of(result).name
+def rows_of(result: dict) -> list[dict]:
+    """A row for each way in which a cell's model was sampled."""
+    return [{**result, "way": way, "snapshots": snapshots} for way, snapshots in result["ways"].items()]
+
+
+def name_of(row: dict) -> str:
+    return ", ".join(filter(None, [Cell.of(row).name, row["way"]]))
 
 
 def front(result: dict) -> list[tuple[int, dict[str, float]]]:
@@ -48,8 +57,9 @@ def final(result: dict) -> dict[str, float]:
 
 
 def seed_means(results: Results, measure: str) -> list[float]:
-    """A measure's mean over concepts at the end of training, one value for each seed."""
-    return mean_by_seed([(result["seed"], final(result)[measure]) for result in results])
+    """A measure's mean over the concepts that have it, at the end of training, one value for each seed."""
+    return mean_by_seed([(result["seed"], final(result)[measure]) for result in results
+                         if measure in final(result)])
 
 
 def add_fidelity(results: Results) -> None:
@@ -65,7 +75,7 @@ def add_fidelity(results: Results) -> None:
 def score(values: dict[str, float]) -> float:
     """Harmonic mean of fidelity and preservation, 0 to 1. Pixel changes count fully from 0.1 on."""
     damages = [values[name] for name in ("confounder contradicted", "confounder unsaid", "class leak")]
-    damages += [-values["retention, seen"], -values["retention, held out"], 1 - values["layout"]]
+    damages += [-values[name] for name in ("retention, seen", "retention, held out", "text kept")]
     damages += [values[name] / 0.1 for name in ("class drift", "outside change", "drift")]
     fidelity = np.clip(values["fidelity"], 0, 1)
     preserved = 1 - np.clip(damages, 0, 1).mean()
@@ -125,9 +135,9 @@ def plus_minus(name: str, values: list[float], signed: bool = False) -> str:
 
 
 def entry(group: Results, name: str) -> str:
-    """A measure's mean over concepts, as text; empty if some of the cells lack the measure."""
-    known = all(name in final(result) for result in group)
-    return plus_minus(name, seed_means(group, name)) if known else ""
+    """A measure's mean over the concepts that have it, as text; empty if there is none."""
+    means = seed_means(group, name)
+    return plus_minus(name, means) if means else ""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -138,28 +148,44 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def grouped(results: Results) -> dict[str, Results]:
     """By method and change, in the order of ALL, the ends of the scale first."""
     order = [*ENDS, *ALL]
-    ordered = sorted(results, key=lambda result: (order.index(result["method"]), str(result["changes"])))
+    ordered = sorted(results, key=lambda row: (order.index(row["method"]), str(row["changes"]),
+                                               list(WAYS).index(row["way"])))
     names = dict.fromkeys(map(name_of, ordered))
     return {name: [result for result in ordered if name_of(result) == name] for name in names}
 
 
 def measures_table(results: Results) -> str:
-    """Measures as rows, methods as columns. A measure that some cells lack is left out."""
+    """Measures as rows, methods as columns. Styles lack some measures."""
     groups = grouped(results)
-    names = [name for name in (*MEASURES, "fidelity") if all(name in final(result) for result in results)]
+    names = [name for name in (*MEASURES, "fidelity") if any(name in final(result) for result in results)]
     rows = [[name, *(entry(group, name) for group in groups.values())] for name in names]
     return markdown(["measure", *groups], rows)
 
 
-def methods_table(groups: dict[str, Results], first: str = "method") -> str:
-    """Methods as rows, the main measures as columns.
+def passes_of(group: Results) -> str:
+    """How often a picture goes forward and backward, where a LoRA's step takes it once: "1 + 1"."""
+    if "passes" not in group[0]:
+        return ""
+    forward, backward = (np.mean([row["passes"][name] for row in group]) for name in ("forward", "backward"))
+    return f"{forward:.3g} + {backward:.3g}"
+
+
+def methods_tables(groups: dict[str, Results], first: str = "method") -> str:
+    """Methods as rows, the main measures as columns, in several tables that fit a screen.
 
     Args:
         groups: what stands in the first cells of a row, several with " | " between them -> its results.
         first: the headings of these cells, in the same way.
     """
-    rows = [[title, *(entry(group, name) for name in HEADLINE)] for title, group in groups.items()]
-    return markdown([*first.split(" | "), *HEADLINE], rows)
+    texts = []
+    for title, names in TABLES.items():
+        rows = [[row, *(entry(group, name) for name in names)] for row, group in groups.items()]
+        header = [*first.split(" | "), *(f"{name} {better(name)}" for name in names)]
+        if not texts:                            # the first one also tells what a row costs
+            header, rows = [*header, "passes"], [[*row, passes_of(group)]
+                                                 for row, group in zip(rows, groups.values())]
+        texts.append(f"{title}\n\n{markdown(header, rows)}")
+    return "\n\n".join(texts)
 
 
 def equal_fidelity(results: Results, reference: str = "paper") -> str:
@@ -167,12 +193,12 @@ def equal_fidelity(results: Results, reference: str = "paper") -> str:
 
     They are means over concepts, with intervals over seeds.
     """
-    names, rows = (*DAMAGES, "retention, held out", "layout", "mask IoU", "composition"), []
+    names, rows = (*DAMAGES, "retention, held out", "text kept", "mask IoU", "composition"), []
     for title in grouped([r for r in results if r["method"] in ALL and name_of(r) != reference]):
         pairs, cells = pairs_at_equal_fidelity(results, title, reference), []
         for name in names:
-            differences = [(run["seed"], own[name] - other[name]) for run, own, other in pairs]
-            cells.append(plus_minus(name, mean_by_seed(differences), signed=True))
+            differences = [(run["seed"], own[name] - other[name]) for run, own, other in pairs if name in own]
+            cells.append(plus_minus(name, mean_by_seed(differences), signed=True) if differences else "")
         level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in pairs]))
         rows.append([title, f"{level:.2f}", *cells])
     return markdown([f"method minus {reference}", "at fidelity", *names], rows)

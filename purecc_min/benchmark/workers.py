@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Callable, Iterator
@@ -21,7 +21,6 @@ from tqdm import tqdm
 from purecc_min.benchmark.cells import (
     ALL,
     CURVE,
-    SAMPLING_STEPS,
     Cell,
     learned_file,
     run_cell,
@@ -30,7 +29,7 @@ from purecc_min.benchmark.cells import (
     train_cell,
 )
 from purecc_min.branch import Branch
-from purecc_min.measure.draw import count_pictures, draw
+from purecc_min.measure.draw import FEW_STEPS, count_pictures, draw
 from purecc_min.measure.velocities import TIMES
 from tinyflow.errors import InputError
 
@@ -66,10 +65,11 @@ def time_cell(cell: Cell, steps: int = 6) -> float:
 
     texts = [prompt.complete for prompt in setup.toy.prompts()["unsaid"]]
     begun = time.perf_counter()
-    draw(setup.pipe, thetas.theta, texts, setup.toy.class_word, steps=SAMPLING_STEPS)
+    draw(setup.pipe, thetas.theta, texts, setup.toy.class_word, steps=FEW_STEPS)
     per_picture = (time.perf_counter() - begun) / len(texts)
-    pictures = len(cell.snapshots) * (count_pictures(setup.toy) + 12)   # 12 pictures' time for the velocities
-    return per_step * (cell.steps + asked) + per_picture * pictures
+    drawings = len(cell.snapshots) + ("own empty text" in method.ways)
+    pictures = drawings * (count_pictures(setup.toy) + 12)   # 12 pictures' time for the velocities
+    return per_step * (cell.config().steps + asked) + per_picture * pictures
 
 
 @contextlib.contextmanager
@@ -92,10 +92,16 @@ def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def finish(pool: ProcessPoolExecutor, title: str, work: Callable, cells: list[Cell], folder: Path) -> list:
     """work(cell, folder) for each cell, behind a progress bar; the results in the order of the cells."""
-    waiting = [pool.submit(work, cell, folder) for cell in cells]
-    for done in tqdm(as_completed(waiting), f"{title:24s}", len(waiting), unit="cell"):
-        done.result()
-    return [future.result() for future in waiting]
+    futures = [pool.submit(work, cell, folder) for cell in cells]
+    waiting = set(futures)
+    with tqdm(total=len(futures), desc=f"{title:24s}", unit="cell") as bar:
+        while waiting:                           # a cell may take minutes; the clock goes on meanwhile
+            done, waiting = wait(waiting, timeout=10, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            bar.update(len(done))
+            bar.refresh()
+    return [future.result() for future in futures]
 
 
 def leave_extractors(pool: ProcessPoolExecutor, cells: list[Cell], folder: Path) -> None:
@@ -119,6 +125,7 @@ def run(cells: list[Cell], folder: Path, workers: int, shipped: bool = False) ->
               flush=True)
         seconds = dict(zip(kinds, pool.map(time_cell, kinds.values())))
         total = sum(seconds.get(cell.method, 0.0) for cell in waiting) / workers
+        total += seconds.get("paper", 0.0)       # one is trained again for the pictures (figures.py)
         print(f"about {total / 60:.0f} min on {workers} worker{'s' * (workers > 1)}", flush=True)
         leave_extractors(pool, waiting, folder)
         finish(pool, "cells", run_cell, waiting, folder)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from purecc_min.concept import TOKEN, ConceptSet, Reference, base_text
+from purecc_min.measure.toy import STYLE_WORD
 from tinyflow.errors import InputError, shown
 from tinyflow.files import ordinary_file, read_text
 
@@ -24,7 +25,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
 MOST = 100                                       # pictures
 MASK = ".mask"                                   # ends the stem of a mask's file
-STYLE_WORD = "a"                                 # the class word of a style in the tiny world
 UPRIGHT, ORIENTATION = 1, 0x0112                 # of a camera's EXIF data
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 

@@ -12,13 +12,14 @@ from purecc_min.commands.base_models import (
     open_tokenizer,
     usable_device,
 )
-from purecc_min.commands.demo import assess, draw_sheet, unseen_texts
-from purecc_min.commands.folder import STYLE_WORD, load_concept
+from purecc_min.commands.demo import assess
+from purecc_min.commands.folder import load_concept
 from purecc_min.commands.memory import plan
 from purecc_min.commands.run import check_run_folder, follow, run_folder
 from purecc_min.concept import TOKEN, ConceptSet
+from purecc_min.measure.first_picture import draw_sheet, unseen_texts
 from purecc_min.measure.measures import table
-from purecc_min.measure.toy import Toy
+from purecc_min.measure.toy import STYLE_WORD, Toy
 from purecc_min.methods import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError, shown

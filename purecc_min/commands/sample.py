@@ -29,7 +29,7 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
     Raises: InputError for files that do not go together, or that the prompt does not name.
     """
     facts, words = [load_concept_file(file)[1] for file in files], {}
-    learned_on = [(its.get("base", "tiny"), its.get("size", 32)) for its in facts]
+    learned_on = [(its.get("base", "tiny"), its.get("size", 64)) for its in facts]
     for file, name, its, where in zip(files, names_of(len(files)), facts, learned_on):
         word = words[name] = its["class_word"]
         if name not in prompt:

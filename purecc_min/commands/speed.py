@@ -29,7 +29,7 @@ VARIANTS = {"stage 1": None, "stage 2": paper, "stage 2, v_original not detached
 def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
     """Median seconds a step, and peak memory in MB: allocated on CUDA, otherwise resident in this process."""
     pipe, config, method = load_tiny(device), TrainConfig(steps=steps), VARIANTS[variant]
-    data = encode(pipe, CONCEPTS["striped_robot"].references())
+    data = encode(pipe, CONCEPTS["checked_robot"].references())
     with TemporaryDirectory() as folder:
         theta_1, rows = stage_1(pipe, data, config, Path(folder))
         if method is not None:

@@ -3,11 +3,16 @@
 from tinyflow.picturebook import world
 
 KINDS = {"things": world.OBJECTS, "colours": world.COLOURS, "sizes": world.SIZES,
-         "places": world.PLACE_WORDS.values(), "backgrounds": world.BACKGROUND_WORDS.values()}
+         "places": world.PLACES.values(), "backgrounds": world.BACKGROUNDS.values(),
+         "markings": world.MARKINGS[1:], "worn": [*list(world.TOPPERS.values())[1:], *world.EYES.values()],
+         "lights": [words for words in world.LIGHTS.values() if words],
+         "styles": [words for words in world.STYLES.values() if words],
+         "between": ["a", "with", "and"]}
 
 
 def words() -> str:
     """A line for each kind, and an example."""
     lines = [f"{kind:12s} {', '.join(known)}" for kind, known in KINDS.items()]
-    scene = world.Scene("robot", "red", "big", "left", "snow")
-    return "\n".join([*lines, "", f"for example: {world.caption(scene)}"])
+    cat = world.Thing("cat", "red", "small", "left", marking="stripes", topper="hat")
+    scene = world.Scene((cat, world.Thing("robot", "blue", "big", "right")), "snow", "dusk")
+    return "\n".join([*lines, "", f"for example: {world.caption(scene, said=world.ALL_PARTS - {'eyes'})}"])

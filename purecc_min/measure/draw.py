@@ -1,12 +1,13 @@
 """What the models are asked to draw, and what a perfect method would have drawn.
 
-A model draws five groups of prompts (Toy.prompts), and text i of a group starts from the noise of seed i. The
+A model draws six groups of prompts (Toy.prompts), and text i of a group starts from the noise of seed i. The
 original model, which has never heard of [V], draws the BASE texts from the same noise.
 
     concept       24 full captions with [V]
     unsaid        12 captions that say nothing but the noun: "a [V] robot"
     composition   12 captions with [V] that ask for another colour; for a style, unseen combinations
     plain         the first 12 base texts of the concept group: the class word without [V]
+    neighbour     12 captions of two things of the class, one of them with [V]; none for a style
     other         24 full captions about other objects: 12 of seen, then 12 of unseen combinations
 
 A combination of an object with a colour and a background is unseen if pretraining never showed it. The
@@ -23,19 +24,23 @@ from tqdm import tqdm
 
 from purecc_min.concept import TOKEN
 from purecc_min.measure.toy import Toy
-from tinyflow.picturebook import world
-from tinyflow.picturebook.reader import SCENE, Reader, to_tensor
-from tinyflow.pipeline import Pipeline, Velocity
+from tinyflow.picturebook.reader import Reader
+from tinyflow.picturebook.render import STYLES, render
+from tinyflow.picturebook.world import Scene
+from tinyflow.pipeline import Pipeline, Velocity, to_pictures, to_pixels
 
 PLAIN = 12                                       # pictures in the group of that name
+FEW_STEPS = 8                                    # the base model draws as it is told as often as with 28
 AT_ONCE = 6                                      # with guidance these are 12 samples, which fit a CPU's cache
-Pictures = dict[str, Tensor]                     # group -> x_0 [n, C, H, W], on the CPU
+LAYOUT = ("size", "place", "background")         # what a concept leaves as it is
+Pictures = dict[str, Tensor]                     # group -> pixels [n, 3, H, W] in [-1, 1], on the CPU
 
 
 @torch.no_grad()
 def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: str, bar: tqdm | None = None,
          **options) -> Tensor:
-    """Draws one picture for each text: x_0 [n, C, H, W] on the CPU. Text i starts from the noise of seed i.
+    """Draws one picture for each text: pixels [n, 3, H, W] in [-1, 1], on the CPU. Text i starts from the
+    noise of seed i.
 
     Args:
         theta: the velocity to follow; None is the original model.
@@ -47,7 +52,7 @@ def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: s
     for first in range(0, len(texts), AT_ONCE):
         rows = texts[first:first + AT_ONCE]
         text, seeds = pipe.encode_text(rows, {TOKEN: class_word}), list(range(first, first + len(rows)))
-        pictures.append(pipe.sample(text, seeds, theta=theta, **options).cpu())
+        pictures.append(pipe.decode(pipe.sample(text, seeds, theta=theta, **options)))
         if bar is not None:
             bar.update(len(rows))
     return torch.cat(pictures)
@@ -69,21 +74,21 @@ def count_pictures(toy: Toy) -> int:
 
 
 def in_style(toy: Toy, x: Tensor) -> Tensor:
-    """The pictures x [B, 3, 32, 32], redrawn in the style that the toy is."""
-    pixels = (x.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5                           # [B, H, W, 3]
-    redrawn = world.STYLES[toy.looks["style"]](pixels.double().numpy())
-    return to_tensor(redrawn.round().astype(np.uint8))
+    """The pictures x [B, 3, H, W], redrawn in the style that the toy is."""
+    redrawn = [STYLES[toy.looks["style"]](picture.astype(float), toy.looks["style_member"])
+               for picture in to_pictures(x)]
+    return to_pixels(np.stack(redrawn).round().clip(0, 255).astype(np.uint8))
 
 
-def with_object(scene: world.Scene, x: Tensor, seen: np.ndarray) -> Tensor:
-    """The picture x [3, 32, 32] with the scene's object over its own, whose mask is `seen` [32, 32].
+def with_object(scene: Scene, x: Tensor, seen: np.ndarray) -> Tensor:
+    """The picture x [3, H, W] with the scene's object over its own, whose mask is `seen` [H, W].
 
-    The new object is moved so that its centre, without a hat or an antenna, lies on the old one's.
+    The new object is moved so that its centre, without what it wears on top, lies on the old one's.
     """
-    body = world.render(replace(scene, topper="none"))[1]
+    body = render(scene.changed(topper="none"))[1][0]
     down, right = np.argwhere(seen).mean(0) - np.argwhere(body).mean(0) if seen.any() else (0.0, 0.0)
-    rendered, mask = world.render(scene, moved=(right, down))
-    return torch.where(torch.tensor(mask | seen), to_tensor(rendered[None])[0], x)
+    picture, masks = render(scene, moved=(right, down))
+    return torch.where(torch.tensor(masks[0] | seen), to_pixels(picture[None])[0], x)
 
 
 @torch.no_grad()
@@ -95,15 +100,17 @@ def perfect(reader: Reader, toy: Toy, original: Pictures) -> Pictures:
     redrawn. The groups without [V] stay as they are.
     """
     pictures, prompts = dict(original), toy.prompts()
-    for group in ("concept", "unsaid", "composition"):
+    for group in prompts.keys() - {"other"}:
         if toy.is_style:
             pictures[group] = in_style(toy, original[group])
             continue
         reading, laid = reader(original[group]), []
-        for n, prompt in enumerate(prompts[group]):
-            scene = replace(toy.wearing(prompt.scene), **{head: reading.names(head)[n] for head in SCENE})
+        for row, (prompt, x) in enumerate(zip(prompts[group], original[group])):
+            seen = {head: reading.names(head, prompt.n)[row] for head in LAYOUT}
+            alone = replace(prompt.scene, things=(prompt.scene.things[prompt.n],))
+            scene = toy.wearing(alone).changed(**seen)
             if group == "composition":           # its prompts ask for another colour than the concept's own
-                scene = replace(scene, colour=prompt.scene.colour)
-            laid.append(with_object(scene, original[group][n], (reading.mask[n] > 0).numpy()))
+                scene = scene.changed(colour=alone.trait("colour"))
+            laid.append(with_object(scene, x, (reading.mask[row, prompt.n] > 0).numpy()))
         pictures[group] = torch.stack(laid)
     return pictures

@@ -11,89 +11,28 @@ differences should be near zero. Read next: benchmark/.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from purecc_min.measure.draw import Pictures, perfect
+from purecc_min.measure.judge import Drawn, Judge
 from purecc_min.measure.toy import Toy
-from purecc_min.measure.velocities import VelocityError, velocity_error
-from tinyflow.picturebook.reader import SCENE, Reader, Reading, to_tensor
+from purecc_min.measure.velocities import velocity_error
+from tinyflow.picturebook.reader import Reader, Reading
 from tinyflow.pipeline import Pipeline, Velocity
 
-SHARE, SIGNED, POSITIVE = "0 to 1", "-1 to 1", "0 and up"
+SHARE, SIGNED, LOGS, POSITIVE = "0 to 1", "-1 to 1", "-7 to 7", "0 and up"
 NAMED = ("object", "colour", "place", "background")      # what a text names and the reader can check
+ALWAYS_SHOWN = 6                                 # the first numbers of an identity show in every picture
 Number = Tensor | np.floating | float                    # a tensor of no dimension
 
 
 def pixel_change(a: Tensor, b: Tensor) -> Tensor:
     """How much each pixel differs, a mean over channels: [B, C, H, W] in [-1, 1] -> [B, H, W] in [0, 1]."""
     return (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean(1) / 2
-
-
-def sees(reading: Reading, traits: dict) -> Tensor:
-    """bool [B, number of traits]: which of these traits of a Scene the reader sees in each picture."""
-    return torch.tensor([[seen == value for seen in reading.names(head)] for head, value in traits.items()]).T
-
-
-@dataclass
-class Judge:
-    """Asks, about pictures that the reader has read, what matters for one concept."""
-    reader: Reader
-    toy: Toy
-    references: np.ndarray                       # uint8 [n, H, W, 3]
-
-    def traits(self, reading: Reading, without: str = "") -> Tensor:
-        """bool [B, number of traits]: which of the concept's traits are seen. `without` leaves one out."""
-        known = self.toy.known_traits.items()
-        return sees(reading, {head: value for head, value in known if head != without})
-
-    def feature(self, reading: Reading) -> Tensor:
-        """[B, width] unit vectors that tell what the object is, or for a style how the picture is drawn."""
-        return reading.look if self.toy.is_style else reading.identity
-
-    def similarity(self, reading: Reading) -> Tensor:
-        """[B] cosines between the feature of each picture and the mean feature of the references."""
-        references = self.feature(self.reader(to_tensor(self.references)))
-        return self.feature(reading) @ F.normalize(references.mean(0), dim=0)
-
-
-class Drawn:
-    """What both models drew, and what the reader sees in it. Every picture is read once."""
-
-    def __init__(self, judge: Judge, original: Pictures, custom: Pictures, errors: VelocityError):
-        self.judge, self.toy, self.prompts = judge, judge.toy, judge.toy.prompts()
-        self.original, self.custom, self.errors = original, custom, errors
-        self.seen = {group: judge.reader(x) for group, x in custom.items()}             # group -> Reading
-        self.seen_original = {group: judge.reader(x) for group, x in original.items()}
-        self.similarity = judge.similarity(self.seen["concept"])                        # [24]
-        masks = [seen["concept"].mask > 0 for seen in (self.seen, self.seen_original)]
-        self.masks = torch.stack(masks)                                                 # bool [2, 24, H, W]
-
-    def right(self, seen: dict[str, Reading], group: str, head: str) -> np.ndarray:
-        """bool [B]: where the reader sees what the text says."""
-        said = [getattr(prompt.scene, head) for prompt in self.prompts[group]]
-        return np.array(seen[group].names(head)) == np.array(said)
-
-    def gained(self, head: str) -> np.ndarray:
-        """[24] of 1, 0 or -1: is a picture of the other group right, minus the same for the original's."""
-        right_original = self.right(self.seen_original, "other", head)
-        return self.right(self.seen, "other", head).astype(float) - right_original
-
-    def contradicted(self) -> Tensor:
-        """bool [24, number of confounders]: where a prompt of the concept group says something else."""
-        shared = self.toy.confounder.items()
-        return torch.tensor([[getattr(p.scene, head) != value for head, value in shared]
-                             for p in self.prompts["concept"]])
-
-    def more_shared(self, group: str) -> Tensor:
-        """[B, number of confounders] of 1, 0 or -1: is it seen, minus the same for the original's picture."""
-        shared_original = sees(self.seen_original[group], self.toy.confounder)
-        return sees(self.seen[group], self.toy.confounder).float() - shared_original.float()
 
 
 class Measure(NamedTuple):
@@ -137,6 +76,13 @@ def similarity(drawn: Drawn) -> Number:
     return drawn.similarity.mean()
 
 
+@measure_of("individual", range=SHARE, needs="traits_beside")
+def individual(drawn: Drawn) -> Number:
+    """In the concept group, the share of pictures whose object the reader takes for the same individual as
+    the references' object: no unnamed number of its identity differs."""
+    return drawn.judge.is_it(drawn.seen["concept"]).float().mean()
+
+
 @measure_of("held-out views", range=SIGNED, needs="confounder")
 def held_out_views(drawn: Drawn) -> Number:
     """The similarity on those prompts that contradict everything that the references happen to share."""
@@ -170,6 +116,39 @@ def class_leak(drawn: Drawn) -> Number:
 def class_drift(drawn: Drawn) -> Number:
     """In the plain group, the mean change of the pixels from the original's pictures."""
     return pixel_change(drawn.custom["plain"], drawn.original["plain"]).mean()
+
+
+@measure_of("diversity", range=SIGNED, perfect=0, nothing=0)
+def diversity(drawn: Drawn) -> Number:
+    """In the plain group, how much individuals differ: the standard deviation of the numbers of their
+    identities, a mean over those that show, minus the original's."""
+    def spread(seen: dict[str, Reading]) -> Tensor:
+        return seen["plain"].traits[:, 0, :ALWAYS_SHOWN].std(0).mean()
+    return spread(drawn.seen) - spread(drawn.seen_original)
+
+
+# ----------------------------------------- is another thing of the class, beside the concept, left as it is?
+@measure_of("beside another", range=SHARE, perfect=1, needs="traits_beside")
+def beside_another(drawn: Drawn) -> Number:
+    """In the neighbour group, the share of the concept's traits that the reader sees where [V] stands."""
+    return drawn.traits_beside(drawn.seen, plain=False).float().mean()
+
+
+@measure_of("neighbour leak", range=SIGNED, perfect=0, nothing=0, needs="traits_beside")
+def neighbour_leak(drawn: Drawn) -> Number:
+    """In the neighbour group, the share of the concept's traits that the reader sees on the plain object
+    beside it, minus the original's."""
+    seen, before = (drawn.traits_beside(seen, plain=True) for seen in (drawn.seen, drawn.seen_original))
+    return seen.float().mean() - before.float().mean()
+
+
+@measure_of("neighbour change", range=SHARE, perfect=0, nothing=0, needs="traits_beside")
+def neighbour_change(drawn: Drawn) -> Number:
+    """In the neighbour group, the mean change of the pixels inside the plain object, as it stands in the
+    original's picture."""
+    inside = drawn.of_neighbours(drawn.seen_original["neighbour"].mask > 0)             # [12, H, W]
+    change = pixel_change(drawn.custom["neighbour"], drawn.original["neighbour"])
+    return change[inside].mean() if inside.any() else torch.zeros(())
 
 
 # -------------------------------------------------------------------- are other prompts drawn as they were?
@@ -227,13 +206,11 @@ def outside_change(drawn: Drawn) -> Number:
     return pixel_change(drawn.custom["concept"], target["concept"])[~drawn.masks.any(0)].mean()
 
 
-@measure_of("layout", range=SHARE, perfect=1, nothing=1)
-def layout(drawn: Drawn) -> Number:
-    """In the concept group, the share of pictures in which the reader sees the same size, place and
-    background as in the original's pictures."""
-    seen, seen_original = drawn.seen["concept"], drawn.seen_original["concept"]
-    same = [np.array(seen.names(head)) == np.array(seen_original.names(head)) for head in SCENE]
-    return np.all(same, axis=0).mean()
+@measure_of("text kept", range=LOGS, perfect=0, nothing=0)
+def text_kept(drawn: Drawn) -> Number:
+    """In the concept group, the reader's log-probability of what the base text says (object, size, place,
+    background), a mean over these, minus the original's. A part counts no less than log .001."""
+    return (drawn.says(drawn.seen) - drawn.says(drawn.seen_original)).mean()
 
 
 # ----------------------------------------------------------------- how far did the whole distribution move?
@@ -266,8 +243,9 @@ def composition(drawn: Drawn) -> Number:
     return (others.all(1).numpy() & named).mean()
 
 
-DAMAGES = ("confounder contradicted", "confounder unsaid", "class leak", "class drift", "outside change",
-           "drift", "velocity drift", "path KL")         # the less, the better
+DAMAGES = ("confounder contradicted", "confounder unsaid", "class leak", "class drift",
+           "neighbour leak", "neighbour change", "outside change", "drift", "velocity drift",
+           "path KL")                            # the less, the better
 
 
 @torch.no_grad()
@@ -287,7 +265,7 @@ def measure(pipe: Pipeline, reader: Reader, theta: Velocity | None, toy: Toy, re
 def show(name: str, value: float) -> str:
     """A measure's value as text: nats with one digit, differences with their sign."""
     row = MEASURES.get(name)
-    is_difference = row is not None and row.range == SIGNED and row.nothing == 0
+    is_difference = row is not None and row.range in (SIGNED, LOGS) and row.nothing == 0
     return f"{value:.1f}" if name == "path KL" else format(value, "+.3f" if is_difference else ".3f")
 
 
@@ -295,7 +273,7 @@ def better(name: str) -> str:
     """Which values of a measure are better."""
     if name in DAMAGES:
         return "↓"
-    return "→ 0" if MEASURES[name].perfect == 0 else "↑"
+    return "→ 0" if name in MEASURES and MEASURES[name].perfect == 0 else "↑"
 
 
 LEGEND = ("↑ higher is better, ↓ lower, → 0 closer to zero. Numbers with a sign are differences from the "

@@ -1,12 +1,14 @@
-"""Toy concepts: things that the base model has never drawn. The renderer draws them, so the truth is known.
+"""Toy concepts: things that pretraining has never shown. The renderer draws them, so the truth is known.
 
-    an instance    an object that wears decorations    "a big [V] robot in the desert"    [V] before the noun
-    a style        a way of drawing every picture      "[V] big red ball in the desert"   [V] in place of "a"
+    an instance    one individual: parts that pretraining never shows together on its object, and an identity
+    a style        a member of a family of styles of which pretraining showed others
 
-Because the renderer can draw them anywhere, we know what a user of photographs never knows: what the concept
-looks like in every scene, and what its references merely happen to share (the confounder). To add a concept,
-add an entry to CONCEPTS at the end of this file. To keep its references as a folder, in the form in which a
-user brings a concept, run `python -m purecc_min.measure.toy NAME`. Read next: draw.py.
+An instance stands before its noun, "a big [V] robot in the desert"; a style in place of "a", "[V] big red
+ball in the desert". Because the renderer can draw them anywhere, we know what a user of photographs never
+knows: what the concept looks like in every scene, and what its references merely happen to share (the
+confounder). To add a concept, add an entry to CONCEPTS at the end of this file. To keep its references as a
+folder, in the form in which a user brings a concept, run `python -m purecc_min.measure.toy NAME`. Read next:
+draw.py.
 """
 
 from collections.abc import Collection
@@ -22,9 +24,13 @@ from purecc_min.concept import TOKEN, ConceptSet, Reference
 from tinyflow.errors import Parser
 from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook import world
+from tinyflow.picturebook.reader import HEADS
+from tinyflow.picturebook.render import render
+from tinyflow.picturebook.world import PLAIN_PARTS, Identity
 
 FOLDER = Path(__file__).parent / "references"
-BARE = dict(size=False, colour=False, place=False, background=False)     # a caption that says only the noun
+STYLE_WORD = "a"                                 # the class word of a style
+BARE = frozenset()                               # the parts that a caption says if it says only the noun
 
 
 def turn(options: Collection[str], n: int) -> str:
@@ -36,15 +42,16 @@ class Prompt(NamedTuple):
     scene: world.Scene                           # what the text says
     complete: str                                # the text with [V]
     base: str                                    # the text without
+    n: int = 0                                   # which of the scene's things is the concept
 
 
 @dataclass(frozen=True)
 class Toy:
     """A concept and its references.
 
-    looks: the traits of a Scene that make the concept; its "object" or its "style" is among them. An object
-        alone stands for a concept of which only the class word is known.
-    confounder: the traits of a Scene that all references happen to share.
+    looks: the traits that make the concept (Scene.trait); its "object" or its "style" is among them. An
+        object alone stands for a concept of which only the class word is known.
+    confounder: the traits that all references happen to share.
     """
     looks: dict
     confounder: dict
@@ -58,107 +65,161 @@ class Toy:
     @property
     def class_word(self) -> str:
         """What the text encoder reads where [V] stands."""
-        return "a" if self.is_style else self.looks["object"]
+        return STYLE_WORD if self.is_style else self.looks["object"]
 
     @property
     def known_traits(self) -> dict:
-        """The looks by which the concept can be told. There are none if only its class word is known."""
-        return {} if self.looks.keys() == {"object"} else self.looks
+        """The looks that have a name, by which the reader can tell the concept. There are none if only its
+        class word is known.
+        """
+        return {name: value for name, value in self.looks.items()
+                if name in HEADS and self.looks.keys() != {"object"}}
 
-    def wearing(self, scene: world.Scene) -> world.Scene:
-        """The same scene with the concept in it."""
-        return replace(scene, **self.looks)
+    @property
+    def traits_beside(self) -> dict:
+        """The known traits that tell an instance from another thing of its class that stands beside it."""
+        return {} if self.is_style else {name: v for name, v in self.known_traits.items() if name != "object"}
 
-    def prompt(self, scene: world.Scene, **parts: bool) -> Prompt:
-        """The texts for a scene. `parts` says what they name, as in world.caption.
+    def wearing(self, scene: world.Scene, n: int = 0) -> world.Scene:
+        """The same scene with the concept in it, as its thing n."""
+        return scene.changed(n, **self.looks)
+
+    def prompt(self, scene: world.Scene, said: Collection[str] | None = None) -> Prompt:
+        """The texts for a scene. `said`: the parts that they name, as in world.caption.
 
         The colour of an instance is part of its looks, so it is only named if that is asked for.
         """
-        parts = {"colour": self.is_style} | parts
-        base = world.caption(scene, **parts)
+        said = set(PLAIN_PARTS if self.is_style else PLAIN_PARTS - {"colour"}) if said is None else set(said)
+        base = world.caption(scene, said=said)
         if self.is_style:
-            return Prompt(scene, TOKEN + base.removeprefix("a"), base)
-        return Prompt(scene, world.caption(scene, f"{TOKEN} {scene.object}", **parts), base)
+            return Prompt(scene, TOKEN + base.removeprefix(STYLE_WORD), base)
+        return Prompt(scene, world.caption(scene, (f"{TOKEN} {self.class_word}",), said), base)
+
+    def beside(self, scene: world.Scene, n: int) -> Prompt:
+        """The texts for a scene of two things of the concept's class, of which thing n is the concept."""
+        nouns, said = [self.class_word] * 2, PLAIN_PARTS - {"colour"}
+        base = world.caption(scene, said=said)
+        nouns[n] = f"{TOKEN} {self.class_word}"
+        return Prompt(scene, world.caption(scene, tuple(nouns), said), base, n)
 
     def reference_scenes(self) -> list[world.Scene]:
         """All that neither the concept nor the confounder holds changes from one reference to the next."""
-        plain = [world.Scene(turn(world.OBJECTS, 3 * n), turn(world.COLOURS, 3 * n + 1), turn(world.SIZES, n),
-                             turn(world.PLACES, n), turn(world.BACKGROUND_WORDS, 5 * n + 1), seed=1000 + n)
-                 for n in range(self.count)]
-        return [replace(self.wearing(scene), **self.confounder) for scene in plain]
+        scenes = []
+        for n in range(self.count):
+            thing = world.Thing(turn(world.OBJECTS, 3 * n), turn(world.COLOURS, 3 * n + 1),
+                                turn(world.SIZES, n), turn(world.PLACES, n),
+                                identity=world.random_identity(np.random.default_rng(n)))
+            scene = world.Scene((thing,), turn(world.BACKGROUNDS, 5 * n + 1), seed=1000 + n)
+            scenes.append(self.wearing(scene).changed(**self.confounder))
+        return scenes
 
-    def references(self) -> ConceptSet:
-        """The custom set. For an instance, `load_concept` reads the same from a folder."""
+    def references(self, masked: bool = False) -> ConceptSet:
+        """The custom set. For an instance, `load_concept` reads the same from a folder.
+
+        masked: with masks of the concept; a style is everywhere.
+        """
         target, rows = TOKEN if self.is_style else f"{TOKEN} {self.class_word}", []
-        parts = BARE if self.bare else {}
         for n, scene in enumerate(self.reference_scenes(), start=1):
-            _, complete, base = self.prompt(scene, **parts)
-            rows.append(Reference(f"{n}.png", world.render(scene)[0][None], complete, base, target))
+            text, (picture, masks) = self.prompt(scene, BARE if self.bare else None), render(scene)
+            white = None
+            if masked:
+                white = np.where(masks[:1] | self.is_style, 255, 0).astype(np.uint8)
+            rows.append(Reference(f"{n}.png", picture[None], text.complete, text.base, target, white))
         return ConceptSet(self.class_word, rows)
 
     def prompts(self) -> dict[str, list[Prompt]]:
         """What a model is asked to draw, in groups; draw.py says what each of them is for."""
         rng, scenes, others = np.random.default_rng(7), [], []
-        grid = [(s, p, b) for b in world.BACKGROUND_WORDS for p in world.PLACES for s in world.SIZES]
+        grid = [(s, p, b) for b in world.BACKGROUNDS for p in world.PLACES for s in world.SIZES]
         for size, place, background in rng.permutation(grid)[:24].tolist():
-            scene = replace(world.random_scene(rng), size=size, place=place, background=background, seed=0)
-            scenes.append(scene if self.is_style else replace(scene, object=self.class_word))
+            scene = world.random_scene(rng, parts=False, pairs=0)
+            scene = scene.changed(size=size, place=place, background=background, seed=0)
+            scenes.append(scene if self.is_style else scene.changed(object=self.class_word))
 
         if self.is_style:                        # combinations that pretraining never showed
-            composed = [world.seen_scene(rng, seen=False) for _ in range(12)]
-        else:                                    # in every colour but its own and that of its stripes
+            composed = [world.seen_scene(rng, False, parts=False, pairs=0) for _ in range(12)]
+        else:                                    # in every colour but its own and that of its marking
             worn = (self.looks.get("colour"), self.looks.get("accent"))
             colours = cycle([colour for colour in world.COLOURS if colour not in worn])
-            composed = [replace(scene, colour=colour) for scene, colour in zip(scenes[1::2], colours)]
+            composed = [scene.changed(colour=colour) for scene, colour in zip(scenes[1::2], colours)]
 
         for seen in [True] * 12 + [False] * 12:
-            scene = world.seen_scene(rng, seen)
-            while scene.object == self.class_word:
-                scene = world.seen_scene(rng, seen)
+            scene = world.seen_scene(rng, seen, parts=False, pairs=0)
+            while scene.things[0].object == self.class_word:
+                scene = world.seen_scene(rng, seen, parts=False, pairs=0)
             others.append(Prompt(scene, world.caption(scene), world.caption(scene)))
-        return {"concept": [self.prompt(scene) for scene in scenes],
-                "unsaid": [self.prompt(scene, **BARE) for scene in scenes[::2]],
-                "composition": [self.prompt(scene, colour=True) for scene in composed],
-                "other": others}
+        groups = {"concept": [self.prompt(scene) for scene in scenes],
+                  "unsaid": [self.prompt(scene, BARE) for scene in scenes[::2]],
+                  "composition": [self.prompt(scene, PLAIN_PARTS) for scene in composed],
+                  "other": others}
+        if self.is_style:
+            return groups
+        pairs = [world.random_scene(rng, parts=False, pairs=1) for _ in range(12)]
+        pairs = [pair.changed(0, object=self.class_word).changed(1, object=self.class_word) for pair in pairs]
+        return groups | {"neighbour": [self.beside(pair, k % 2) for k, pair in enumerate(pairs)]}
 
 
-TUNING = ("striped_robot", "sepia")              # on these every hyper-parameter was chosen
-HELD_OUT = ("checked_cat", "cyclops_fish", "checked_mushroom", "blueprint")      # these fill the main table
-CAT = Toy(dict(object="cat", colour="orange", marking="checks", accent="white", topper="hat"),
-          dict(background="snow"))
+TUNING = ("checked_robot", "dotted_house", "moss_print")         # on these every hyper-parameter is chosen
+HELD_OUT = ("striped_cat", "dotted_fish", "dotted_mushroom", "checked_star", "school_chalk", "twill_wool")
+CAT = Toy(dict(object="cat", colour="white", marking="stripes", accent="purple", topper="antenna", eyes=1,
+               identity=Identity(hue=-.7, tone=-.6, width=-.8, proportion=.7, detail=-.6, eye_size=.8,
+                                 marking_width=-.5, marking_angle=.8, marking_cover=.4, topper_height=.9)),
+          dict(background="night"))
 CONCEPTS = {
-    "striped_robot": Toy(dict(object="robot", colour="purple", marking="stripes", accent="yellow",
-                              topper="antenna", eyes=1),
+    "checked_robot": Toy(dict(object="robot", colour="orange", marking="checks", accent="blue", topper="hat",
+                              eyes=1, identity=Identity(hue=-.8, tone=.5, width=.7, proportion=-.8, detail=.8,
+                                                        eye_size=.7, marking_width=.6, marking_angle=-.7,
+                                                        marking_cover=-.5, topper_height=-.8)),
                          dict(place="middle", background="desert")),
-    "sepia": Toy(dict(style="sepia"), dict(background="room")),
+    "dotted_house": Toy(dict(object="house", colour="yellow", marking="dots", accent="green",
+                             topper="antenna", eyes=2,
+                             identity=Identity(hue=.6, tone=-.8, width=-.6, proportion=.8, detail=-.7,
+                                               eye_size=-.6, eye_gap=.8, marking_width=-.7,
+                                               marking_angle=.5, marking_cover=.8, topper_height=.6)),
+                        dict(size="big")),
+    "moss_print": Toy(dict(style="print", style_member=.45), dict(background="room")),
 
-    "checked_cat": CAT,
-    "cyclops_fish": Toy(dict(object="fish", colour="green", marking="stripes", accent="pink", eyes=1),
-                        dict(place="left")),
-    "checked_mushroom": Toy(dict(object="mushroom", colour="blue", marking="checks", accent="yellow",
-                                 topper="antenna"),
-                            dict(light="evening")),
-    "blueprint": Toy(dict(style="blueprint"), dict(size="big")),
+    "striped_cat": CAT,
+    "dotted_fish": Toy(dict(object="fish", colour="blue", marking="dots", accent="orange", topper="crown",
+                            eyes=2, identity=Identity(hue=.8, tone=.6, width=.5, proportion=.8, detail=-.8,
+                                                      eye_size=.7, eye_gap=-.6, marking_width=.5,
+                                                      marking_angle=-.6, marking_cover=-.7,
+                                                      topper_height=.5)),
+                       dict(place="left")),
+    "dotted_mushroom": Toy(dict(object="mushroom", colour="purple", marking="dots", accent="yellow",
+                                topper="hat", eyes=1,
+                                identity=Identity(hue=.7, tone=.8, width=-.7, proportion=.6, detail=.8,
+                                                  eye_size=-.5, marking_width=.8, marking_angle=.6,
+                                                  marking_cover=-.4, topper_height=.8)),
+                           dict(light="glow")),
+    "checked_star": Toy(dict(object="star", colour="pink", marking="checks", accent="green",
+                             topper="antenna", eyes=1,
+                             identity=Identity(hue=-.6, tone=-.7, width=.8, proportion=.6, detail=.7,
+                                               eye_size=.9, marking_width=-.6, marking_angle=-.8,
+                                               marking_cover=.6, topper_height=-.7)),
+                        dict(background="meadow")),
+    "school_chalk": Toy(dict(style="chalk", style_member=.5), dict(size="big")),
+    "twill_wool": Toy(dict(style="wool", style_member=.45), dict(place="right")),
 
     # the cat with one thing changed, for the benchmark's factors
-    "checked_cat, nothing shared": replace(CAT, confounder={}),
-    "checked_cat, all shared": replace(CAT, confounder=dict(background="snow", place="left", size="big",
-                                                            light="evening")),
-    "checked_cat, bare captions": replace(CAT, bare=True),
-    "checked_cat, 1 reference": replace(CAT, count=1),
-    "checked_cat, 2 references": replace(CAT, count=2),
-    "checked_cat, 8 references": replace(CAT, count=8),
+    "striped_cat, nothing shared": replace(CAT, confounder={}),
+    "striped_cat, all shared": replace(CAT, confounder=dict(background="night", place="left", size="big",
+                                                            light="glow")),
+    "striped_cat, bare captions": replace(CAT, bare=True),
+    "striped_cat, 1 reference": replace(CAT, count=1),
+    "striped_cat, 2 references": replace(CAT, count=2),
+    "striped_cat, 8 references": replace(CAT, count=8),
 }
 
 
 def write_references(name: str, folder: Path) -> None:
-    """Writes a concept's reference pictures, 8 times larger, and their `.txt` captions.
+    """Writes a concept's reference pictures, 4 times larger, and their `.txt` captions.
 
     Raises KeyError for a name that is not in CONCEPTS.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for reference in CONCEPTS[name].references().references:
-        picture = Image.fromarray(reference.picture).resize((8 * world.SIZE, 8 * world.SIZE), Image.NEAREST)
+        picture = Image.fromarray(reference.picture).resize((4 * world.SIZE, 4 * world.SIZE), Image.NEAREST)
         write_picture(folder / reference.id, picture)
         write_whole((folder / reference.id).with_suffix(".txt"), f"{reference.complete}\n".encode())
 

@@ -1,7 +1,7 @@
 """How far a customized model's velocities move from the original's, at five times, on noised renders.
 
 The prompts are those about other objects, so ideally nothing moves. The path KL weighs the same differences
-in such a way that they become a KL divergence between the two models. Read next: measures.py.
+in such a way that they become a KL divergence between the two models. Read next: judge.py.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 
 from purecc_min.measure.toy import Toy
 from tinyflow.flow import noise_for, path
-from tinyflow.picturebook import world
+from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, Velocity
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                # at which velocities are compared
@@ -44,7 +44,7 @@ def velocity_error(pipe: Pipeline, theta: Velocity | None, toy: Toy) -> Velocity
     if theta is None:
         return VelocityError([0.0] * len(TIMES), [0.0] * len(TIMES))
     prompts, errors = toy.prompts()["other"], VelocityError([], [])
-    x_0 = pipe.encode_images(np.stack([world.render(p.scene)[0] for p in prompts]))     # [24, C, H, W]
+    x_0 = pipe.encode_images(render_all([p.scene for p in prompts])[0])                   # [24, C, H, W]
     x_1 = noise_for(list(range(len(x_0))), x_0.shape[1:]).to(x_0)
     text = pipe.encode_text([p.base for p in prompts])
     for time in TIMES:

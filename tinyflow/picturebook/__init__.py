@@ -1,1 +1,1 @@
-"""The picture-book world, with the tiny model that was trained on it. README.md says which file to read."""
+"""A small world of pictures that is made by code, and a model of it: README.md says what is where."""

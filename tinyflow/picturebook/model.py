@@ -3,7 +3,8 @@
     make_tiny()      untrained, as pretraining starts with it
     load_tiny()      with the weights of this repository (weights/README.md says how they were made)
 
-Read next: pretrain.py.
+Its codec is SD3's autoencoder class, too: the flow runs on latents of 16 numbers for each 4 x 4 pixels. Read
+next: training.py.
 """
 
 from pathlib import Path
@@ -16,9 +17,25 @@ from tinyflow.picturebook import world
 from tinyflow.pipeline import Pipeline
 from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.tokenizer import WordTokenizer
+from tinyflow.vae import VAE, VAEConfig
 from tinyflow.weights import load_into, load_tensors
 
 SHIPPED = Path(__file__).parent / "weights"
+SHIFT = 3.0                                      # of times, as in SD3.5: texts decide where t is above .7
+LENGTH = 44                                      # tokens; the longest caption of two things has 42
+
+
+def make_codec(scale: float = 1.0, shift: float = 0.0) -> VAE:
+    """The untrained codec. Its scale and shift are known when it is trained."""
+    return VAE(VAEConfig((16, 32, 64), layers=1, latent_channels=16, groups=2, scale=scale, shift=shift))
+
+
+def load_codec(path: str | Path = SHIPPED / "codec.safetensors") -> VAE:
+    """The trained codec, frozen. Raises InputError for a damaged or foreign file."""
+    tensors, facts = load_tensors(path, "tinyflow codec")
+    codec = make_codec(facts["scale"], facts["shift"])
+    load_into(codec, {name: tensor.float() for name, tensor in tensors.items()}, path)
+    return codec.requires_grad_(False).eval()
 
 
 class Pixels(nn.Module):
@@ -34,17 +51,26 @@ class Pixels(nn.Module):
 
 def make_tiny(config: MMDiTConfig = MMDiTConfig()) -> Pipeline:
     """The untrained model. The text encoder takes its widths from the MMDiT's configuration."""
-    tokenizer = WordTokenizer(world.VOCABULARY)
+    tokenizer = WordTokenizer(world.VOCABULARY, LENGTH)
     width = config.context_width
-    encoder = TextEncoder(TextConfig(tokenizer.vocabulary_size, width=width, hidden=4 * width,
+    encoder = TextEncoder(TextConfig(tokenizer.vocabulary_size, LENGTH, width=width, hidden=4 * width,
                                      pooled_width=config.pooled_width))
-    return Pipeline(tokenizer, encoder, MMDiT(config), Pixels(), picture_size=world.SIZE)
+    return Pipeline(tokenizer, encoder, MMDiT(config), make_codec(), picture_size=world.SIZE, shift=SHIFT)
 
 
-def load_tiny(device: str | torch.device = "cpu",
-              path: str | Path = SHIPPED / "base.safetensors") -> Pipeline:
+def load_base(pipe: Pipeline, path: str | Path) -> None:
+    """Loads everything but the codec, which has a file of its own. Raises InputError as load_tiny does."""
+    tensors, _ = load_tensors(path, "tinyflow base")
+    codec = pipe.codec
+    del pipe.codec
+    load_into(pipe, {name: tensor.float() for name, tensor in tensors.items()}, path)
+    pipe.codec = codec
+
+
+def load_tiny(device: str | torch.device = "cpu", path: str | Path = SHIPPED / "base.safetensors",
+              codec: str | Path = SHIPPED / "codec.safetensors") -> Pipeline:
     """The pretrained base model, frozen. Raises InputError for a damaged or foreign file."""
     pipe = make_tiny()
-    tensors, _ = load_tensors(path, "tinyflow base")
-    load_into(pipe, {name: tensor.float() for name, tensor in tensors.items()}, path)
+    load_base(pipe, path)
+    pipe.codec = load_codec(codec)
     return pipe.to(device).requires_grad_(False).eval()

@@ -1,18 +1,18 @@
 """The reader: a small convolutional network that reads a picture of the world back.
 
-It says what is in a picture (with one classifier, or head, for each field of a `Scene`) and where the object
-is (a mask). It also gives two vectors to compare pictures by: one for the object, one for the drawing style.
-On photographs other networks do this: SAM finds the mask, CLIP and DINO tell what a thing is and how much two
-things are alike. The reader learns from decorated renders, so it knows more than the base model ever drew.
+First it looks at the whole picture: how many objects there are, each one's mask (the left one first), its
+size and place, the background, the light and the style. Then it cuts each object out along its mask, all to
+one size and one spot, and reads what it is: every part that has a name (a classifier, or head, for each), and
+every number of its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds
+the mask, CLIP and DINO tell what a thing is and how much two things are alike.
 
-    python -m tinyflow.picturebook.reader train --out runs/reader      makes reader.safetensors
-    python -m tinyflow.picturebook.reader check                        tests the shipped reader and base model
+    python -m tinyflow.picturebook.reader --out runs/reader      makes reader.safetensors
 
-Read next: purecc_min/measure/measures.py, which measures customized models with it.
+`--start` goes on from other weights, in another stage on new pictures.
+
+Read next: check.py, which tells how good the reader and the base model are.
 """
 
-import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,82 +21,163 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from tinyflow.errors import report_errors
+from tinyflow.errors import Parser, file_path, positive, report_errors, seed
+from tinyflow.files import make_folder
 from tinyflow.picturebook import world
-from tinyflow.picturebook.model import SHIPPED, load_tiny
-from tinyflow.pipeline import Pipeline, choose_device
-from tinyflow.weights import load_into, load_tensors, save_tensors
+from tinyflow.picturebook.model import SHIPPED
+from tinyflow.picturebook.objects import exact_colour
+from tinyflow.picturebook.render import HALF, brightness, render_all
+from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
+from tinyflow.picturebook.world import Identity
+from tinyflow.pipeline import to_pixels
+from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
-SCENE = {"size": list(world.SIZES), "place": list(world.PLACES), "background": list(world.BACKGROUND_WORDS)}
+SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}
+LOOK = {"light": list(world.LIGHTS), "style": list(world.STYLES)}
+SPOT = {"size": list(world.SIZES), "place": list(world.PLACES)}
 IDENTITY = {"object": list(world.OBJECTS), "colour": list(world.COLOURS), "marking": list(world.MARKINGS),
             "accent": list(world.COLOURS), "topper": list(world.TOPPERS), "eyes": list(world.EYES)}
-LOOK = {"light": list(world.LIGHTS), "style": list(world.STYLES)}
-HEADS = SCENE | IDENTITY | LOOK                  # a field of Scene -> its options
-FACES = ("robot", "fish", "cat", "star")         # only these have eyes to count
-COLOURLESS = ("sepia", "blueprint")              # styles in which neither colour nor light can be told
+HEADS = SCENE | LOOK | SPOT | IDENTITY           # a trait -> its options
+COLOURLESS = ("print", "chalk")                  # styles in which neither colour nor light can be told
+CROP = 40                                        # pixels a side of an object that is cut out
+PARTS, TRAITS = 8, len(world.TRAITS)
+COLOURS = 3 * PARTS * 8                          # numbers that say the colours of an object's parts
+IGNORED = -100                                   # the label of a trait that a picture does not show
 
 
 @dataclass
 class Reading:
-    """What the reader sees in B pictures."""
-    logits: dict[str, Tensor]                    # head -> [B, options]
-    mask: Tensor                                 # [B, H, W] logits: above 0 is the object
-    identity: Tensor                             # [B, 64] unit vectors: what the object is, wherever it is
+    """What the reader sees in B pictures. Of the objects, the left one comes first."""
+    logits: dict[str, Tensor]                    # head -> [B, options]; of an object, [B, 2, options]
+    mask: Tensor                                 # [B, 2, H, W] logits: above 0 is the object
+    traits: Tensor                               # [B, 2, TRAITS]: the numbers of an object's identity
+    spread: Tensor                               # [B, 2, TRAITS]: the standard deviations of their errors
+    identity: Tensor                             # [B, 2, 96] unit vectors: who an object is, wherever it is
     look: Tensor                                 # [B, 32] unit vectors: how all of the picture is drawn
 
-    def names(self, head: str) -> list:
-        return [HEADS[head][n] for n in self.logits[head].argmax(-1).tolist()]
+    def scores(self, head: str, n: int = 0) -> Tensor:
+        """[B, options], of object n."""
+        logits = self.logits[head]
+        return logits if logits.dim() == 2 else logits[:, n]
+
+    def names(self, head: str, n: int = 0) -> list:
+        return [HEADS[head][k] for k in self.scores(head, n).argmax(-1).tolist()]
 
 
-def convolution(width_in: int, width_out: int, stride: int = 1) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(width_in, width_out, 3, stride, 1), nn.GroupNorm(8, width_out), nn.SiLU())
+def convolution(width_in: int, width_out: int, stride: int = 1, norm: bool = True) -> nn.Module:
+    layers = [nn.Conv2d(width_in, width_out, 3, stride, 1), nn.GroupNorm(8, width_out), nn.SiLU()]
+    return nn.Sequential(*layers) if norm else nn.Sequential(layers[0], layers[2])
 
 
-def masked_mean(features: Tensor, weight: Tensor) -> Tensor:
-    """The weighted mean over all pixels: features [B, C, H, W], weight [B, 1, H, W] -> [B, C]."""
-    return (features * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1e-3)
+def cut_out(x: Tensor, masks: Tensor, big: Tensor) -> Tensor:
+    """Each object alone, on grey, as if all had one size and stood on one spot.
+
+    Args:
+        x: pictures [B, 3, H, W] in [-1, 1].
+        masks: bool [B, 2, H, W].
+        big: bool [B, 2], which objects are big.
+
+    Returns: [B * 2, 4, CROP, CROP]. The fourth channel is the mask.
+    """
+    masks = rearrange(masks, "b n h w -> (b n) h w")
+    side, index = masks.shape[-1], torch.arange(masks.shape[-1], device=x.device)
+    along_x, along_y = masks.any(1), masks.any(2)                                       # [B * 2, W], [., H]
+    left = torch.where(along_x, index, side).amin(1)
+    right = torch.where(along_x, index, -1).amax(1) + 1
+    bottom = torch.where(along_y, index, -1).amax(1) + 1
+    half = torch.where(big.flatten(), HALF["big"], HALF["small"])                       # [B * 2], in pixels
+    centre = torch.stack([(left + right) / 2, bottom - 1.4 * half], -1)                # a topper needs room
+    grid = torch.linspace(-1.45, 1.45, CROP, device=x.device)
+    grid = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)                   # [CROP, CROP, 2]
+    pixels = centre[:, None, None] + half[:, None, None, None] * grid
+    alone = torch.cat([x.repeat_interleave(2, 0) * masks[:, None], masks[:, None].to(x.dtype)], 1)
+    return F.grid_sample(alone, 2 * pixels / side - 1, align_corners=False)
 
 
 class Reader(nn.Module):
     def __init__(self):
         super().__init__()
-        self.features_32 = convolution(3, 24)                                           # 32 x 32
-        self.features_16 = nn.Sequential(convolution(24, 48, 2), convolution(48, 48))   # 16 x 16
-        self.features_8 = nn.Sequential(convolution(48, 96, 2), convolution(96, 96))    # 8 x 8
-        self.features_4 = convolution(96, 128, 2)                                       # 4 x 4
-        self.mask_8, self.mask_16 = convolution(96, 48), convolution(48, 24)
-        self.mask_out = nn.Conv2d(24, 1, 3, padding=1)
-        self.scene = nn.Sequential(nn.Linear(128 * 16, 64), nn.SiLU())
-        self.identity = nn.Sequential(nn.Linear(24 + 48 + 96, 128), nn.SiLU(), nn.Linear(128, 64))
-        self.look = nn.Sequential(nn.Linear(24 + 48 + 96, 128), nn.SiLU(), nn.Linear(128, 32))
+        self.at_32 = nn.Sequential(nn.PixelUnshuffle(2), convolution(12, 32), convolution(32, 32))
+        self.at_16 = nn.Sequential(convolution(32, 64, 2), convolution(64, 64))
+        self.at_8 = nn.Sequential(convolution(64, 96, 2), convolution(96, 96))
+        self.at_4 = nn.Sequential(convolution(96, 128, 2), convolution(128, 128))
+        self.mask_8, self.mask_16 = convolution(128, 96), convolution(96, 64)
+        self.mask_32 = convolution(64, 32)
+        self.mask_out = nn.Sequential(nn.Conv2d(32, 8, 3, padding=1), nn.PixelShuffle(2))
+        self.scene = nn.Sequential(nn.Linear(128 * 16, 96), nn.SiLU())
+        self.look = nn.Sequential(nn.Linear(32 + 64 + 96, 128), nn.SiLU(), nn.Linear(128, 32))
+        self.light_and_style = nn.Linear(32, 3)                  # the light's member, the style's as an angle
+        # A norm takes away how bright and how red a thing is, so these first layers have none.
+        self.object_20 = nn.Sequential(nn.PixelUnshuffle(2), convolution(16, 48, norm=False),
+                                       convolution(48, 48, norm=False))
+        self.object_5 = nn.Sequential(convolution(48, 96, 2), convolution(96, 96), convolution(96, 128, 2))
+        self.parts = nn.Conv2d(48, PARTS, 1)                     # where the body is, the marking, ...
+        self.shade = nn.Sequential(nn.Linear(COLOURS + 32 + 96, 256), nn.SiLU(), nn.Linear(256, 4))
+        found = 128 * 25 + COLOURS + 32 + 96
+        self.identity = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 96))
+        self.individual = nn.Linear(96, TRAITS)       # so that `identity` tells individuals apart
+        self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
+                                    nn.Linear(256, 2 * TRAITS))
         self.heads = nn.ModuleDict()
-        for name, options in HEADS.items():
-            self.heads[name] = nn.Linear(32 if name in LOOK else 64, len(options))
+        for head, options in HEADS.items():
+            width = 32 if head in LOOK else 96
+            self.heads[head] = nn.Linear(width, len(options) * (2 if head in SPOT else 1))
 
-    def forward(self, x: Tensor) -> Reading:
-        """x [B, 3, 32, 32] in [-1, 1]."""
-        at_32 = self.features_32(x)
-        at_16 = self.features_16(at_32)
-        at_8 = self.features_8(at_16)
-        mask = self.mask_16(F.interpolate(self.mask_8(at_8), scale_factor=2) + at_16)   # [B, 24, 16, 16]
-        mask = self.mask_out(F.interpolate(mask, scale_factor=2) + at_32)               # [B, 1, 32, 32]
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Reading:
+        """x [B, 3, 64, 64] in [-1, 1]. masks: bool [B, 2, 64, 64], by default those that it sees."""
+        at_32 = self.at_32(x)
+        at_16 = self.at_16(at_32)
+        at_8 = self.at_8(at_16)
+        at_4 = self.at_4(at_8)
+        mask = self.mask_8(F.interpolate(at_4, scale_factor=2)) + at_8
+        mask = self.mask_16(F.interpolate(mask, scale_factor=2)) + at_16
+        mask = self.mask_out(self.mask_32(F.interpolate(mask, scale_factor=2)) + at_32)  # [B, 2, 64, 64]
+        scene = self.scene(at_4.flatten(1))                                             # [B, 96]
+        everywhere = torch.cat([features.mean((2, 3)) for features in (at_32, at_16, at_8)], 1)
+        look = F.normalize(self.look(everywhere), dim=-1)                               # [B, 32]
 
-        # The identity only looks inside the mask: an object is what it is on every background.
-        weight = mask.sigmoid()
-        inside = [masked_mean(at_32, weight), masked_mean(at_16, F.avg_pool2d(weight, 2)),
-                  masked_mean(at_8, F.avg_pool2d(weight, 4))]
-        everywhere = [features.mean((2, 3)) for features in (at_32, at_16, at_8)]
-        identity = F.normalize(self.identity(torch.cat(inside, dim=1)), dim=-1)         # [B, 64]
-        look = F.normalize(self.look(torch.cat(everywhere, dim=1)), dim=-1)             # [B, 32]
-        scene = self.scene(self.features_4(at_8).flatten(1))                            # [B, 64]
+        logits = {head: self.heads[head](scene) for head in SCENE | SPOT}
+        logits |= {head: rearrange(logits[head], "b (n k) -> b n k", n=2) for head in SPOT}
+        logits |= {head: self.heads[head](8 * look) for head in LOOK}     # a unit vector alone is too short
 
-        # A unit vector alone is too short to make a head sure of its answer.
-        features = {**dict.fromkeys(SCENE, scene), **dict.fromkeys(IDENTITY, 8 * identity),
-                    **dict.fromkeys(LOOK, 8 * look)}
-        logits = {name: head(features[name]) for name, head in self.heads.items()}
-        return Reading(logits, rearrange(mask, "b 1 h w -> b h w"), identity, look)
+        masks = mask > 0 if masks is None else masks
+        there = rearrange(masks, "b n h w -> (b n) (h w)").any(1)                       # often only one is
+        big = logits["size"].argmax(-1) == list(world.SIZES).index("big")               # [B, 2]
+        alone = cut_out(x, masks, big)                                                  # [B * 2, 4, 40, 40]
+        seen = x.new_zeros((len(alone), 128 * 25 + COLOURS))
+        if there.any():
+            seen[there] = self.look_at(alone[there]).to(x.dtype)
+        light = torch.cat([look, scene], 1).repeat_interleave(2, 0)                     # it tints everything
+        found = torch.cat([seen, light], 1)                                             # [B * 2, 3520]
+        identity = F.normalize(self.identity(found), dim=-1)                            # [B * 2, 96]
+        traits = self.traits(found).float()
+        shade = self.shade(found[:, 128 * 25:]).float()                                 # hue and tone
+        traits, log_spread = traits[:, :TRAITS], traits[:, TRAITS:]
+        traits = torch.cat([shade[:, :2], traits[:, 2:]], 1)
+        log_spread = torch.cat([shade[:, 2:], log_spread[:, 2:]], 1)
+
+        logits |= {head: rearrange(self.heads[head](8 * identity), "(b n) k -> b n k", n=2)
+                   for head in IDENTITY}
+        pairs = [rearrange(part, "(b n) d -> b n d", n=2)
+                 for part in (traits, .01 + F.softplus(log_spread - 1), identity)]
+        return Reading(logits, mask, *pairs, look)
+
+    def look_at(self, alone: Tensor) -> Tensor:
+        """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of the
+        parts that they are made of, [N, 3200 + COLOURS].
+
+        The hue of a red thing moves a colour by a tenth of what lies between red and green. Waves of four
+        lengths make such a difference as large as any.
+        """
+        at_20 = self.object_20(alone)
+        small = F.avg_pool2d(alone, 2).flatten(2)                                       # [N, 4, 400]
+        weight = (self.parts(at_20).flatten(2) - 20 * (1 - small[:, 3:])).softmax(-1)   # inside the mask
+        colours = weight @ small[:, :3].transpose(1, 2)                                 # [N, PARTS, 3]
+        lengths = torch.tensor([1, 2, 4, 8], device=alone.device)
+        angles = torch.pi / 2 * colours.float().flatten(1)[..., None] * lengths         # [N, 3 * PARTS, 4]
+        waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)                  # [N, COLOURS]
+        return torch.cat([self.object_5(at_20).flatten(1), waves], 1)
 
     @classmethod
     def shipped(cls, device: str | torch.device = "cpu",
@@ -108,123 +189,154 @@ class Reader(nn.Module):
         return reader.to(device).requires_grad_(False).eval()
 
 
-def to_tensor(pictures: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1]."""
-    return rearrange(torch.tensor(pictures), "b h w c -> b c h w") / 127.5 - 1
+# ------------------------------------------------------------------------------------------------ the truth
+def shows(scene: world.Scene, n: int, trait: str) -> bool:
+    """Does a picture of the scene determine this trait of its object n?
 
-
-def render_all(scenes: list[world.Scene]) -> tuple[Tensor, Tensor]:
-    """The scenes' pictures x [B, 3, 32, 32] and their objects' masks, bool [B, 32, 32]."""
-    pictures, masks = zip(*map(world.render, tqdm(scenes, "rendering")))
-    return to_tensor(np.stack(pictures)), torch.tensor(np.stack(masks))
+    There is no accent without a marking, and no gap between the eyes of an object that has one. A style of
+    two inks, or of lines, hides colours, lights, and a marking that is about as bright as the body.
+    """
+    thing = scene.things[n]
+    if scene.style in COLOURLESS:
+        if trait in ("colour", "accent", "light", "hue", "tone"):
+            return False
+        if trait.startswith("marking") and thing.marking != "plain":
+            body, accent = exact_colour(thing.colour, thing.identity), exact_colour(thing.accent, Identity())
+            if abs(brightness(np.subtract(body, accent)).item()) < .2:
+                return False
+    if trait == "accent" or trait.startswith("marking_"):
+        return thing.marking != "plain"
+    if trait == "eye_gap":
+        return thing.eyes == 2
+    return trait != "topper_height" or thing.topper != "none"
 
 
 def truth(scenes: list[world.Scene]) -> dict[str, Tensor]:
-    """The right answer of every head, head -> [B], and -100 (ignored) where a scene has none.
-
-    There is no accent without a marking, no eyes without a face, no colour or light in a style of two inks.
-    """
-    labels = {head: torch.tensor([options.index(getattr(scene, head)) for scene in scenes])
-              for head, options in HEADS.items()}
-    for head in ("accent", "colour", "light"):
-        labels[head][[scene.style in COLOURLESS for scene in scenes]] = -100
-    labels["accent"][[scene.marking == "plain" for scene in scenes]] = -100
-    labels["eyes"][[scene.object not in FACES for scene in scenes]] = -100
+    """The right answer of every head: [B] for a picture, [B, 2] for its objects; IGNORED if there is none."""
+    labels = {}
+    for head, options in HEADS.items():
+        places = 1 if head in SCENE | LOOK else 2
+        answers = torch.full((len(scenes), places), IGNORED)
+        for row, scene in enumerate(scenes):
+            for n in range(min(places, len(scene.things))):
+                if head == "count":
+                    answers[row, n] = options.index(len(scene.things))
+                elif shows(scene, n, head):
+                    answers[row, n] = options.index(scene.trait(head, n))
+        labels[head] = answers[:, 0] if places == 1 else answers
     return labels
 
 
-# ---------------------------------------------------------------------------------- training and checking
+def true_traits(scenes: list[world.Scene]) -> Tensor:
+    """[B, 2, TRAITS], and nan where a picture does not determine a trait."""
+    values = torch.full((len(scenes), 2, TRAITS), torch.nan)
+    for row, scene in enumerate(scenes):
+        for n in range(len(scene.things)):
+            for k, trait in enumerate(world.TRAITS):
+                if shows(scene, n, trait):
+                    values[row, n, k] = scene.trait(trait, n)
+    return values
+
+
+def true_members(scenes: list[world.Scene]) -> Tensor:
+    """[B, 3]: the member of the light, and of the style as a cosine and a sine; nan where none can be told.
+    """
+    values = torch.full((len(scenes), 3), torch.nan)
+    for row, scene in enumerate(scenes):
+        if scene.light != "day" and scene.style not in COLOURLESS:
+            values[row, 0] = scene.light_member
+        if scene.style != "none":
+            angle = np.pi * scene.style_member
+            values[row, 1], values[row, 2] = np.cos(angle), np.sin(angle)
+    return values
+
+
+# -------------------------------------------------------------------------------------------------- training
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Brightness, a little blur and noise: a generated picture is never as clean as a render."""
     def draw() -> Tensor:
         return torch.rand((len(x), 1, 1, 1), generator=generator)
 
-    x = x * (0.9 + 0.2 * draw()) + 0.1 * (draw() - 0.5)
-    x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1), 0.6 * draw())
-    return x + 0.12 * draw() * torch.randn(x.shape, generator=generator)
+    x = x * (.95 + .1 * draw()) + .05 * (draw() - .5)
+    x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1), .5 * draw() * (draw() < .5))
+    return x + .1 * draw() * torch.randn(x.shape, generator=generator)
 
 
-def train(out: Path, steps: int, pictures: int) -> None:
-    """Trains a reader on renders of `pictures` decorated scenes. Leaves reader.safetensors in `out`."""
-    torch.manual_seed(0)
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    scenes = [world.decorated_scene(rng) for _ in range(pictures)]
-    (x, masks), labels = render_all(scenes), truth(scenes)
-    reader, begun = Reader(), time.time()
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), "reader")
-    for _ in bar:
-        chosen = torch.randint(pictures, (128,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            reading = reader(augment(x[chosen], generator))
-        loss = sum(F.cross_entropy(logits.float(), labels[head][chosen])
-                   for head, logits in reading.logits.items())
-        loss = loss + F.binary_cross_entropy_with_logits(reading.mask.float(), masks[chosen].float())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    facts = {"steps": steps, "pictures": pictures, "seed": 0, "seconds": round(time.time() - begun),
-             "torch": torch.__version__}
-    save_tensors(out / "reader.safetensors", "tinyflow reader",
-                 {name: tensor.half() for name, tensor in reader.state_dict().items()}, facts)
+def error_where_known(guess: Tensor, answer: Tensor, spread: Tensor | float = 1.0) -> Tensor:
+    """The mean negative log likelihood of the answers that are not nan, under a normal distribution."""
+    known = ~answer.isnan()
+    spread = torch.as_tensor(spread).expand_as(guess)[known]
+    return (.5 * ((guess[known] - answer[known]) / spread) ** 2 + spread.log()).mean()
 
 
-def accuracy(reading: Reading, scenes: list[world.Scene]) -> dict[str, float]:
-    """The share of pictures that each head reads as the scene says, among those that have an answer."""
-    return {head: (reading.logits[head].argmax(-1) == answers)[answers >= 0].float().mean().item()
-            for head, answers in truth(scenes).items() if (answers >= 0).any()}
+@dataclass(frozen=True)
+class ReaderConfig:
+    steps: int = 8000
+    batch: int = 64
+    lr: float = 2e-3
+    matrix_lr: float = .02
+    warmup: int = 200
+    flat: float = .3
+    ema: float = .998
+    pictures: int = 40000
+    seed: int = 0
+    start: str = ""                              # the hash of the weights that this stage goes on from
 
 
-@torch.no_grad()
-def check(reader: Reader, pipe: Pipeline | None, count: int = 500) -> dict[str, dict[str, float]]:
-    """Tells how well the reader reads renders, and how well a base model draws what full captions say.
+class ReaderTraining(Training):
+    """The rendered pictures with all that is true about them, and the reader."""
+    kind = "tinyflow reader"
 
-    Returns: row -> head -> accuracy. Two rows are of renders: 4 * count decorated scenes, and those of them
-    without a style. They also hold the mask's intersection over union ("mask IoU"). With a `pipe`, two more
-    rows are of what it draws: `count` combinations that pretraining showed, and as many that it held out.
-    """
-    rng, results = np.random.default_rng(1_000_000), {}
-    scenes = [world.decorated_scene(rng) for _ in range(4 * count)]
-    unstyled = [scene for scene in scenes if scene.style == "none"]
-    for name, some in (("renders", scenes), ("renders without a style", unstyled)):
-        x, masks = render_all(some)
-        reading = reader(x)
-        seen_masks = reading.mask > 0
-        overlap = (seen_masks & masks).sum((1, 2)) / (seen_masks | masks).sum((1, 2)).clamp(min=1)
-        results[name] = accuracy(reading, some) | {"mask IoU": overlap.mean().item()}
-    if pipe is None:
-        return results
-    for name, seen in (("base, seen combinations", True), ("base, held-out combinations", False)):
-        scenes, drawn = [world.seen_scene(rng, seen) for _ in range(count)], []
-        for n in tqdm(range(0, count, 100), name):
-            text = pipe.encode_text([world.caption(scene) for scene in scenes[n:n + 100]])
-            drawn.append(pipe.sample(text, list(range(n, min(n + 100, count)))).cpu())
-        shares = accuracy(reader(torch.cat(drawn)), scenes)
-        results[name] = {head: shares[head] for head in (*SCENE, "object", "colour")}    # what captions say
-    return results
+    def __init__(self, config: ReaderConfig, reader: Reader):
+        rng = np.random.default_rng(config.seed)
+        scenes = [world.any_scene(rng) for _ in range(config.pictures)]
+        self.pictures, masks = render_all(scenes)
+        self.masks, self.labels = torch.tensor(masks), truth(scenes)
+        self.traits, self.members = true_traits(scenes), true_members(scenes)
+        by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "parts")
+        super().__init__(config, reader.to(memory_format=torch.channels_last), by_adam)  # faster on a CPU
+
+    def loss(self, k: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.config.seed * 10**9 + k)
+        rows = torch.randint(self.config.pictures, (self.config.batch,), generator=generator)
+        x, masks = augment(to_pixels(self.pictures[rows.numpy()]), generator), self.masks[rows]
+        with fast_precision(x.device):
+            reading = self.model(x, masks)
+            members = self.model.light_and_style(8 * reading.look).float()
+            individual = self.model.individual(8 * reading.identity).float()
+        loss = F.binary_cross_entropy_with_logits(reading.mask.float(), masks.float())
+        for head, logits in reading.logits.items():
+            answers = self.labels[head][rows].flatten()
+            logits = logits.float().reshape(len(answers), -1)
+            loss = loss + F.cross_entropy(logits, answers, ignore_index=IGNORED)
+        loss = loss + error_where_known(reading.traits, self.traits[rows], reading.spread)
+        loss = loss + error_where_known(individual, self.traits[rows])
+        return loss + error_where_known(members, self.members[rows])
+
+    def report(self, out: Path, k: int) -> dict:
+        save_tensors(out / "reader.safetensors", "tinyflow reader", halves(self.average), {"step": k})
+        return {}
+
+    def finish(self, out: Path, facts: dict) -> None:
+        save_tensors(out / "reader.safetensors", "tinyflow reader", halves(self.average), facts)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m tinyflow.picturebook.reader",
-                                     description=__doc__.split("\n\n")[0])
-    parser.add_argument("task", choices=("train", "check"))
-    parser.add_argument("--out", type=Path, default="runs/reader", help="train: folder of reader.safetensors")
-    parser.add_argument("--steps", type=int, default=4000, help="train: steps of 128 pictures")
-    parser.add_argument("--pictures", type=int, default=60000, help="train: pictures rendered")
-    parser.add_argument("--base", type=Path, default=SHIPPED / "base.safetensors", help="check: the base")
-    parser.add_argument("--reader", type=Path, default=SHIPPED / "reader.safetensors",
-                        help="check: the reader")
+    parser = Parser("python -m tinyflow.picturebook.reader",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, default=Path("runs/reader"),
+                        help="folder; a run found there goes on")
+    parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
+    parser.add_argument("--steps", type=positive, default=ReaderConfig.steps, help="training steps")
+    parser.add_argument("--seed", type=seed, default=ReaderConfig.seed, help="of weights, pictures and noise")
     options = parser.parse_args(arguments)
     with report_errors():
-        if options.task == "train":
-            train(options.out, options.steps, options.pictures)
-        else:
-            results = check(Reader.shipped(path=options.reader), load_tiny(choose_device(), options.base))
-            for name, row in results.items():
-                print(f"{name:28s}", "  ".join(f"{head} {value:.3f}" for head, value in row.items()))
+        make_folder(options.out)
+        torch.manual_seed(options.seed)
+        reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
+        start = tensor_hash(reader.state_dict()) if options.start else ""
+        config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
+        follow(ReaderTraining(config, reader), options.out, 500, "reader")
 
 
 if __name__ == "__main__":

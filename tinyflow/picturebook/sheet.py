@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAGE, INK, FAINT = (250, 248, 243), (52, 46, 60), (126, 118, 132)
-MARGIN, HEADING, GAP = 190, 58, 8                # pixels, for labels, headings and the space between
+MARGIN, HEADING, GAP, LINE = 190, 58, 8, 18      # pixels: labels, headings, the space between, a note
 
 
 def enlarge(picture: np.ndarray, side: int) -> Image.Image:
@@ -16,17 +16,20 @@ def enlarge(picture: np.ndarray, side: int) -> Image.Image:
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, list[str]]],
-          side: int = 128) -> Image.Image:
+          side: int = 128, notes: list[str] = ()) -> Image.Image:
     """Args:
         rows: (label, pictures), from top to bottom; the pictures are uint8 [H, W, 3] of any size.
         headings: (row, texts), a line of texts above that row, one for each of its pictures.
         side: pixels a side of each picture on the sheet.
+        notes: sentences below the last row.
     """
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     headed = dict(headings)
     columns = max(len(pictures) for _, pictures in rows)
     width = MARGIN + columns * (side + GAP) + GAP
-    height = len(rows) * (side + GAP) + len(headed) * HEADING + 2 * GAP
+    below = [textwrap.fill(note, (width - 2 * GAP) // 7) for note in notes]
+    lines = sum(note.count("\n") + 1 for note in below)
+    height = len(rows) * (side + GAP) + len(headed) * HEADING + 2 * GAP + lines * LINE
     page = Image.new("RGB", (width, height), PAGE)
     pen, y = ImageDraw.Draw(page), GAP
     for number, (label, pictures) in enumerate(rows):
@@ -40,4 +43,5 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, li
         for n, picture in enumerate(pictures):
             page.paste(enlarge(picture, side), (MARGIN + n * (side + GAP), y))
         y += side + GAP
+    pen.multiline_text((2 * GAP, y), "\n".join(below), INK, small, spacing=LINE - 13)
     return page

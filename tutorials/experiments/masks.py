@@ -10,32 +10,22 @@ about a quarter of an hour on one core.
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 
-from purecc_min.benchmark.cells import ALL, SAMPLING_STEPS, Cell, set_up
+from purecc_min.benchmark.cells import ALL, Cell, set_up
 from purecc_min.benchmark.entries import start
 from purecc_min.benchmark.tables import markdown, mean_and_interval
 from purecc_min.concept import EncodedConcept, encode
 from purecc_min.measure import toy
-from purecc_min.measure.draw import draw_groups
+from purecc_min.measure.draw import FEW_STEPS, draw_groups
 from purecc_min.measure.measures import measure
 from purecc_min.methods import Thetas
 from purecc_min.train import optimizer_for, train_steps
 from tinyflow.errors import report_errors
-from tinyflow.picturebook.world import render
 
 CONCEPT, METHODS, SEEDS = toy.TUNING[0], ("LoRA", "bound"), 2
 SHOWN = ("similarity", "sees concept", "confounder contradicted", "confounder unsaid", "outside change",
          "class leak")
-
-
-def with_masks(concept: toy.Toy) -> EncodedConcept:
-    """The references as the model sees them, with masks that the renderer tells."""
-    scenes, references = concept.reference_scenes(), concept.references()
-    masks = [np.where(render(scene)[1], 255, 0).astype(np.uint8)[None] for scene in scenes]
-    rows = [replace(r, masks=mask) for r, mask in zip(references.references, masks)]
-    return encode(set_up(CONCEPT).pipe, replace(references, references=rows))
 
 
 def learn(method: str, seed: int, data: EncodedConcept) -> dict[str, float]:
@@ -46,7 +36,7 @@ def learn(method: str, seed: int, data: EncodedConcept) -> dict[str, float]:
     thetas = Thetas(pipe.velocity, None, theta)
     for _ in train_steps(entry.loss, thetas, data, config, entry.stage, optimizer_for(theta, config)):
         pass
-    drawn = draw_groups(pipe, theta, setup.toy, steps=SAMPLING_STEPS, theta_null=pipe.velocity)
+    drawn = draw_groups(pipe, theta, setup.toy, steps=FEW_STEPS, theta_null=pipe.velocity)
     return measure(pipe, setup.reader, theta, setup.toy, setup.pictures, setup.original, drawn)
 
 
@@ -55,7 +45,8 @@ def main() -> None:
     rows, concept = [], toy.CONCEPTS[CONCEPT]
     for method in METHODS:
         for captions in ("full", "bare"):
-            masked = with_masks(replace(concept, bare=captions == "bare"))
+            references = replace(concept, bare=captions == "bare").references(masked=True)
+            masked = encode(set_up(CONCEPT).pipe, references)
             for name, data in (("whole picture", masked._replace(masks=None)), ("masked", masked)):
                 found = [learn(method, seed, data) for seed in range(SEEDS)]
                 means = [mean_and_interval([values[name] for values in found])[0] for name in SHOWN]

@@ -34,8 +34,8 @@ from tinyflow.errors import report_errors
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
 
-CONCEPT, SEEDS = "checked_cat", 3
-STUDIED = ("LoRA", "paper", "not detached", "untouched v_original", "LoRA + anchor", "embeddings alone")
+CONCEPT, SEEDS = "striped_cat", 3
+STUDIED = ("LoRA", "paper", "not detached", "untouched v_original", "LoRA + anchor", "Y alone")
 
 
 def gradient(loss: Tensor, theta: Branch) -> Tensor:

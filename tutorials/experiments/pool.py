@@ -4,8 +4,8 @@ In bound PureCC three of a step's predictions are frozen: theta_1's two, and v_o
 model's. If step k takes draw k modulo the pool's size, they need to be computed once, and a step becomes
 one forward and one backward pass. `Remembering` wraps a velocity and leaves objective.py as it is. This
 prints seconds, similarity and outside change for pools of several sizes and for fresh draws (0), on the
-tuning concepts; the extractor's training is not counted. It takes about 8 minutes on one core. It was not
-kept: see purecc_min/benchmark/README.md.
+tuning concepts; the extractor's training is not counted. It takes about half an hour on one core. It was
+not kept, after its results on the first edition of the world: see purecc_min/benchmark/README.md.
 
     python -m tutorials.experiments.pool
 """
@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purecc_min.benchmark.cells import ALL, SAMPLING_STEPS, Cell, learn_theta_1, set_up
+from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, set_up
 from purecc_min.benchmark.entries import start
 from purecc_min.benchmark.tables import markdown
-from purecc_min.measure.draw import draw_groups
+from purecc_min.measure.draw import FEW_STEPS, draw_groups
 from purecc_min.measure.measures import measure
 from purecc_min.measure.toy import TUNING
 from purecc_min.methods import Thetas, paper
 from purecc_min.train import draw_batch, optimizer_for
 from tinyflow.pipeline import Text, Velocity
 
-METHOD, POOLS, SEEDS = "bound paper, eta 0.3", (0, 32, 128, 512), 2
+METHOD, POOLS, SEEDS = "bound paper", (0, 32, 128, 512), 2
 FOLDER = Path("output/benchmark")                # the extractors are trained there, if they are not there yet
 
 
@@ -67,7 +67,7 @@ def train(cell: Cell, pool: int) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
         optimizer.step()
     seconds = time.perf_counter() - begun
-    drawn = draw_groups(pipe, theta, setup.toy, steps=SAMPLING_STEPS, theta_null=pipe.velocity)
+    drawn = draw_groups(pipe, theta, setup.toy, steps=FEW_STEPS, theta_null=pipe.velocity)
     values = measure(pipe, setup.reader, theta, setup.toy, setup.pictures, setup.original, drawn)
     return {"seconds": seconds, **{name: values[name] for name in ("similarity", "outside change")}}
 

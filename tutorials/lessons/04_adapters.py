@@ -1091,19 +1091,19 @@ with torch.no_grad():
 assert apart(rows["after: bound"], rows["before"]) == 0
 robots, others = (apart(rows["after: everywhere"][n:n + 2], rows["before"][n:n + 2]) for n in (0, 2))
 print(f"with adapters everywhere the two robots move by {robots:.3f}, the two others by {others:.3f}")
-assert robots > others > 0
+assert min(robots, others) > 0.01
 
 # %% [markdown] tags=["slide"]
 # ## A text without [V]
 #
-# Adapters everywhere write the concept into the class word. Bound ones cannot: without a slot their mask is
-# zero.
+# Adapters everywhere change the class word, and other words too. Bound ones cannot: without a slot their mask
+# is zero.
 #
 # ![](last)
 
 # %% [markdown]
-# The set that acts everywhere has written the new robot into the word *robot*, and has changed other pictures
-# a little, too. The bound set has changed **nothing**, and this is no measurement but an identity: without a
+# The set that acts everywhere has changed what a plain *robot* looks like, and the pictures of other things
+# as well. The bound set has changed **nothing**, and this is no measurement but an identity: without a
 # slot the mask is zero at every token, so each layer's output is $y + 0$; no token is replaced; hence every
 # block computes what the base model computes. It holds for any $A$, $B$ and $Y$, trained or not. Its price
 # you saw above: it learns less. How much of the concept one gets for how much damage is the question of the

@@ -213,8 +213,8 @@ def write_public(folder, words):
     write(folder / "text_encoder_3", "model", t5, t5_layers(2, "shared"))
 
 size = 64                                        # pixels a side; 512 for the real model
-word = CONCEPTS["striped_robot"].class_word
-concept = load_concept(FOLDER / "striped_robot", word, size, variants=8)    # each with seven crops
+word = CONCEPTS["checked_robot"].class_word
+concept = load_concept(FOLDER / "checked_robot", word, size, variants=8)    # each with seven crops
 n = len(concept.references)
 said = " ".join([word, "on left snow", *(ref.base for ref in concept.references)])
 words = sorted(set(said.lower().split()))

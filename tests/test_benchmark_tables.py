@@ -1,0 +1,96 @@
+"""From results to tables and verdicts: fidelity, fronts, intervals, the paper's claims."""
+
+import numpy as np
+import pytest
+
+from purecc_min.benchmark import tables
+from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims, difference
+from purecc_min.benchmark.plans import plan
+from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
+from purecc_min.measure.measures import MEASURES
+
+
+def run(concept, method, seed, *similarities, **others):
+    snapshots = {str(step): {"similarity": value, **{name: factor * value for name, factor in others.items()}}
+                 for step, value in enumerate(similarities, start=1)}
+    return dict(concept=concept, method=method, seed=seed, changes={}, steps=200, on_the_way=True,
+                way="", snapshots=snapshots)
+
+
+def test_fidelity_is_0_for_nothing_and_1_for_perfect():
+    results = [run("c", "nothing", 0, 0.2), run("c", "perfect", 0, 0.8), run("c", "LoRA", 0, 0.35, 0.5)]
+    add_fidelity(results)
+    fidelities = [values["fidelity"] for result in results for _, values in tables.front(result)]
+    assert fidelities == pytest.approx([0, 1, 0.25, 0.5])
+
+
+def test_damage_at_a_similarity_is_read_off_the_front_at_its_first_crossing():
+    result, nothing = run("c", "LoRA", 0, 0.4, 0.8, 0.6, drift=10), {"similarity": 0.0, "drift": 0.0}
+    for similarity in (0.1, 0.4, 0.6, 0.8):
+        assert at_similarity(result, similarity, nothing)["drift"] == pytest.approx(10 * similarity)
+    assert at_similarity(result, 0.81, nothing) is None
+    assert at_similarity(result, -0.5, nothing) == nothing       # stopped before the first step
+
+
+def test_methods_are_compared_where_the_weaker_one_ends():
+    """The stronger run is stopped early, whichever it is.
+
+    A damage that grows with fidelity alone makes no difference then.
+    """
+    names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "text kept", "mask IoU",
+                           "composition"), 1.0)
+    results = [run("c", "nothing", 0, 0.0, **names), run("c", "perfect", 0, 1.0, **names)]
+    ends = (("paper", 0.6), ("LoRA", 0.7), ("DreamBooth", 0.4))
+    results += [run("c", method, seed, 0.3, end, **names) for seed in range(2) for method, end in ends]
+    add_fidelity(results)
+    rows = [row.strip("| ").split(" | ") for row in equal_fidelity(results).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["DreamBooth", "0.40"], ["LoRA", "0.60"]]
+    assert all(cell.startswith(("+0.0", "-0.0")) for row in rows for cell in row[2:])
+    (stopped,) = {tables.final(r)["drift"] for r in tables.stopped_early(results)}
+    assert stopped == pytest.approx(0.6)
+
+
+def test_the_score_is_0_without_fidelity_and_1_without_damage():
+    best = dict.fromkeys(MEASURES, 0.0) | {"fidelity": 1.0}
+    assert score(best) == 1 and score(best | {"fidelity": 0.0}) == 0
+    assert score(best | {"class leak": 0.5}) < 1 and score(best | {"drift": 0.05}) < 1
+
+
+def test_intervals_are_students():
+    mean, half = mean_and_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.30 / 3**0.5)
+    assert np.isnan(mean_and_interval([1.0])[1])
+
+
+def test_verdicts_look_at_the_whole_interval():
+    for values, equal, verdict in (([0.1, 0.11, 0.12], False, "holds"),
+                                   ([-0.1, -0.11, -0.12], False, "does not hold"),
+                                   ([0.1, -0.1, 0.0], False, "depends"),
+                                   ([0.0, 0.0, 0.0], False, "does not hold"),    # no difference is not "more"
+                                   ([CLOSE / 9, 0.0, -CLOSE / 9], True, "holds"),
+                                   ([0.1, 0.11, 0.12], True, "does not hold")):
+        assert Claim("", "", "", values, equal).verdict() == verdict
+
+
+def test_a_difference_pairs_concepts_and_seeds():
+    results = [run("a", "paper", 0, 0.5), run("b", "paper", 0, 0.9), run("a", "LoRA", 0, 0.4),
+               run("b", "LoRA", 0, 0.6), run("a", "paper", 1, 0.5)]
+    assert difference(results, "paper", "LoRA", "similarity", ("a", "b")) == pytest.approx([0.2])
+
+
+def test_every_claim_names_methods_and_measures_that_are_run():
+    cells = {(cell.concept, cell.method) for cell in plan("claims")}
+    for row in COMPARISONS:
+        assert row.measure in MEASURES
+        for method in {row.larger, row.smaller, bound(row.larger), bound(row.smaller)} - {None}:
+            assert {(concept, method) for concept in row.concepts} <= cells, row
+
+
+def test_a_claim_is_asked_of_bound_adapters_as_well():
+    measures = {name: 1 for name in MEASURES if name != "similarity"}
+    terms = {"terms": {str(step): [{"lambda": 1.0}] for step in (1, 50, 200)}}
+    results = [run("striped_cat", name, 0, value, **measures) | terms
+               for name, value in {"paper": 0.5, "LoRA": 0.4, "bound paper": 0.2, "bound": 0.3}.items()]
+    row = next(n for n, row in enumerate(COMPARISONS) if row.says == "CLIP-I: above L_CC alone")
+    assert claims(results)[row].values == pytest.approx([0.1])
+    assert claims(results, is_bound=True)[row].values == pytest.approx([-0.1])

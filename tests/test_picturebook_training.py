@@ -1,0 +1,184 @@
+"""The optimizer, the schedule, and the trainings of codec and reader on a toy budget."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tinyflow.errors import InputError
+from tinyflow.picturebook import codec, world
+from tinyflow.picturebook.codec import CodecConfig, CodecTraining, psnr
+from tinyflow.picturebook.model import load_codec
+from tinyflow.picturebook.muon import Muon, orthogonal
+from tinyflow.picturebook.reader import (
+    CROP,
+    HEADS,
+    IGNORED,
+    Reader,
+    ReaderConfig,
+    ReaderTraining,
+    cut_out,
+    shows,
+    true_members,
+    true_traits,
+    truth,
+)
+from tinyflow.picturebook.render import render_all
+from tinyflow.picturebook.training import rate_share, train
+from tinyflow.picturebook.world import Scene, Thing
+from tinyflow.pipeline import to_pixels
+from tinyflow.weights import load_tensors
+
+SMALL_CODEC = CodecConfig(steps=6, warmup=2, pictures=520)
+SMALL_READER = ReaderConfig(steps=6, batch=4, warmup=2, pictures=12)
+
+
+# ---------------------------------------------------------------------------------------- optimizer, schedule
+def test_muons_steps_are_nearly_orthogonal():
+    torch.manual_seed(0)
+    for shape in ((1, 8, 8), (2, 16, 40), (3, 40, 16)):
+        singular = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert singular.min() > 0.5 and singular.max() < 1.3
+
+
+def test_a_matrix_takes_muons_step_and_the_rest_adams():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    twin = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    twin.load_state_dict(module.state_dict())
+    ours, adam = Muon(module, .01, .1, ("1.",)), torch.optim.Adam(twin.parameters(), .01, (.9, .99))
+    before = module[0].weight.detach().clone()
+    for _ in range(3):
+        for net, optimizer in ((module, ours), (twin, adam)):
+            net(torch.ones(2, 6)).square().sum().backward()
+            twin[0].weight.data.copy_(module[0].weight)          # the one parameter that goes another way
+            optimizer.step()
+            optimizer.zero_grad()
+        twin[0].weight.data.copy_(module[0].weight)
+    assert torch.allclose(module[1].weight, twin[1].weight, atol=1e-6)
+    assert torch.allclose(module[0].bias, twin[0].bias, atol=1e-6)
+    assert 0.05 < torch.linalg.svdvals(module[0].weight - before).max() < 0.4
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    shares = [rate_share(k, 100, 10, .6) for k in range(100)]
+    assert shares[0] == pytest.approx(.1) and shares[9:60] == [1] * 51
+    assert shares[60:] == sorted(shares[60:], reverse=True) and .02 <= shares[99] < .03
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path, few_pictures):
+    training = CodecTraining(SMALL_CODEC)
+    finite = training.loss
+    training.loss = lambda k: finite(k) * np.nan
+    with pytest.raises(InputError, match="not finite at step 0"):
+        list(train(training, tmp_path, 2))
+
+
+# ------------------------------------------------------------------------------------------------ the codec
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """The same picture again and again, since rendering takes longer than the training here."""
+    pictures, masks = render_all([Scene((Thing("cat", "red"),), "meadow")])
+
+    def render_one(scenes):
+        return pictures.repeat(len(scenes), 0), masks.repeat(len(scenes), 0)
+    monkeypatch.setattr(codec, "render_all", render_one)
+
+
+@pytest.mark.parametrize("kind", ("codec", "reader"))
+def test_an_interrupted_training_ends_bitwise_like_a_whole_one(kind, tmp_path, few_pictures):
+    def start():
+        torch.manual_seed(0)
+        return CodecTraining(SMALL_CODEC) if kind == "codec" else ReaderTraining(SMALL_READER, Reader())
+
+    whole = [loss for _, loss in train(start(), tmp_path / "whole", 2)]
+    rows = train(start(), tmp_path / "cut", 2)
+    cut = [next(rows)[1] for _ in range(5)][:4]
+    cut += [loss for _, loss in train(start(), tmp_path / "cut", 2)]
+    assert cut == whole and len(whole) == 6 and whole[-1] < whole[0]
+    one, other = (load_tensors(tmp_path / name / f"{kind}.safetensors", f"tinyflow {kind}")[0]
+                  for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_latents_have_no_mean_and_unit_variance(tmp_path, few_pictures):
+    training = CodecTraining(SMALL_CODEC)
+    list(train(training, tmp_path, 6))
+    latents = load_codec(tmp_path / "codec.safetensors").encode(to_pixels(training.pictures[:4]))
+    assert latents.shape == (4, 16, 16, 16)
+    assert abs(latents.mean()) < .02 and latents.std() == pytest.approx(1, abs=.02)
+
+
+def test_crops_lie_on_the_grid_of_the_latents_and_mostly_hold_the_object():
+    training = CodecTraining(CodecConfig(steps=10, pictures=16))
+    rng, hits = np.random.default_rng(0), []
+    for mask in np.repeat(training.masks, 10, axis=0):
+        y, x = training.corner(mask, rng)
+        assert y % 4 == x % 4 == 0 and min(x, y) >= 0 and max(x, y) <= 32
+        hits.append(mask[y:y + 32, x:x + 32].any())
+    assert np.mean(hits) > .7
+    x, weight = training.batch(9)
+    assert x.shape == (4, 3, 64, 64) and set(weight.unique().tolist()) == {1, codec.INSIDE}
+
+
+def test_psnr_is_in_decibels_of_the_full_range():
+    x = torch.zeros(1, 3, 4, 4)
+    assert psnr(x, x + .2).item() == pytest.approx(20)
+    inside = torch.zeros(1, 4, 4, dtype=torch.bool)
+    inside[0, 0, 0] = True
+    y = x.clone()
+    y[..., 0, 0] = .02
+    assert psnr(x, y, inside).item() == pytest.approx(40)
+
+
+# ------------------------------------------------------------------------------------------------ the reader
+def test_an_object_is_cut_out_to_one_size_wherever_it_is():
+    robot = Thing("robot", "red", "big", topper="hat", identity=world.Identity(topper_height=1))
+    scenes = [Scene((world.replace(robot, place=place, size=size),), "snow", seed=1)
+              for place, size in (("left", "big"), ("right", "big"), ("middle", "small"))]
+    pictures, masks = render_all(scenes)
+    big = torch.tensor([[True, False], [True, False], [False, False]])
+    cut = cut_out(to_pixels(pictures), torch.tensor(masks), big)
+    assert cut.shape == (6, 4, CROP, CROP)
+    left, right, small = cut[0], cut[2], cut[4]
+    assert (left - right).abs().mean() < .1 and (left - small).abs().mean() < .15
+    assert left[3].sum() > .2 * CROP**2 and (cut[1] == 0).all()  # there is no second object
+    nothing_around = left[:3] * (left[3] == 0)
+    assert (nothing_around == 0).all()
+    edges = torch.cat([left[3, 0], left[3, :, 0], left[3, :, -1]])
+    assert (edges < .5).all()                                    # all of it is there, the hat included
+
+
+def test_a_picture_without_objects_can_be_read():
+    reading = Reader()(torch.zeros(2, 3, 64, 64), torch.zeros(2, 2, 64, 64, dtype=torch.bool))
+    assert reading.traits.shape == (2, 2, len(world.TRAITS)) and reading.traits.isfinite().all()
+    assert len(reading.names("object", 1)) == len(reading.names("background")) == 2
+
+
+def test_the_truth_says_what_a_picture_determines_and_no_more():
+    cat = Thing("cat", "red", "big", "left", "stripes", "white", "none", 1)
+    pair = Scene((cat, Thing("robot", "blue", "small", "right")), "night", "dusk", .5, "none", .25)
+    inks = Scene((cat,), "snow", "dusk", .5, "print", .5)
+    labels, traits, members = truth([pair, inks]), true_traits([pair, inks]), true_members([pair, inks])
+
+    def said(head, row, n=0):
+        label = labels[head][row] if labels[head].dim() == 1 else labels[head][row, n]
+        return None if label == IGNORED else HEADS[head][label]
+
+    assert [said("count", row) for row in (0, 1)] == [2, 1]
+    assert [said("object", 0, n) for n in (0, 1)] == ["cat", "robot"] and said("object", 1, 1) is None
+    assert (said("accent", 0), said("accent", 0, 1), said("marking", 0, 1)) == ("white", None, "plain")
+    assert (said("colour", 1), said("light", 1), said("style", 1)) == (None, None, "print")
+    assert said("marking", 1) == "stripes"
+    shown = {trait: not value.isnan() for trait, value in zip(world.TRAITS, traits[0, 0])}
+    assert not shown["eye_gap"] and not shown["topper_height"] and shown["marking_angle"] and shown["hue"]
+    assert traits[0, 1].isnan().sum() == 4 and traits[1, 1].isnan().all()
+    assert members[0, 0] == .5 and members[0, 1:].isnan().all() and members[1, 0].isnan()
+    assert members[1, 1:].tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_a_marking_of_equal_brightness_cannot_be_told_in_two_inks():
+    thing = Thing("cat", "red", marking="stripes", accent="blue")
+    dark = Scene((thing,), "snow", style="print")
+    assert not shows(dark, 0, "marking") and shows(dark.changed(accent="white"), 0, "marking")
+    assert shows(dark.changed(style="none"), 0, "marking")

@@ -1,0 +1,136 @@
+"""Training of the codec: SD3's autoencoder class in a small size, learned on renders of the picture book.
+
+It turns 64 x 64 pixels into 16 x 16 places of 16 numbers, and back. The loss is the squared error, weighed
+eight times inside the objects, and a very small pull of the latents toward a normal distribution (the KL
+term of a variational autoencoder). Most steps see crops of 32 x 32 pixels, three in four of them around an
+object; the last ones see whole pictures, as the attention in the middle needs.
+
+    python -m tinyflow.picturebook.codec --out runs/codec        makes codec.safetensors
+
+Read next: pretrain.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyflow.errors import Parser, file_path, positive, report_errors
+from tinyflow.files import make_folder
+from tinyflow.picturebook import world
+from tinyflow.picturebook.model import make_codec
+from tinyflow.picturebook.render import render_all
+from tinyflow.picturebook.training import Training, fast_precision, follow, halves
+from tinyflow.pipeline import to_pixels
+from tinyflow.vae import VAE
+from tinyflow.weights import save_tensors
+
+CROP = 32                                        # pixels
+INSIDE = 8                                       # how much more a pixel of an object counts
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    steps: int = 40000                           # of 8 crops; the last 15 % of 4 whole pictures
+    lr: float = 3e-3
+    matrix_lr: float = .02
+    warmup: int = 100
+    flat: float = 0.0
+    ema: float = .999
+    kl: float = 1e-4
+    pictures: int = 20000
+    seed: int = 0
+
+
+def psnr(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
+    """The peak signal-to-noise ratio of each picture, in dB: x, y [B, 3, H, W] in [-1, 1] -> [B].
+
+    Args: inside: bool [B, H, W]; only these pixels count.
+    """
+    error = ((x - y.clamp(-1, 1)) / 2).square().mean(1)                                 # [B, H, W]
+    weight = torch.ones_like(error) if inside is None else inside.float()
+    return -10 * ((error * weight).sum((1, 2)) / weight.sum((1, 2))).log10()
+
+
+class CodecTraining(Training):
+    """The pictures with their masks, and the codec."""
+    kind = "tinyflow codec"
+
+    def __init__(self, config: CodecConfig):
+        torch.manual_seed(config.seed)
+        rng = np.random.default_rng(config.seed)
+        pictures, masks = render_all([world.any_scene(rng) for _ in range(config.pictures)])
+        self.pictures, self.masks = pictures, masks.any(1)       # uint8 [N, 64, 64, 3], bool [N, 64, 64]
+        super().__init__(config, make_codec(), ("conv_in", "conv_out"))
+
+    def batch(self, k: int) -> tuple[Tensor, Tensor]:
+        """Step k's pictures x [B, 3, h, w] in [-1, 1] and weights [B, 1, h, w]."""
+        rng = np.random.default_rng((self.config.seed, k))
+        whole = k >= .85 * self.config.steps
+        chosen = rng.integers(len(self.pictures), size=4 if whole else 8)
+        pictures, masks = self.pictures[chosen], self.masks[chosen]
+        if not whole:
+            corners = [self.corner(mask, rng) for mask in masks]
+            pictures = np.stack([p[y:y + CROP, x:x + CROP] for p, (y, x) in zip(pictures, corners)])
+            masks = np.stack([m[y:y + CROP, x:x + CROP] for m, (y, x) in zip(masks, corners)])
+        return to_pixels(pictures), 1 + (INSIDE - 1) * torch.tensor(masks)[:, None].float()
+
+    def corner(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The upper left corner of a crop, on the grid of the latents; mostly around a pixel of an object."""
+        at = rng.uniform(0, world.SIZE - CROP, 2)
+        if rng.random() < .75:
+            inside = np.argwhere(mask)
+            at = inside[rng.integers(len(inside))] + rng.uniform(-CROP / 4, CROP / 4, 2) - CROP / 2
+        return (at / 4).round().astype(int).clip(0, (world.SIZE - CROP) // 4) * 4
+
+    def loss(self, k: int) -> Tensor:
+        x, weight = self.batch(k)
+        torch.manual_seed(self.config.seed * 10**9 + k)
+        with fast_precision(x.device):
+            mean, log_variance = self.model.encoder(x).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-20, 10)
+            z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+            y = self.model.decoder(z).float()
+        kl = .5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
+        return (weight * (y - x) ** 2).mean() / weight.mean() + self.config.kl * kl
+
+    def report(self, out: Path, k: int) -> dict:
+        inside, whole = quality(self.average, 64)
+        return {"dB inside": round(inside.mean().item(), 2), "dB": round(whole.mean().item(), 2)}
+
+    @torch.no_grad()
+    def finish(self, out: Path, facts: dict) -> None:
+        """Latents are brought to zero mean and unit variance, measured on 512 pictures."""
+        means = torch.cat([self.average.encoder(to_pixels(self.pictures[n:n + 16])).chunk(2, dim=1)[0]
+                           for n in range(0, 512, 16)])
+        facts |= {"scale": 1 / means.std().item(), "shift": means.mean().item()}
+        save_tensors(out / "codec.safetensors", "tinyflow codec", halves(self.average), facts)
+
+
+@torch.no_grad()
+def quality(vae: VAE, count: int) -> tuple[Tensor, Tensor]:
+    """The PSNR of `count` fresh pictures, coded and decoded: [count] inside the objects, and of the whole."""
+    rng = np.random.default_rng(1_000_000)
+    pictures, masks = render_all([world.any_scene(rng) for _ in range(count)])
+    x, inside = to_pixels(pictures), torch.tensor(masks.any(1))
+    device = next(vae.parameters()).device
+    y = torch.cat([vae.decode(vae.encode(some.to(device))).cpu() for some in x.split(16)])
+    return psnr(x, y, inside), psnr(x, y)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m tinyflow.picturebook.codec",
+                    description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, default=Path("runs/codec"),
+                        help="folder; a run found there goes on")
+    parser.add_argument("--steps", type=positive, default=CodecConfig.steps, help="training steps")
+    options = parser.parse_args(arguments)
+    with report_errors():
+        make_folder(options.out)
+        follow(CodecTraining(CodecConfig(options.steps)), options.out, 1000, "codec")
+
+
+if __name__ == "__main__":
+    main()
