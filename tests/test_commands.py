@@ -17,6 +17,7 @@ from PIL import Image
 
 from purecc_min.__main__ import main
 from purecc_min.branch import Branch
+from purecc_min.commands import demo as commands_demo
 from purecc_min.commands.options import build_parser
 from purecc_min.measure.measures import MEASURES, in_words
 from purecc_min.measure.toy import FOLDER
@@ -44,9 +45,10 @@ def few_sampling_steps():
     """These tests are about the commands, not about pictures."""
     sample = Pipeline.sample.__wrapped__         # behind torch.no_grad
     usual = sample.__defaults__
-    sample.__defaults__ = (3, *usual[1:])
+    sample.__defaults__, steps = (3, *usual[1:]), commands_demo.FEW_STEPS
+    commands_demo.FEW_STEPS = 1
     yield
-    sample.__defaults__ = usual
+    sample.__defaults__, commands_demo.FEW_STEPS = usual, steps
 
 
 @pytest.fixture(scope="module")
