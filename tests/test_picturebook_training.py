@@ -1,5 +1,7 @@
 """The optimizer, the schedule, and the trainings of codec and reader on a toy budget."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from tinyflow.errors import InputError
 from tinyflow.picturebook import codec, world
 from tinyflow.picturebook.codec import CodecConfig, CodecTraining, psnr
-from tinyflow.picturebook.model import load_codec
+from tinyflow.picturebook.model import load_codec, make_codec
 from tinyflow.picturebook.muon import Muon, orthogonal
 from tinyflow.picturebook.reader import (
     CROP,
@@ -67,7 +69,7 @@ def test_the_rate_warms_up_stays_and_falls():
 
 
 def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path, few_pictures):
-    training = CodecTraining(SMALL_CODEC)
+    training = CodecTraining(SMALL_CODEC, make_codec())
     finite = training.loss
     training.loss = lambda k: finite(k) * np.nan
     with pytest.raises(InputError, match="not finite at step 0"):
@@ -89,7 +91,9 @@ def few_pictures(monkeypatch):
 def test_an_interrupted_training_ends_bitwise_like_a_whole_one(kind, tmp_path, few_pictures):
     def start():
         torch.manual_seed(0)
-        return CodecTraining(SMALL_CODEC) if kind == "codec" else ReaderTraining(SMALL_READER, Reader())
+        if kind == "codec":
+            return CodecTraining(SMALL_CODEC, make_codec())
+        return ReaderTraining(SMALL_READER, Reader())
 
     whole = [loss for _, loss in train(start(), tmp_path / "whole", 2)]
     rows = train(start(), tmp_path / "cut", 2)
@@ -102,15 +106,26 @@ def test_an_interrupted_training_ends_bitwise_like_a_whole_one(kind, tmp_path, f
 
 
 def test_latents_have_no_mean_and_unit_variance(tmp_path, few_pictures):
-    training = CodecTraining(SMALL_CODEC)
+    training = CodecTraining(SMALL_CODEC, make_codec())
     list(train(training, tmp_path, 6))
     latents = load_codec(tmp_path / "codec.safetensors").encode(to_pixels(training.pictures[:4]))
     assert latents.shape == (4, 16, 16, 16)
     assert abs(latents.mean()) < .02 and latents.std() == pytest.approx(1, abs=.02)
 
 
+def test_a_second_stage_trains_the_decoder_and_leaves_the_latents_alone(tmp_path, few_pictures):
+    config = replace(SMALL_CODEC, steps=2, start="the shipped codec")
+    training = CodecTraining(config, load_codec().requires_grad_(True))
+    list(train(training, tmp_path, 2))
+    before, after = load_codec(), load_codec(tmp_path / "codec.safetensors")
+    x = to_pixels(training.pictures[:4])
+    assert torch.equal(before.encode(x), after.encode(x))
+    assert not torch.equal(before.decode(before.encode(x)), after.decode(before.encode(x)))
+    assert training.batch(0)[0].shape == (4, 3, 64, 64)                                 # whole pictures
+
+
 def test_crops_lie_on_the_grid_of_the_latents_and_mostly_hold_the_object():
-    training = CodecTraining(CodecConfig(steps=10, pictures=16))
+    training = CodecTraining(CodecConfig(steps=10, pictures=16), make_codec())
     rng, hits = np.random.default_rng(0), []
     for mask in np.repeat(training.masks, 10, axis=0):
         y, x = training.corner(mask, rng)

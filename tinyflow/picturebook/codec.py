@@ -7,6 +7,9 @@ object; the last ones see whole pictures, as the attention in the middle needs.
 
     python -m tinyflow.picturebook.codec --out runs/codec        makes codec.safetensors
 
+`--start` goes on from other weights with the decoder alone. The latents stay what they are, and so does every
+model that was trained on them.
+
 Read next: pretrain.py.
 """
 
@@ -17,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflow.errors import Parser, file_path, positive, report_errors
+from tinyflow.errors import Parser, file_path, positive, report_errors, seed
 from tinyflow.files import make_folder
 from tinyflow.picturebook import world
-from tinyflow.picturebook.model import make_codec
+from tinyflow.picturebook.model import load_codec, make_codec
 from tinyflow.picturebook.render import render_all
-from tinyflow.picturebook.training import Training, fast_precision, follow, halves
+from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.pipeline import to_pixels
 from tinyflow.vae import VAE
-from tinyflow.weights import save_tensors
+from tinyflow.weights import save_tensors, tensor_hash
 
 CROP = 32                                        # pixels
 INSIDE = 8                                       # how much more a pixel of an object counts
@@ -42,6 +45,7 @@ class CodecConfig:
     kl: float = 1e-4
     pictures: int = 20000
     seed: int = 0
+    start: str = ""                              # the hash of the weights that this stage goes on from
 
 
 def psnr(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
@@ -58,17 +62,17 @@ class CodecTraining(Training):
     """The pictures with their masks, and the codec."""
     kind = "tinyflow codec"
 
-    def __init__(self, config: CodecConfig):
-        torch.manual_seed(config.seed)
+    def __init__(self, config: CodecConfig, codec: VAE):
         rng = np.random.default_rng(config.seed)
         pictures, masks = render_all([world.any_scene(rng) for _ in range(config.pictures)])
         self.pictures, self.masks = pictures, masks.any(1)       # uint8 [N, 64, 64, 3], bool [N, 64, 64]
-        super().__init__(config, make_codec(), ("conv_in", "conv_out"))
+        codec.encoder.requires_grad_(not config.start)
+        super().__init__(config, codec, ("conv_in", "conv_out"))
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
         """Step k's pictures x [B, 3, h, w] in [-1, 1] and weights [B, 1, h, w]."""
         rng = np.random.default_rng((self.config.seed, k))
-        whole = k >= .85 * self.config.steps
+        whole = bool(self.config.start) or k >= .85 * self.config.steps
         chosen = rng.integers(len(self.pictures), size=4 if whole else 8)
         pictures, masks = self.pictures[chosen], self.masks[chosen]
         if not whole:
@@ -102,10 +106,13 @@ class CodecTraining(Training):
 
     @torch.no_grad()
     def finish(self, out: Path, facts: dict) -> None:
-        """Latents are brought to zero mean and unit variance, measured on 512 pictures."""
-        means = torch.cat([self.average.encoder(to_pixels(self.pictures[n:n + 16])).chunk(2, dim=1)[0]
-                           for n in range(0, 512, 16)])
-        facts |= {"scale": 1 / means.std().item(), "shift": means.mean().item()}
+        """New latents are brought to zero mean and unit variance, measured on 512 pictures."""
+        scale, shift = self.model.config.scale, self.model.config.shift
+        if not self.config.start:
+            means = torch.cat([self.average.encoder(to_pixels(self.pictures[n:n + 16])).chunk(2, dim=1)[0]
+                               for n in range(0, 512, 16)])
+            scale, shift = 1 / means.std().item(), means.mean().item()
+        facts |= {"scale": scale, "shift": shift}
         save_tensors(out / "codec.safetensors", "tinyflow codec", halves(self.average), facts)
 
 
@@ -125,11 +132,17 @@ def main(arguments: list[str] | None = None) -> None:
                     description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=file_path, default=Path("runs/codec"),
                         help="folder; a run found there goes on")
+    parser.add_argument("--start", type=file_path, help="weights whose decoder is trained further")
     parser.add_argument("--steps", type=positive, default=CodecConfig.steps, help="training steps")
+    parser.add_argument("--seed", type=seed, default=CodecConfig.seed, help="of weights, pictures and noise")
     options = parser.parse_args(arguments)
     with report_errors():
         make_folder(options.out)
-        follow(CodecTraining(CodecConfig(options.steps)), options.out, 1000, "codec")
+        torch.manual_seed(options.seed)
+        codec = load_codec(options.start).requires_grad_(True) if options.start else make_codec()
+        start = tensor_hash(codec.state_dict()) if options.start else ""
+        config = CodecConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
+        follow(CodecTraining(config, codec), options.out, 1000, "codec")
 
 
 if __name__ == "__main__":

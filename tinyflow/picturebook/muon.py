@@ -25,13 +25,14 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Args:
-        module: its matrices and convolutions take Muon's step, of size `matrix_lr`.
+        module: its matrices and convolutions take Muon's step, of size `matrix_lr`. What needs no gradient
+            stays as it is.
         by_adam: parameters whose names contain one of these take Adam's step all the same: a model's first
             and last layers, and embeddings. So does everything with less than two dimensions.
     """
 
     def __init__(self, module: nn.Module, lr: float, matrix_lr: float, by_adam: tuple[str, ...] = ()):
-        named = list(module.named_parameters())
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim > 1 and not any(part in name for part in by_adam)]
         chosen = set(map(id, matrices))
         others = [p for _, p in named if id(p) not in chosen]
