@@ -43,11 +43,35 @@ def test_methods_are_compared_where_the_weaker_one_ends():
     ends = (("paper", 0.6), ("LoRA", 0.7), ("DreamBooth", 0.4))
     results += [run("c", method, seed, 0.3, end, **names) for seed in range(2) for method, end in ends]
     add_fidelity(results)
-    rows = [row.strip("| ").split(" | ") for row in equal_fidelity(results).splitlines()[2:]]
-    assert [row[:2] for row in rows] == [["DreamBooth", "0.40"], ["LoRA", "0.60"]]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")]
+            for table in equal_fidelity(results).split("\n\n") for row in table.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["DreamBooth", "0.40"], ["LoRA", "0.60"]] * (len(rows) // 2)
     assert all(cell.startswith(("+0.0", "-0.0")) for row in rows for cell in row[2:])
     (stopped,) = {tables.final(r)["drift"] for r in tables.stopped_early(results)}
     assert stopped == pytest.approx(0.6)
+
+
+def test_tables_fit_a_terminal_and_lose_no_column():
+    header = ["method", *(f"measure {n}" for n in range(20))]
+    rows = [[f"row {n}", *(f"{n}.{k} ± 0.001" for k in range(20))] for n in range(3)]
+    text = tables.markdown(header, rows)
+    assert max(map(len, text.splitlines())) <= tables.WIDE
+    parts = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+             for table in text.split("\n\n")]
+    assert len(parts) > 1
+    for n, line in enumerate((header, None, *rows)):
+        if line:
+            assert [line[0], *(cell for part in parts for cell in part[n][1:])] == line
+            assert all(part[n][0] == line[0] for part in parts)
+
+
+def test_rows_with_another_number_of_steps_say_so():
+    own, end = run("c", "LoRA", 0, 0.5), run("c", "nothing", 0, 0.1)
+    groups = {("short",): [own | {"steps": 20}], ("long",): [run("c", "LoRA, twice", 0, 0.5)],
+              ("own",): [own], ("end",): [end]}
+    text = tables.methods_tables(groups)
+    assert "short (20 steps)" in text and "long (400 steps)" in text
+    assert "own (" not in text and "end (" not in text
 
 
 def test_the_score_is_0_without_fidelity_and_1_without_damage():

@@ -1,8 +1,8 @@
 """The purity benchmark: what a concept costs the model, measured exactly.
 
     python -m purecc_min.benchmark                     the main table on the shipped base model
-    python -m purecc_min.benchmark --quick             one seed, two concepts, four methods
-    python -m purecc_min.benchmark claims              another part: binding, tuning, factors, further
+    python -m purecc_min.benchmark --quick             one seed, two concepts, three methods
+    python -m purecc_min.benchmark claims              another part: tuning, further, factors
     python -m purecc_min.benchmark --methods NAME      a method of your own, beside the shipped results
     python -m purecc_min.benchmark --concepts NAME     a concept of your own
 
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m purecc_min.benchmark", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=SEEDS, default="main", help="what to run (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="main: one seed, two concepts, four methods")
+    parser.add_argument("--quick", action="store_true", help="main: one seed, two concepts, three methods")
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME",
                         help="main: train these alone, beside the shipped results")
     parser.add_argument("--concepts", nargs="+", default=[], metavar="NAME",

@@ -152,5 +152,5 @@ def claims_table(results: Results) -> str:
             known = claim.values and not np.isnan(claim.values).any()
             row += [plus_minus(claim.says, claim.values, signed=True), claim.verdict()] if known else ["", ""]
         rows.append(row)
-    return markdown(["where", "the paper says", "its figures", "everywhere", "verdict", "bound", "verdict"],
-                    rows)
+    header = ["where", "the paper says", "its figures", "everywhere", "verdict", "bound", "verdict"]
+    return markdown(header, rows, first=2)

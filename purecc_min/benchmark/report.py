@@ -72,9 +72,13 @@ def draw_figures(results: Results, folder: Path, shipped: bool) -> None:
 def main_text(results: Results) -> str:
     """The main part's tables."""
     with_stopped = results + stopped_early(results)
-    return "\n\n".join([methods_tables(grouped(with_stopped)),
+    return "\n\n".join([by_method(with_stopped),
                         *(equal_fidelity(results, reference) for reference in ("LoRA", "bound")),
                         terms_table(results), measures_table(with_stopped)])
+
+
+def by_method(results: Results) -> str:
+    return methods_tables({(title,): group for title, group in grouped(results).items()})
 
 
 def by_concept(results: Results) -> str:
@@ -82,8 +86,8 @@ def by_concept(results: Results) -> str:
     groups = {}
     for result in results:
         own = grouped([other for other in results if other["concept"] == result["concept"]])
-        groups |= {f"{result['concept']} | {title}": group for title, group in own.items()}
-    return methods_tables(groups, first="concept | method")
+        groups |= {(result["concept"], title): group for title, group in own.items()}
+    return methods_tables(groups, first=("concept", "method"))
 
 
 def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) -> str:
@@ -95,7 +99,7 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
     tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table,
-              "further": lambda rows: methods_tables(grouped(rows))}
+              "further": by_method}
     text = tables.get(part, by_concept)(results)
     write_whole(folder / part / "table.md", (text + "\n").encode())
     if part in ("main", "further"):

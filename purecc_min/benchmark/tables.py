@@ -9,13 +9,14 @@ and of what was preserved. Read next: claims.py.
 
 import numpy as np
 
-from purecc_min.benchmark.cells import ALL, Cell
+from purecc_min.benchmark.cells import ALL, STEPS, Cell
 from purecc_min.benchmark.entries import WAYS
 from purecc_min.measure.measures import DAMAGES, MEASURES, better, show
 from purecc_min.measure.toy import TUNING
 
 # the 97.5 % quantile of Student's t, by degrees of freedom
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+WIDE = 120                                       # columns of a terminal
 ENDS = ("nothing", "perfect")                    # of the scale
 TABLES = {"What is learned": ("fidelity", "sees concept", "individual", "beside another", "composition"),
           "What follows [V] that should not": ("confounder contradicted", "confounder unsaid",
@@ -140,9 +141,24 @@ def entry(group: Results, name: str) -> str:
     return plus_minus(name, means) if means else ""
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
+    """A table whose lines fit WIDE columns; what does not fit follows in further tables below it.
+
+    Args:
+        first: the number of columns with which each of these tables begins.
+    """
+    columns = [[cell.ljust(max(map(len, column))) for cell in column] for column in zip(header, *rows)]
+    lead, tables = columns[:first], [[]]
+    for column in columns[first:]:
+        width = sum(len(other[0]) + 3 for other in (*lead, *tables[-1], column)) + 1
+        tables += [[]] if width > WIDE and tables[-1] else []
+        tables[-1].append(column)
+    texts = []
+    for own in tables:
+        lines = ["| " + " | ".join(cells) + " |" for cells in zip(*lead, *own)]
+        rule = "|".join("-" * (len(column[0]) + 2) for column in (*lead, *own))
+        texts.append("\n".join([lines[0], f"|{rule}|", *lines[1:]]))
+    return "\n\n".join(texts)
 
 
 def grouped(results: Results) -> dict[str, Results]:
@@ -170,21 +186,29 @@ def passes_of(group: Results) -> str:
     return f"{forward:.3g} + {backward:.3g}"
 
 
-def methods_tables(groups: dict[str, Results], first: str = "method") -> str:
+def budget(group: Results) -> str:
+    """A mark for rows that were not trained for as many steps as the benchmark's."""
+    run = group[0]
+    steps = run["steps"] * ALL[run["method"]].times if run["method"] in ALL else STEPS
+    return f" ({steps} steps)" if steps != STEPS else ""
+
+
+def methods_tables(groups: dict[tuple[str, ...], Results], first: tuple[str, ...] = ("method",)) -> str:
     """Methods as rows, the main measures as columns, in several tables that fit a screen.
 
     Args:
-        groups: what stands in the first cells of a row, several with " | " between them -> its results.
-        first: the headings of these cells, in the same way.
+        groups: what stands in the first cells of a row -> its results.
+        first: the headings of these cells.
     """
     texts = []
     for title, names in TABLES.items():
-        rows = [[row, *(entry(group, name) for name in names)] for row, group in groups.items()]
-        header = [*first.split(" | "), *(f"{name} {better(name)}" for name in names)]
+        header = [*first, *(f"{name} {better(name)}" for name in names)]
+        rows = [[*row[:-1], row[-1] + budget(group), *(entry(group, name) for name in names)]
+                for row, group in groups.items()]
         if not texts:                            # the first one also tells what a row costs
             header, rows = [*header, "passes"], [[*row, passes_of(group)]
                                                  for row, group in zip(rows, groups.values())]
-        texts.append(f"{title}\n\n{markdown(header, rows)}")
+        texts.append(f"{title}\n\n{markdown(header, rows, len(first))}")
     return "\n\n".join(texts)
 
 
@@ -201,7 +225,7 @@ def equal_fidelity(results: Results, reference: str = "paper") -> str:
             cells.append(plus_minus(name, mean_by_seed(differences), signed=True) if differences else "")
         level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in pairs]))
         rows.append([title, f"{level:.2f}", *cells])
-    return markdown([f"method minus {reference}", "at fidelity", *names], rows)
+    return markdown([f"method minus {reference}", "at fidelity", *names], rows, first=2)
 
 
 def terms_table(results: Results) -> str:
