@@ -18,8 +18,10 @@ from tinyflow.picturebook.check import (
 )
 from tinyflow.picturebook.codec import quality
 from tinyflow.picturebook.model import load_codec, make_tiny
-from tinyflow.picturebook.reader import HEADS, Reader, shows
+from tinyflow.picturebook.reader import HEADS, Reader, shows, true_traits
+from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.world import Scene, Thing
+from tinyflow.pipeline import to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,17 @@ def test_the_same_individual_is_told_by_how_sure_the_reader_is():
     assert not same_individual([zero, moved], [sure, sure], shown).item()
     assert same_individual([zero, moved], [unsure, unsure], shown).item()
     assert same_individual([zero, moved], [sure, sure], shown & (torch.arange(11) != 3)).item()
+
+
+def test_the_reader_knows_how_unsure_it_is_of_pictures_that_it_has_never_seen():
+    """Its training had made it two times too sure, and it took one individual for two."""
+    scenes = [world.any_scene(np.random.default_rng((11, n))) for n in range(300)]
+    with torch.no_grad():
+        readings = module.read(Reader.shipped(), to_pixels(render_all(scenes)[0]))
+    traits, spread = (torch.cat([getattr(reading, name) for reading in readings])
+                      for name in ("traits", "spread"))
+    errors = ((traits - true_traits(scenes)) / spread).square().nanmean((0, 1)).sqrt()
+    assert errors.min() > .7 and errors.max() < 1.4, dict(zip(world.TRAITS, errors.tolist()))
 
 
 def test_a_text_is_followed_if_everything_that_it_says_is_seen():

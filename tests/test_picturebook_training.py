@@ -32,7 +32,7 @@ from tinyflow.pipeline import to_pixels
 from tinyflow.weights import load_tensors
 
 SMALL_CODEC = CodecConfig(steps=6, warmup=2, pictures=520)
-SMALL_READER = ReaderConfig(steps=6, batch=4, warmup=2, pictures=12)
+SMALL_READER = ReaderConfig(steps=6, batch=4, warmup=2, pictures=12, fresh=4)
 
 
 # ---------------------------------------------------------------------------------------- optimizer, schedule

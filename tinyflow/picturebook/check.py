@@ -120,10 +120,15 @@ def same_individual(traits: list[Tensor], spreads: list[Tensor], shown: Tensor) 
 
     If they are the same, each trait's two readings differ by errors alone, which are normal. If not, one of
     the shown traits, and we do not know which, differs by 1.35 +- .3 besides. The likelier answer is taken.
+    A reading that is unsure keeps to the middle, so that of a difference it shows only the share `seen`, the
+    part of a trait's variance (1/3) that it knows.
     """
-    difference, variance = (traits[0] - traits[1]).abs(), spreads[0] ** 2 + spreads[1] ** 2
+    difference = (traits[0] - traits[1]).abs()
+    seen = [(1 - 3 * spread ** 2).clamp(min=.05) for spread in spreads]
+    variance, share = sum(k * spread ** 2 for k, spread in zip(seen, spreads)), sum(seen) / 2
     alike = Normal(0.0, variance.sqrt()).log_prob(difference)
-    apart = Normal(1.35, (variance + .3 ** 2).sqrt()).log_prob(difference) - np.log(2)   # in either direction
+    apart = Normal(1.35 * share, (variance + (.3 * share) ** 2).sqrt()).log_prob(difference)
+    apart = apart - np.log(2)                                                            # in either direction
     evidence = (apart - alike).masked_fill(~shown, -torch.inf).logsumexp(1) - shown.sum(1).log()
     return evidence < 0
 

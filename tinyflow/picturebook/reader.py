@@ -119,6 +119,7 @@ class Reader(nn.Module):
         self.individual = nn.Linear(96, TRAITS)       # so that `identity` tells individuals apart
         self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
                                     nn.Linear(256, 2 * TRAITS))
+        self.register_buffer("calibration", torch.ones(TRAITS))  # how much larger errors are than it thinks
         self.heads = nn.ModuleDict()
         for head, options in HEADS.items():
             width = 32 if head in LOOK else 96
@@ -159,8 +160,8 @@ class Reader(nn.Module):
 
         logits |= {head: rearrange(self.heads[head](8 * identity), "(b n) k -> b n k", n=2)
                    for head in IDENTITY}
-        pairs = [rearrange(part, "(b n) d -> b n d", n=2)
-                 for part in (traits, .01 + F.softplus(log_spread - 1), identity)]
+        spread = self.calibration * (.01 + F.softplus(log_spread - 1))
+        pairs = [rearrange(part, "(b n) d -> b n d", n=2) for part in (traits, spread, identity)]
         return Reading(logits, mask, *pairs, look)
 
     def look_at(self, alone: Tensor) -> Tensor:
@@ -279,6 +280,7 @@ class ReaderConfig:
     flat: float = .3
     ema: float = .998
     pictures: int = 40000
+    fresh: int = 1000                            # pictures for nothing but the calibration
     seed: int = 0
     start: str = ""                              # the hash of the weights that this stage goes on from
 
@@ -293,6 +295,9 @@ class ReaderTraining(Training):
         self.pictures, masks = render_all(scenes)
         self.masks, self.labels = torch.tensor(masks), truth(scenes)
         self.traits, self.members = true_traits(scenes), true_members(scenes)
+        scenes = [world.any_scene(rng) for _ in range(config.fresh)]
+        self.fresh, self.fresh_traits = render_all(scenes)[0], true_traits(scenes)
+        reader.calibration.fill_(1)
         by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "parts")
         super().__init__(config, reader.to(memory_format=torch.channels_last), by_adam)  # faster on a CPU
 
@@ -313,11 +318,22 @@ class ReaderTraining(Training):
         loss = loss + error_where_known(individual, self.traits[rows])
         return loss + error_where_known(members, self.members[rows])
 
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Training sees its pictures often, and comes to think that it is surer than it is on others."""
+        self.average.calibration.fill_(1)
+        readings = [self.average(x) for x in to_pixels(self.fresh).split(50)]
+        traits = torch.cat([reading.traits for reading in readings])
+        spread = torch.cat([reading.spread for reading in readings])
+        error = ((traits - self.fresh_traits) / spread).square().nanmean((0, 1)).sqrt()
+        self.average.calibration.copy_(error.nan_to_num(1.0))
+
     def report(self, out: Path, k: int) -> dict:
-        save_tensors(out / "reader.safetensors", "tinyflow reader", halves(self.average), {"step": k})
+        self.finish(out, {"step": k})            # a stage may be stopped
         return {}
 
     def finish(self, out: Path, facts: dict) -> None:
+        self.calibrate()
         save_tensors(out / "reader.safetensors", "tinyflow reader", halves(self.average), facts)
 
 
