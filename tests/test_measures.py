@@ -78,7 +78,7 @@ def test_the_perfect_method_scores_perfect(shipped, name):
         if row.perfect == 0:
             assert abs(values[measure_name]) < 0.03, measure_name
         elif row.perfect == 1:
-            assert values[measure_name] > 0.8, measure_name       # the reader errs now and then
+            assert values[measure_name] > 0.9, measure_name       # the reader errs now and then
     assert values["similarity"] > 0.85 and values["mask IoU"] > 0.65
 
 

@@ -59,9 +59,9 @@ def expect(condition: bool, hint: str) -> None:
 
 def expect_close(yours: Tensor, ours: Tensor, what: str, tolerance: float = 1e-4) -> None:
     """Raises: NotYet if yours is no tensor, or differs in its shape or its values."""
-    expect(isinstance(yours, Tensor), f"{what} should be a tensor, and is {type(yours).__name__}.")
-    expect(yours.shape == ours.shape, f"{what} should have the shape {list(ours.shape)}, and has "
+    expect(isinstance(yours, Tensor), f"{what}: a tensor is wanted, and there is {type(yours).__name__}.")
+    expect(yours.shape == ours.shape, f"{what}: the shape should be {list(ours.shape)}, and is "
                                       f"{list(yours.shape)}.")
     largest = (yours.detach() - ours.detach()).abs().max().item()
     expect(torch.allclose(yours, ours, atol=tolerance, rtol=tolerance),
-           f"{what} has the right shape, but not the right values: they differ by up to {largest:.2g}.")
+           f"{what}: the shape is right, and the values are not; they differ by up to {largest:.2g}.")

@@ -33,7 +33,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 75 minutes with the exercises; about 20 s of computing on two CPU cores |
+# | Time | 30 minutes of reading, 90 with the exercises; about 20 s of computing on two CPU cores |
 # | Needs | PyTorch; what a Gaussian is. Nothing before |
 # | Keep open | [`tinyflow/flow.py`](../../tinyflow/flow.py), **after** you have tried: it is one screen long, and you are about to write most of it |
 # | Read after | lesson 2, where the points become pictures |
@@ -636,10 +636,10 @@ assert same
 
 # %% [markdown]
 # For two coordinates, $s = 3$ is plainly wrong: the last step starts at $t = 0.3$, when the guess is still a
-# blur, and hardly anybody arrives. Here $s = 1/3$ is best. A large picture is the other way round. Its many
-# pixels give its contents away while every single one is still mostly noise, so its decisions fall near
-# $t = 1$, and that is where the steps should be. SD3.5 uses 3, and so does the project's tiny model, whose
-# pictures are 4,096 latent numbers: with $s = 1$ its words were hardly learned.
+# blur, and hardly anybody arrives. Of these, $s = 1/3$ samples best here. A large picture is the other way
+# round. Its many pixels give its contents away while every single one is still mostly noise, so its decisions
+# fall near $t = 1$, and that is where the steps should be. SD3.5 uses 3, and so does the project's tiny
+# model, whose pictures are 4,096 latent numbers: with $s = 1$ its words were hardly learned.
 #
 # ## 4 · Learning the velocity
 #

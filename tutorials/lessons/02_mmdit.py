@@ -32,7 +32,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; about a minute of computing on one CPU core |
+# | Time | 40 minutes of reading, 2 hours with the exercises; about a minute of computing on one CPU core |
 # | Needs | lesson 1; matrix products and the softmax |
 # | Keep open | [`tinyflow/mmdit.py`](../../tinyflow/mmdit.py) and [`tinyflow/attention.py`](../../tinyflow/attention.py), **after** you have tried |
 # | Read after | lesson 3, on where the text tokens come from |
@@ -311,6 +311,8 @@ result = attention(q, k, v)
 expect(result is not None, "the function returns nothing.")
 expect(not torch.allclose(result, unscaled, atol=1e-4), "divide q k^T by the root of d, here of 32.")
 expect_close(result, ours, "attention(q, k, v)")
+expect_close(attention(q[..., :8], k[..., :8], v), F.scaled_dot_product_attention(q[..., :8], k[..., :8], v),
+             "attention with d = 8")
 print("2.3 right: equal to torch's scaled_dot_product_attention")
 
 # %%
@@ -353,7 +355,8 @@ assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
 # ### Exercise 2.4 ★★ · Queries, keys and values of one stream
 #
 # `P` holds the weights: `P.to_q`, `P.to_k`, `P.to_v` are linear layers, `P.norm_q.weight` and
-# `P.norm_k.weight` are $w$, each $[d]$. Only queries and keys are normalised.
+# `P.norm_k.weight` are $w$, each $[d]$. Only queries and keys are normalised. Head 0 owns the first $d$ of
+# the $D$ numbers, head 1 the next $d$, and so on.
 
 # %% [markdown] tags=["slide"]
 # ## Heads, and a norm
@@ -402,7 +405,9 @@ def qkv(x, P, H):
 
 # %% tags=["check"]
 P, x = model.blocks[2].attention.image, torch.randn(2, 10, D, generator=random)
-expect_close(rms_norm(x[..., :D // H], P.norm_q.weight), P.norm_q(x[..., :D // H]), "rms_norm")
+for size in (1, 1e-3):                           # of tiny numbers, the 1e-6 under the root is the larger part
+    some = size * x[..., :D // H]
+    expect_close(rms_norm(some, P.norm_q.weight), P.norm_q(some), f"rms_norm of numbers of about {size}")
 for name, mine, theirs in zip(("queries", "keys", "values"), qkv(x, P, H), P.qkv(x)):
     expect_close(mine, theirs, f"the {name}")
 print("2.4 right: queries, keys and values are the package's")
@@ -472,7 +477,7 @@ for l, block in enumerate(model.blocks):
     mine = joint_attention(x, c, block.attention.image, block.attention.text, H)
     expect(isinstance(mine, tuple) and len(mine) == 2, "return two things, one for each stream.")
     expect_close(mine[0], theirs[0], f"block {l}: the image stream's output")
-    if theirs[1] is None:
+    if theirs[1] is None:                        # it has no to_out for the text
         expect(mine[1] is None, f"block {l} is the last one: its second result is None.")
     else:
         expect_close(mine[1], theirs[1], f"block {l}: the text stream's output")
@@ -616,6 +621,9 @@ print(f"2.7 right, in all {len(model.blocks)} blocks")
 # ```
 #
 # ### Exercise 2.8 ★★ · The MMDiT
+#
+# A smaller picture takes the *middle* of the model's grid of positions (`m.config.max_grid` a side). Here the
+# pictures are always as large as the grid, so $G$ is both.
 
 # %% [markdown] tags=["slide"]
 # ## The whole network
@@ -767,10 +775,11 @@ assert table["as it is", "adaLN of the blocks"][1] > 0 and table["as it is", "ML
 assert all(table["one zero too many", part] == [0, 0, 0] for part in ("queries, keys, values", "MLPs"))
 
 # %% [markdown]
-# Read the first group downward: in step 1 only the last layer learns, in step 2 the gates as well, in step 3
-# everything. The network wakes up from its end to its beginning, within three steps. In the last group the
-# MLPs never wake up: $g = 0$ and $f = 0$. **Exactly one factor of a product may begin at zero.** Lesson 4
-# needs this sentence again, for LoRA.
+# Read the first group column by column: in step 1 only the last layer learns, in step 2 the gates as well
+# (two of the six vectors that an adaLN layer makes), in step 3 everything. The network wakes up from its end
+# to its beginning, within three steps. In the last group the MLPs never wake up: $g = 0$ and $f = 0$.
+# **Exactly one factor of a product may begin at zero.** (With none, as in the second group, everything learns
+# at once, and the network begins by doing something random.) Lesson 4 needs this sentence again, for LoRA.
 #
 # And is it worth it? Here are the same four beginnings, trained for 150 steps on the same 16 noised pictures.
 
@@ -802,11 +811,10 @@ assert last["as it is"] < last["gates open"] < last["last layer random"] < last[
 
 # %% [markdown]
 # *As it is* learns fastest. *Gates open* begins with six random sublayers stirring every token, and has to
-# learn first to keep out of its own way. *Last layer random* begins by predicting something wild, three times
-# as far from the truth as predicting nothing, and pays for it all the way. *One zero too many* can only learn
-# what the last layer makes of the patches by itself: no token ever hears of another one, patch or word. (Of
-# the text only the pooled vector arrives, through the last adaLN. The zeros are two because the biases of
-# these layers are zero in any case.)
+# learn first to keep out of its own way. *Last layer random* begins by predicting something wild: its first
+# loss is more than twice that of predicting nothing, and it pays for it all the way. *One zero too many* can
+# only learn what the last layer makes of the patches by itself: no token ever hears of another one, patch or
+# word. The text reaches it through the pooled vector alone, in the last adaLN.
 #
 # ## What you can now say
 #

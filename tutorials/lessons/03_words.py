@@ -18,7 +18,7 @@
 # The transformer of lesson 2 was given a text as two tensors, `context` and `pooled`. Where do they come
 # from? And why does everyone draw with "guidance 3" or "guidance 7", and nobody with 1, although 1 is what
 # the model was trained for? This lesson follows a sentence from its letters to the picture. At the end you
-# train a small model from random weights, in about a minute, until it knows the words for eight colours.
+# train a small model from random weights, in half a minute, until it knows the words for eight colours.
 #
 # **When you are through, you have written**
 #
@@ -32,7 +32,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; two to three minutes of computing on one CPU core |
+# | Time | 40 minutes of reading, 2 hours with the exercises; two to three minutes of computing on one CPU core |
 # | Needs | lessons 1 and 2 |
 # | Keep open | [`tokenizer.py`](../../tinyflow/tokenizer.py), [`text.py`](../../tinyflow/text.py) and [`pretrain.py`](../../tinyflow/picturebook/pretrain.py), **after** you have tried |
 # | Read after | lesson 4, on the word that stands in no dictionary |
@@ -413,9 +413,10 @@ plt.show()
 # the encoder uses its places to write down what it has read, and the MMDiT may look at every one of them.
 #
 # So the context of `robot` is not the meaning of the word *robot*. It is the text up to here, as far as the
-# encoder kept it. Two things follow for lesson 4. A placeholder in `a [V] robot in the desert` stands early,
-# so what the encoder reads in its place can reach all later tokens and the pooled text. And the tokens before
-# it know nothing of it.
+# encoder kept it. Two things follow for lesson 4. In `a [V] robot in the desert` the encoder reads the word
+# *robot* in the place of [V]. It stands early, so all later tokens and the pooled text can hear of it, and
+# the tokens before it cannot. What is learned about [V] itself is not read by the encoder: it enters behind
+# it, in the MMDiT, where no token is early or late.
 #
 # ### Two ways into the picture
 #
@@ -472,11 +473,12 @@ assert of_all["both"] > 0.5 and of_all["context only"] > of_all["pooled only"] +
 # The context is looked up patch by patch, in the attention. The pooled text speaks to all patches alike.
 
 # %% [markdown]
-# With the context alone almost nothing is missing; with the pooled text alone, almost everything is. Both ways
-# are open, and nothing in the loss says which one a word has to take. But a patch knows where it is, and in the
-# attention it can look up the one token that it needs, while the pooled text says the same to all patches. So
-# training gave the words to the context, and then had no reason to learn them a second time. (In Stable
-# Diffusion 3.5 both ways are fed by encoders that were trained before, and the pooled text has more to say.)
+# With the context alone almost nothing is missing; with the pooled text alone, most is. (With four pictures,
+# one more or less says nothing.) Both ways are open, and nothing in the loss says which one a word has to
+# take. But a patch knows where it is, and in the attention it can look up the one token that it needs, while
+# the pooled text says the same to all patches. So training gave the words to the context, and then had no
+# reason to learn them a second time. (In Stable Diffusion 3.5 both ways are fed by encoders that were trained
+# before, and the pooled text has more to say.)
 #
 # ## 3 · The null text
 #
@@ -827,9 +829,9 @@ show([p for g in guidances for p in to_pictures(pictures[g][first])], [in_lines(
 
 # %% [markdown]
 # Read the table by columns. At $g = 0$ a part is seen as often as chance has it. Most words need no guidance
-# to be heard, and those that fail at $g = 1$ are the ones to watch: they come back with a larger $g$, up to a
-# point. The coral line falls in the meantime. Three red cats at $g = 5$ are more alike than three red cats in
-# the world.
+# to be heard. Watch those that fail at $g = 1$: colours come back with a larger $g$, up to a point. What the
+# model has hardly learned, guidance cannot bring: it enlarges a difference that has to be there. The coral
+# line falls in the meantime. Three red cats at $g = 5$ are more alike than three red cats in the world.
 #
 # So a good rule is **the smallest $g$ beyond which nothing more of the text is seen**. The package draws with
 # 3.
@@ -1110,11 +1112,11 @@ assert readback["no dropout", 1] >= 0.9 and readback["no dropout", 6] < readback
 assert len(set(of_empty["no dropout"])) < len(set(of_empty["dropout 10 %"]))
 # %% [markdown]
 # With $g = 1$ the two models are equals: the null text is not asked. But one of them never met an empty text.
-# What it answers to it is whatever its weights happen to give. Look at its row: it draws nearly the same thing
-# from all noises, and not the mean of all texts. Guidance goes *away* from $v_\varnothing$, here away from one
-# accidental colour: the colours turn to the other side, and the larger $g$ the further. With dropout, guidance
-# goes away from the mean. There a large $g$ overdoes things as well (look at pink and white, which lose their
-# colour), but it does not turn one colour into another.
+# What it answers to it is whatever its weights happen to give. Look at its row: from all noises it draws a
+# few neighbouring colours, and not the mean of all texts. Guidance goes *away* from $v_\varnothing$, here
+# away from these accidental colours, and others turn into their opposites. With dropout, guidance goes away
+# from the mean. There a large $g$ overdoes things as well (look at pink and white, which lose their colour),
+# and fewer colours are lost.
 #
 # ## 6 · The model reads
 #

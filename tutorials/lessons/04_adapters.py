@@ -33,10 +33,10 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; about a minute of computing on two CPU cores |
+# | Time | 40 minutes of reading, 2 hours with the exercises; about a minute of computing on two CPU cores |
 # | Needs | lessons 1 to 3; the singular value decomposition; forward hooks in PyTorch are explained |
 # | Keep open | [`lora.py`](../../purecc_min/lora.py), [`embeddings.py`](../../purecc_min/embeddings.py) and [`branch.py`](../../purecc_min/branch.py), **after** you have tried |
-# | Read after | Sec. 4.2 of the paper (arXiv 2603.07561), and lesson 5, on what the extractor has learned |
+# | Read after | Sec. 4.2 of the paper (arXiv 2603.07561), and lesson 6, on what is made of a trained LoRA |
 #
 # An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
 # solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
@@ -398,9 +398,10 @@ print("4.3 right: the same A and B as the package's, and W x + b + B A x is (W +
 # ### Exercise 4.4 ★★★ · Attach and detach
 #
 # Within `with attached(adapters):` every layer computes with its adapter, and afterwards the model is what it
-# was, **also when something inside has failed**. A `mask` $[B, T, 1]$, which section 7 uses, is multiplied
-# with the change before it is added. A generator with `@contextlib.contextmanager` runs to its `yield`, then
-# the lines in the `with`, then the rest.
+# was, **also when something inside has failed**. A hook is given the layer, its inputs and its finished
+# output, which is $Wx + b$ already: it adds the change, and must not call the layer again. A `mask` $[B, T,
+# 1]$, which section 7 uses, is multiplied with the change before it is added. A generator with
+# `@contextlib.contextmanager` runs to its `yield`, then the lines in the `with`, then the rest.
 
 # %% tags=["exercise"]
 @contextlib.contextmanager
@@ -476,8 +477,11 @@ batch, no_Y = held[0], torch.zeros(depth, D)
 see = batch.x_t, batch.t, batch.texts.base       # a text without [V]
 with torch.no_grad():
     alone, lora = pipe.velocity(*see), random_set(1)
-    with attached(of_package(lora)):
-        mine = pipe.velocity(*see)
+    try:
+        with attached(of_package(lora)):
+            mine = pipe.velocity(*see)
+    except RecursionError:
+        expect(False, "your hook calls the layer, which calls your hook. Its `output` is W x + b already.")
     ours = Branch(pipe, lora, ConceptEmbeddings(no_Y))(*see)
     expect(not torch.equal(mine, alone), "nothing has changed: does the hook return the new output?")
     expect_close(mine, ours, "v with your set attached (has every hook its own A and B?)", 1e-3)
@@ -699,8 +703,9 @@ assert sum(curves["A zero"][:10]) < sum(curves["B zero (LoRA)"][:10])
 #
 # ### Exercise 4.6 ★★ · Out and in
 #
-# `export` makes a file's content such that another program computes just what we compute. `imported` takes
-# the content of any such file, with any alpha, and returns a set of ours, for which the scale is 1.
+# `export` makes a file's content such that another program computes just what we compute; it says so in
+# `lora_alpha` and leaves the tensors as they are. `imported` takes the content of any such file, with any
+# alpha, and returns a set of ours, for which the scale is 1.
 
 # %% tags=["exercise"]
 def export(adapters):
@@ -744,6 +749,8 @@ for rank in (2, 8):
     pairs = {name: (A, torch.randn(B.shape, generator=seeded(10))) for name, (A, B) in pairs.items()}
     file = export(pairs)
     for name, (A, B) in pairs.items():
+        expect(file["tensors"][name][1] is B or torch.equal(file["tensors"][name][1], B),
+               "leave the tensors as they are; lora_alpha can say it.")
         expect(file["r"] == rank, f"the rank of these adapters is {rank}, and the file says {file['r']}.")
         expect_close(another_program(file)[name], B @ A, f"what another program adds to {name}")
         theirs = {"tensors": {name: (A, B)}, "r": rank, "lora_alpha": 3 * rank}
@@ -826,7 +833,7 @@ assert apart(drawn[1], base_row) < apart(drawn[r], base_row) and apart(drawn[3 *
 # %% tags=["exercise"]
 def visit_with(Y, slots):
     # Y [depth, D], slots [B, T] bool: where [V] stands -> a visit for pipe.velocity. Do not write into c.
-    def visit(l, block, x, c, vec):              # c [B, T, D]
+    def visit(l, block, x, c, vec):              # c [B, T, D]; returns block(x, ..., vec)
         # BEGIN SOLUTION 4.7
         return block(x, torch.where(slots[..., None], Y[l], c), vec)
         # END SOLUTION
@@ -868,6 +875,7 @@ kept = c_test.clone()
 embeddings = ConceptEmbeddings(Y_test).requires_grad_(False)
 for l in range(depth):
     visit_with(Y_test, complete.slots == 1)(l, probe, None, c_test, None)
+    expect(len(recorded) == l + 1, "your visit has to call block(x, ..., vec) once.")
     expect_close(recorded[-1], embeddings(l, c_test, complete.slots == 1), f"what block {l} is given")
 expect(torch.equal(c_test, kept), "you have written into c, which other people use: make a new tensor.")
 with torch.no_grad():
@@ -950,7 +958,8 @@ plt.show()
 #
 # ### Exercise 4.8 ★★ · The whole model of stage 1, and its loss
 #
-# `text.slots` is 1 where [V] stands, and 0 elsewhere. Your `attached` and `visit_with` do the rest.
+# `text.slots` holds whole numbers: 1 where [V] stands, 0 elsewhere. `slots == 1` makes the bools that
+# `visit_with` wants, and a mask is for bound sets only. Your `attached` and `visit_with` do the rest.
 
 # %% tags=["exercise"]
 def make_theta(adapters, Y, bound):
@@ -1103,11 +1112,11 @@ assert min(robots, others) > 0.01
 
 # %% [markdown]
 # The set that acts everywhere has changed what a plain *robot* looks like, and the pictures of other things
-# as well. The bound set has changed **nothing**, and this is no measurement but an identity: without a
-# slot the mask is zero at every token, so each layer's output is $y + 0$; no token is replaced; hence every
-# block computes what the base model computes. It holds for any $A$, $B$ and $Y$, trained or not. Its price
-# you saw above: it learns less. How much of the concept one gets for how much damage is the question of the
-# later lessons.
+# as well (the last line compares the two): $L_{CC}$ mentions neither. The bound set has changed **nothing**,
+# and this is no measurement but an identity: without a slot the mask is zero at every token, so each layer's
+# output is $y + 0$; no token is replaced; hence every block computes what the base model computes. It holds
+# for any $A$, $B$ and $Y$, trained or not. Its price you saw above: it learns less. How much of the concept
+# one gets for how much damage is the question of the later lessons.
 #
 # ## 9 · Relatives: what else one can train
 #
@@ -1212,4 +1221,4 @@ assert away[:, 0].max() < 1e-4 and away[:, -1].max() > 0.02
 # `CheckpointError`. Inside `visit` the hooks come back with the block.
 # </details>
 #
-# **Next:** lesson 5, on the extractor.
+# **Next:** lesson 5, on what goes wrong.

@@ -30,7 +30,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; a minute and a half of computing on one CPU core |
+# | Time | 40 minutes of reading, 2 hours with the exercises; a minute and a half of computing on one CPU core |
 # | Needs | lesson 1 (path and velocity), lesson 4 (LoRA, the slot of [V]); mean and variance |
 # | Keep open | [`purecc_min/measure/measures.py`](../../purecc_min/measure/measures.py), **after** you have tried |
 # | Read after | lessons 6 and 7: a loss against these failures, and what it cannot hold |
@@ -334,8 +334,8 @@ show_group("neighbour", ["base model", "DreamBooth", "LoRA"], side=1.7)
 
 # %% [markdown]
 # **Diversity is lost.** In the figure of the plain robots, ask how much the four differ from *each other*.
-# The base model invents four individuals. A model that has seen one individual for forty steps tends to
-# draw its cousins; section 4 puts a number on it. This is a failure of the group: no single picture shows
+# The base model invents four individuals. A model that has seen one individual for forty steps may draw its
+# cousins; section 4 measures whether these did. It would be a failure of the group: no single picture shows
 # it.
 #
 # **Overfitting.** In the end the model knows four pictures, and not a robot. To see it you need pictures of

@@ -30,8 +30,8 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; about a minute of computing on two CPU cores |
-# | Needs | lesson 1 (velocity, Eq. 3), lessons 4 and 5 (adapters, $Y^l$, the extractor); projections; the chain rule |
+# | Time | 40 minutes of reading, 2 hours with the exercises; about a minute of computing on two CPU cores |
+# | Needs | lesson 1 (velocity, Eq. 3), lesson 4 (adapters, $Y^l$); projections; the chain rule |
 # | Keep open | [`purecc_min/objective.py`](../../purecc_min/objective.py), 73 lines, **after** you have tried |
 # | Read after | Sec. 4 of the paper (arXiv 2603.07561), with its equation numbers beside yours |
 #
@@ -167,7 +167,7 @@ expect_close(yours, theirs, "l_cc (a mean over everything, no sum)")
 print(f"6.1 right: four texts, and L_CC = {yours:.3f} on the first batch, before anything is learned")
 
 # %% [markdown]
-# With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lessons 4 and 5,
+# With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lesson 4,
 # over the untouched base model. The loop is the package's; it calls your `l_cc` for every step. Then
 # $\theta_1$ is frozen.
 
@@ -357,8 +357,9 @@ assert of_t > of_c
 #
 # ### Exercise 6.3 ★★ · $\lambda^*$
 #
-# One number for each sample; the inner product runs over channels and pixels. Where $R_t$ is zero there is no
-# direction: return 0 there, and let the *gradient* be 0 as well.
+# One number for each sample; the inner product runs over channels and pixels. It may be negative: then what
+# [V] adds points away from the direction. Where $R_t$ is zero there is no direction: return 0 there, and let
+# the *gradient* be 0 as well.
 
 # %% tags=["exercise"]
 def inner(a, b):
@@ -409,10 +410,14 @@ lam = lambda_star(R_complete, R_target)
 expect(isinstance(lam, torch.Tensor) and lam.shape == (B,), "lambda* is one number a sample: a tensor [B].")
 expect(not torch.allclose(lam, package.cosine(R_complete, R_target), atol=1e-4),
        "this is the cosine; divide by the square of |R_target|, and not by |R_complete|.")
+expect(not torch.allclose(lam, package.lambda_star(R_complete, R_target) * norm(R_target), atol=1e-4),
+       "you have divided by |R_target|; Eq. 12 divides by its square.")
 grid = torch.linspace(lam.min().item() - 0.2, lam.max().item() + 0.2, 501)          # Eq. 11 by brute force
 f = torch.stack([norm(R_complete.double() - l * R_target).square() for l in grid])  # [501, B]
 brute = grid[f.argmin(dim=0)]                                                       # [B]
 expect_close(lam, package.lambda_star(R_complete, R_target), "lambda* (each sample has its own)", 1e-5)
+tiny = 1e-3 * R_target                           # lambda* is then a thousand times as large
+expect_close(1e-3 * lambda_star(R_complete, tiny), lam, "lambda* of a short R_target (add nothing to |R|^2)")
 expect((lam - brute).abs().max() <= grid[1] - grid[0], "lambda* is not the lowest point of f(l).")
 free = R_complete.clone().requires_grad_()
 nothing = R_target.clone()
@@ -473,7 +478,8 @@ assert explained.mean() < 0.5
 #
 # ### Exercise 6.4 ★ · The whole objective
 #
-# Detach $\lambda^*$, as the package does. `v_complete` is computed once and used in both losses.
+# Detach $\lambda^*$, as the package does, and nothing else. `v_complete` is computed once and used in both
+# losses.
 
 # %% [markdown] tags=["slide"]
 # ## The objective
@@ -524,6 +530,28 @@ def objective(theta_1, theta_2, batch, eta):
     loss_cc = (v_complete - batch.v).square().mean()
     return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
 
+# %% tags=["wrong"]
+def v_purecc(v_original, lam, R_target):
+    return v_original + lam[:, None, None, None] * R_target
+
+def objective(theta_1, theta_2, batch, eta):     # L_PureCC has the right value, and teaches nothing
+    R_target, v_original, v_complete = predictions(theta_1, theta_2, batch)
+    lam = lambda_star(v_complete - v_original, R_target).detach()
+    loss_purecc = (v_purecc(v_original, lam, R_target) - v_complete.detach()).square().mean()
+    loss_cc = (v_complete - batch.v).square().mean()
+    return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
+
+# %% tags=["wrong"]
+def v_purecc(v_original, lam, R_target):
+    return v_original + lam[:, None, None, None] * R_target
+
+def objective(theta_1, theta_2, batch, eta):     # computes v_complete twice
+    R_target, v_original, v_complete = predictions(theta_1, theta_2, batch)
+    lam = lambda_star(v_complete - v_original, R_target).detach()
+    loss_purecc = (v_purecc(v_original, lam, R_target) - v_complete).square().mean()
+    loss_cc = (theta_2(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
+    return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
@@ -536,13 +564,25 @@ eq_13 = v_original + flow.expand(lam, R_target) * R_target
 expect_close(v_purecc(v_original, lam, R_target), eq_13,
              "v_purecc (all of v_original, and lambda* R_target on top)")
 loss, terms = package.pcc_loss(theta_1, theta_2, batch, eta=0.7)
+passed = []                                      # a row for each forward pass of the MMDiT
+counter = pipe.mmdit.register_forward_hook(lambda module, inputs, v: passed.append(len(v)))
 mine = objective(theta_1, theta_2, batch, eta=0.7)
+counter.remove()
 expect(isinstance(mine, tuple) and len(mine) == 4, "return L, L_CC, L_PureCC and lambda*.")
 expect_close(mine[3], terms.lam, "lambda*", 1e-5)
 expect(not mine[3].requires_grad, "detach lambda*.")
 expect_close(mine[1], terms.loss_cc, "L_CC", 1e-5)
 expect_close(mine[2], terms.loss_purecc, "L_PureCC (between v_PureCC and v_complete)", 1e-5)
 expect_close(mine[0], loss, "L = L_CC + eta L_PureCC, here with eta = 0.7,", 1e-5)
+expect(sum(passed) == 4 * B, f"a step takes 4 predictions of each sample, and yours {sum(passed) / B:g}.")
+
+def slope(loss):                                 # in everything that theta_2 trains, as one vector
+    trained = [p for p in theta_2.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found])
+
+expect(mine[2].requires_grad and torch.allclose(slope(mine[2]), slope(terms.loss_purecc), atol=1e-6),
+       "L_PureCC is right, but its gradient in theta_2 is not: v_complete has to stay in the graph.")
 print("6.4 right      yours      the package")
 rows = ("L_CC", mine[1], terms.loss_cc), ("L_PureCC", mine[2], terms.loss_purecc), ("L", mine[0], loss)
 for name, a, b in rows:
@@ -680,7 +720,8 @@ assert lam[n] > 0 and pushes[0] < -0.01 < pushes[1] < 0.01 < pushes[2] < pushes[
 # ### Exercise 6.6 ★★★ · All four
 #
 # Suppose that nothing is detached. Write the gradient of $L_{PureCC}$ in each of the four predictions,
-# without autograd. The mean of Eq. 14 runs over `v_complete.numel()` numbers.
+# without autograd. With $r = R_c - \lambda^* R_t$ the loss is $\frac1M \sum r^2$, a mean over all $M$ numbers
+# of the batch (`v_complete.numel()`).
 
 # %% tags=["exercise"]
 def gradients(v_tar, v_null, v_original, v_complete):
@@ -737,7 +778,10 @@ with torch.no_grad():
 expect(isinstance(mine, tuple) and len(mine) == 4, "return four gradients.")
 for name, a, b in zip(("v_tar", "v_null", "v_original", "v_complete"), mine, through):
     if isinstance(a, torch.Tensor) and a.shape == b.shape:
+        ratio = (a / b).flatten()
         expect(not torch.allclose(a, -b), f"{name}: the gradient has the wrong sign; what stands before it?")
+        expect(not torch.allclose(ratio, ratio[0].expand_as(ratio)) or abs(ratio[0] - 1) < 1e-6,
+               f"{name}: your gradient is {ratio[0]:.3g} times the right one; the square and the mean?")
     expect_close(a, b, f"the gradient in {name} (what stands before it in r?)", 1e-10)
 print("6.6 right: autograd, with the gradient flowing through lambda*, gives your four gradients")
 change = max((a - b).abs().max().item() for a, b in zip(through, cut))
@@ -840,8 +884,9 @@ loss = package.pcc_loss(theta_1, theta_2, batch, eta=1.0)[0]
 networks["not reached"] = torch.nn.Linear(2, 2)
 try:
     first, second = gradient_norms(loss, networks), gradient_norms(loss, networks)
-except RuntimeError as error:
+except (RuntimeError, ValueError) as error:
     expect("not have been used" not in str(error), "some weights are not in the loss: allow_unused=True.")
+    expect("empty" not in str(error), "a frozen network has no weights to ask for: its answer is 0.0.")
     raise
 for network in networks.values():
     network.zero_grad()                          # theta_1 may still hold one from stage 1
@@ -1097,10 +1142,9 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 # Look at the last column: nobody asked for [V] there.
 
 # %% [markdown]
-# Read the table from left to right. $L_{PureCC}$ falls with $\eta$, as it should, and at $\eta = 8$ $L_{CC}$
+# Read the table downward. $L_{PureCC}$ falls with $\eta$, as it should, and at $\eta = 8$ $L_{CC}$
 # pays for it. At $\eta = 1$ it is a small part of the loss: a gentle correction of a LoRA, and no other kind
-# of training. $\lambda^*$ is smaller as well at $\eta = 8$, though no term asks for that: the adapters that
-# make the rejection small make all of $R_c$ small (column R_complete).
+# of training. The adapters that make the rejection small make all of $R_c$ small (column R_complete).
 #
 # The last two columns hold the most important fact of this lesson. For every $\eta$, $v_{original}$ has moved
 # away from the untouched model *further* than [V] makes a difference. The adapters act on every text, and

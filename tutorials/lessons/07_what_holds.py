@@ -31,7 +31,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; a good minute of computing on two CPU cores |
+# | Time | 40 minutes of reading, 2 hours with the exercises; a good minute of computing on two CPU cores |
 # | Needs | lesson 4 (adapters, hooks, the visit that writes $Y^l$), lesson 6 (Eq. 8 to 15); directional derivatives |
 # | Keep open | [`purecc_min/methods.py`](../../purecc_min/methods.py) and [`lora.py`](../../purecc_min/lora.py), **after** you have tried |
 # | Read after | [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md): the same questions, with several concepts and seeds |
@@ -212,7 +212,8 @@ assert before[0] == 0 and mine[0] > 0.6 * mine[1] and mine[2] > 0.8
 # %% [markdown]
 # After fifty steps $v_{original}$ has moved about as far as $v_{complete}$, and in nearly the same direction.
 # The concept is not where [V] is. It is in the adapters, for any text about a robot. And nothing was wrong
-# with your loss: this is what it allows.
+# with your loss: this is what it allows. (Untrained, $v_{complete}$ has moved a little already, since $Y^l$
+# is the extractor's.)
 #
 # **Why the loss allows it, in two lines.** Add the same $\delta$ to both predictions of $\theta_2$:
 #
@@ -434,9 +435,9 @@ plt.show()
 # both predictions nearly alike, from the first step on.
 # * **$-g_{PureCC}$ moves it too.** Its loss pushes $v_{complete}$ alone, toward the line of lesson 6, and
 # $v_{original}$ comes along. Only the small part in the column $R_c$ does what the loss asks for.
-# * **So no $\eta$ helps.** It makes a push larger that moves both alike as well: a very large one takes both
-# back together, and the concept with them (lesson 6, $\eta = 8$). No term of Eq. 15 knows where
-# $v_{original}$ *was*. Something has to say so: a loss, a switch, or the place where adapters act.
+# * **So no $\eta$ helps.** It makes a push larger that moves both alike as well. In lesson 6, $v_{original}$
+# had moved as far with $\eta = 8$ as with $\eta = 0$. No term of Eq. 15 knows where $v_{original}$ *was*.
+# Something has to say so: a loss, a switch, or the place where adapters act.
 #
 # ## 3 · First cure: an anchor
 #
@@ -501,9 +502,11 @@ for name, g in (("g_CC", g_cc), ("g_PureCC", g_pure), ("g_anchor", g_anchor)):
 assert back["g_anchor"] > 0.2 and back["g_anchor"] > max(back["g_CC"], back["g_PureCC"])
 
 # %% [markdown]
-# Of the three the anchor's gradient leads $v_{original}$ home most directly. Its price: a second prediction
-# that comes back, a forward pass of $\theta_0$, and a weight that balances it against $L_{CC}$. And it is a
-# *request*, on the texts that are anchored; how well it is kept you will see in section 6.
+# Of the three the anchor's gradient leads $v_{original}$ home most directly. (What $-g_{CC}$ does here is no
+# contradiction to section 2. The way was made by the sum of all steps; near the end of a training, the
+# gradient of one batch points either way.) Its price: a second prediction that comes back, a forward pass of
+# $\theta_0$, and a weight that balances it against $L_{CC}$. And it is a *request*, on the texts that are
+# anchored; how well it is kept you will see in section 6.
 #
 # ## 4 · Second cure: switching off
 #
@@ -513,7 +516,7 @@ assert back["g_anchor"] > 0.2 and back["g_anchor"] > max(back["g_CC"], back["g_P
 # v_{\theta_0}(x_t \mid y) & \text{otherwise.}\end{cases}$$
 #
 # `text.slots` $[B, T]$ is 0 except where a placeholder stands. A batch may mix both kinds of texts: guidance
-# (lesson 1) puts the empty text and the prompt into one.
+# (lesson 3) puts the empty text and the prompt into one.
 #
 # ### Exercise 7.5 ★★ · The switch, row by row
 
@@ -831,7 +834,7 @@ for name, x in drawn.items():
     table[name] = like, drift(theta_0, theta, batch)[0].item(), *changes, (terms.loss_purecc / loss).item()
     print(f"{name:12s}" + "".join(f"{value:12.3f}" for value in table[name]))
 like, moves, _, changes, shares = ({name: row[k] for name, row in table.items()} for k in range(5))
-assert min(like[name] for name in runs) > like["base model"] + 0.2
+assert min(like[name] for name in runs) > like["base model"] + 0.1
 assert moves["bound"] == 0 and changes["bound"] == 0
 assert moves["anchored"] < 0.8 * min(moves["LoRA"], moves["PureCC"])
 assert 0 < changes["anchored"] < min(changes["LoRA"], changes["PureCC"])
@@ -839,11 +842,11 @@ assert shares["bound"] > 3 * max(shares["LoRA"], shares["PureCC"])
 
 # %% [markdown]
 # *Like the references* is the cosine between what the reader network sees in the three pictures with [V] and
-# in the references. All four runs have learned the robot. What they did beside it differs:
+# in the references. All four runs have begun to learn the robot. What they did beside it differs:
 #
-# * **LoRA and PureCC** drift alike, and the plain robot is gone in both rows. Look at the cat there, too.
-# * **The anchor's** request is heard: its drift is clearly smaller, and the plain robot is plainer again. But
-# the drift is not zero, and the pictures without [V] are not those of the first row.
+# * **LoRA and PureCC** drift alike, and the plain robot is gone in both rows.
+# * **The anchor's** request is heard in part: its drift is smaller, and not zero. The plain robot in its row
+# is not that of the first row; it has the one eye of [V]'s.
 # * **The bound run** has two zeros. They are not small numbers that were measured; they hold by construction,
 # and the cell above has compared the bits.
 # * **But the damage can also lie in the pictures *with* [V].** Compare the surroundings of the robot there
@@ -968,17 +971,14 @@ assert fronts["bound"][-1][0] < fronts["LoRA"][-1][0]
 # ## 8 · What to use
 #
 # **Use bound adapters with $L_{CC}$: `learn --method bound`.** They cost nothing without [V], by
-# construction; they have no weight to balance, and a step has fewer adapters to compute than a LoRA's. In
-# trials with a base model that had drawn stripes, hats and antennas before, one at a time, they learned such
-# a robot, cat and fish as well as a LoRA.
+# construction; they have no weight to balance, and a step has fewer adapters to compute than a LoRA's. Their
+# price is in the tables above: after the same number of steps they have learned less.
 #
 # **When not:**
 #
-# * **The base model has never drawn what the concept needs.** Then one token is a narrow door. The first
-# edition of this world had a base model that had never drawn a stripe or an antenna. There, in the benchmark,
-# bound adapters reached 0.49 after 200 steps where a LoRA whose adapters answer the empty text as well
-# reached 0.84, and 0.61 with as many passes as PureCC. The rival is the **anchored LoRA**: 0.64 there, with
-# the base model's empty text, and about a fifth of the LoRA's leak left.
+# * **The base model has never drawn what the concept needs.** Then one token is a narrow door, and more steps
+# help only a little. The rival is the **anchored LoRA**: its adapters act at every token, so it can draw what
+# one token cannot carry, and it keeps most of what the anchor asks for.
 # * **The LoRA is there already, and each picture shows one thing.** Then **switch it off** without [V]. It is
 # free. Expect overdone pictures if the empty text is switched as well, and remember the two robots.
 # * **You want fewer changes beside the object.** On bound adapters, PureCC's objective does what it was made
@@ -1010,7 +1010,7 @@ assert fronts["bound"][-1][0] < fronts["LoRA"][-1][0]
 # <details><summary>Answer</summary>
 #
 # No. The adapters then act on the tokens of *every* word, "robot" and "snow" included. It is the mask that
-# binds, not the choice of the layers. (It was one of the wrong answers to 7.6.)
+# binds, not the choice of the layers.
 # </details>
 #
 # **2.** In stage 2 a bound $\theta_2$ is trained with PureCC's objective. Does it matter now whether

@@ -32,7 +32,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 90 minutes with the exercises; not quite two minutes of computing on one CPU core |
+# | Time | 40 minutes of reading, 2 hours with the exercises; not quite two minutes of computing on one CPU core |
 # | Needs | lesson 5 (intervals, fronts), lesson 6 (Eq. 8 to 15), lesson 7 (`damage_at`, bound adapters) |
 # | Keep open | [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md): `tables.py`, `claims.py`, `entries.py`, **after** you have tried |
 # | Read after | [the final project](../teaching/project.md) |
@@ -421,9 +421,9 @@ plt.show()
 
 # %% [markdown]
 # Each interval keeps its promise of 95 % for its own truth and for no other. An interval over **seeds**
-# (left) catches nearly all dots and misses the grey line in more than a third of the benchmarks. An
-# interval over **concepts** is made for the line, and is too careful about the dots. Thirty cells taken for
-# thirty independent values keep no promise at all.
+# (left) catches nearly all dots and misses the grey line in nearly half of the benchmarks. An interval over
+# **concepts** is made for the line, and is too careful about the dots. Thirty cells taken for thirty
+# independent values keep no promise at all.
 #
 # So when the benchmark prints "0.12 ± 0.03", read: *if these six concepts were trained again with other
 # seeds*. Whether the next concept behaves in the same way, you see from the rows of the single concepts
@@ -649,8 +649,8 @@ assert 2 * len(WATCHED[1:]) == 6 and abs(1 - 0.95 ** 6 - 1 / 4) < 0.02
 # something about *this notebook*: it is too small to tell. It does not say that two methods are equal.
 # Look at the fidelity of a comparison, too, and at the place where its lines end: near 0 any two methods
 # agree, because both have hardly begun. Where one run leaves the others, look at its pictures: with four of
-# them, a single background that has turned can do that. And count the passes: the paper's run starts from the
-# $Y^l$ of an extractor that has been trained for as many steps before it.
+# them, a single background that has turned can do that. And count the passes: a stage-2 step takes 4 forward
+# and 1 back (lesson 6), and the extractor before it has been trained for as many steps, at 1 and 1 each.
 #
 # One more trap: there are six rows. If nothing differed anywhere, each would still have one chance in twenty
 # to say otherwise, and at least one of six independent rows would with a probability of $1 - 0.95^6$, about
@@ -677,8 +677,9 @@ for name, grid in grids.items():
 assert all(torch.isfinite(components(grid)).all() for grid in grids.values())
 
 # %% [markdown]
-# A negative number is an estimate of something small. Compare the last row with those of its two methods:
-# that is what pairing (same concept, same seed, same noise for every picture) takes away.
+# A negative number is an estimate of something small. Compare the last row with the *sum* of those of its two
+# methods, which it would be if they shared nothing: that is what pairing (same concept, same seed, same noise
+# for every picture) takes away.
 #
 # ## 4 · A sentence that can be tested
 #
@@ -1157,8 +1158,8 @@ own = [Cell(SMALL[0], "paper, timed", seed, steps=STEPS) for seed in (0, 1)]
 results += [run_small(cell) for cell in own]
 add_fidelity(results)
 
-print("passes of a picture through the model, where a LoRA's step takes it once and back:")
-passes = {}                                      # what a method does before its first step, over 200 steps
+print("passes of a picture through the model for each step, the extractor's training (1 + 1) included:")
+passes = {}                                      # a method's first stage, spread over its 200 steps
 for name in (*METHODS, "paper, timed"):
     theta_1 = models[Cell(SMALL[0], name, 0, steps=STEPS)].theta_1
     passes[name] = count_passes(Cell(SMALL[0], name), theta_1)
@@ -1219,7 +1220,7 @@ plt.show()
 #
 # The benchmark's report begins with its own list of this kind. One of its entries you know: "the level is the
 # reference's end" became "the lower of the two ends" after a part of the results had been seen, because the
-# old rule left runs out. (It was one of the wrong answers to 8.4.)
+# old rule left runs out.
 
 # %% [markdown] tags=["slide"]
 # ## Decided after seeing

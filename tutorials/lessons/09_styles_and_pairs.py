@@ -31,7 +31,7 @@
 #
 # | | |
 # |---|---|
-# | Time | 100 minutes with the exercises; a good minute and a half of computing on one CPU core |
+# | Time | 40 minutes of reading, 2 hours with the exercises; a good minute and a half of computing on one CPU core |
 # | Needs | lesson 4 (adapters, hooks, $Y^l$), lesson 7 (leaks, bound adapters); the attention of lesson 2 |
 # | Keep open | [`branch.py`](../../purecc_min/branch.py), [`lora.py`](../../purecc_min/lora.py) and [`judge.py`](../../purecc_min/measure/judge.py), **after** you have tried |
 # | Read after | [`tutorials/experiments/pairs.py`](../experiments/pairs.py): two concepts in one text, with several seeds |
@@ -473,11 +473,11 @@ assert table["LoRA: without"][0] > 0.1 and torch.equal(without["bound"], origina
 
 # %% [markdown]
 # Both have learned some of the style: look at the sky and the night, and at the column *on the scale*. The
-# LoRA also draws the **plain** texts in it. For a robot the leak was confined to robots, more or less. A
-# style has no class to be confined to: what it leaks, it leaks into every picture. The bound set leaks
-# nothing, for the reason of lesson 7: no slot, no change. Its pictures with [V] can come out more strongly
-# coloured than the LoRA's, because guidance's empty text has no [V] either, so guidance multiplies all that
-# was learned by $g$ (lesson 7, section 4).
+# LoRA also draws the **plain** texts in it. A robot leaks into the word *robot* first. A style has no such
+# word: what it leaks, it leaks into every picture. The bound set leaks nothing, for the reason of lesson 7:
+# no slot, no change. Its pictures with [V] are the more strongly coloured ones all the same, because
+# guidance's empty text has no [V] either, so guidance multiplies all that was learned by $g$ (lesson 7,
+# section 4).
 #
 # The last column needs care. The plain original has an outside change from the perfect picture, too: it is
 # what there is to learn. A method that has learned the style brings this number **down**. For an individual
@@ -922,8 +922,9 @@ assert others["bound"] > 0.5 * others["perfect"]
 # see at best, the row *original* what it sees by chance.
 #
 # Look at the row *bound*. Nothing was shared: two sets, each at its own token, zeros everywhere else. And yet
-# each object can carry traits of the other concept. **Bound does not mean separate.** Binding says where a
-# concept *enters*: at its slot. It does not say who *reads* it. In section 2 you saw that everybody does.
+# the robot carries traits of the house: its *other* is far above that of *original*. **Bound does not mean
+# separate.** Binding says where a concept *enters*: at its slot. It does not say who *reads* it. In section 2
+# you saw that everybody does.
 #
 # ## 6 · Who reads the slots, and a fence
 #
@@ -1085,10 +1086,10 @@ assert others["bound, fence"] < others["bound"] + 0.05
 # %% [markdown]
 # Compare the two last rows, in the pictures first: with the fence each object of the bound pair reads its own
 # slot alone. Then look at the columns *other*, and at the line below the table, beside *original*, which is
-# what the reader sees by chance. What came to an object directly from the wrong slot is gone. What is left
-# has longer ways to go: the word "robot" reads both slots and is read by all patches, and patches read each
-# other. Compare the two LoRA rows as well. Their adapters act at *every* token, so the house is also in the
-# words and in the patches on the left, and a fence around a slot does not hold that.
+# what the reader sees by chance. What came to an object directly from the wrong slot is gone. Longer ways are
+# still open (the word "robot" reads both slots and is read by all patches, and patches read each other), but
+# what comes along them is too little to be seen here. A fence says nothing about adapters that act at *every*
+# token: those are in the words and in all patches, wherever the slots can be read.
 #
 # The fence is not in the package, and not in the paper, which shows several concepts in one picture and does
 # not say how they are combined. It has to be told who stands where. (Mix-of-Show, arXiv 2305.18292, one of

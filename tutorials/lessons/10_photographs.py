@@ -27,17 +27,17 @@
 # 3. a count of a step's memory, gradient checkpointing, a training step for fp16, and the export to
 # diffusers;
 #
-# **and you can say** what fills a card in each stage, why two classic bugs never raise an error, and what a
-# LoRA file cannot carry.
+# **and you can say** what fills a card in each stage, why a wrong pairing and a forgotten scale never raise
+# an error, and what a LoRA file cannot carry.
 #
-# **What runs here, and what that shows.** The real weights are 17 GB and need a card. Here a *tiny random
+# **What runs here, and what that shows.** The real weights are 16.3 GB and need a card. Here a *tiny random
 # model* runs end to end. It lies on the disk in the public layout, file by file and name by name, and the
 # package loads it like the real one. So this lesson shows that formats, shapes, order, memory and arithmetic
 # are right. It shows **nothing about quality**: a random model draws noise, whatever it has learned.
 #
 # | | |
 # |---|---|
-# | Time | 2 hours with the exercises; about a minute of computing on two CPU cores; no GPU |
+# | Time | an hour of reading, 2 to 3 hours with the exercises; about a minute of computing on two CPU cores; no GPU |
 # | Needs | lessons 1 to 6; and `pip install tokenizers`, which reads T5's vocabulary |
 # | Keep open | [`tinyflow/sd3/README.md`](../../tinyflow/sd3/README.md), [`train.py`](../../purecc_min/train.py) and [`memory.py`](../../purecc_min/commands/memory.py), **after** you have tried |
 # | Read after | the model's own page, and its licence |
@@ -822,9 +822,9 @@ assert counted[2, True].activations < counted[2, False].activations / 5
 
 # %% [markdown]
 # Three things can be read off. Adapters and optimizer are invisible: that is what LoRA is for. Stage 2 has
-# three more predictions in a step and hardly needs more memory, because those three run without a gradient
-# and keep nothing: time, not memory, is what PureCC costs. And the activations are what grows with the
-# picture and the batch, so they are where to save.
+# three more predictions in a step and hardly needs more memory (for the frozen adapters and two more texts),
+# because those three run without a gradient and keep nothing: time, not memory, is what PureCC costs. And the
+# activations are what grows with the picture and the batch, so they are where to save.
 #
 # This is **counted, not measured**. 0.6 GB of every total of the package are an assumption for CUDA's context
 # and the allocator. The paper's Table 5 says 28 GB for a LoRA and 30 GB for PureCC, and not at which size;
@@ -1144,7 +1144,7 @@ print(f"10.7 right: fp16 gradient of a small loss, away from fp32's: {error:.1%}
 # ```
 # photographs --encode--> cache --.                         stage 1: L_CC --> theta_1, frozen --.
 #                                  >-- pairs, times, noise --> batch --<                          > theta_2 --> file
-# texts ---------join---> rows ---'                         stage 2: L_PCC ----------------------'
+# texts ---------join---> rows ---'                         stage 2: L --------------------------'
 # ```
 
 # %%
@@ -1212,7 +1212,7 @@ print(f"your sampler and the package's: {apart:.0e} apart, relative")
 with torch.no_grad():
     drawn = to_pictures(decode(pipe.codec, mine).clamp(-1, 1))
 figure, axes = plt.subplots(1, 5, figsize=(9.6, 2.1), layout="constrained", width_ratios=[1.5, 1.5, 1, 1, 1])
-for axis, losses, name in zip(axes, (stage_1, stage_2), ("stage 1: $L_{CC}$", "stage 2: $L_{PCC}$")):
+for axis, losses, name in zip(axes, (stage_1, stage_2), ("stage 1: $L_{CC}$", "stage 2: $L$")):
     axis.plot(losses, color=BLUE)
     axis.set(xlabel="step", title=name)
 for axis, picture, seed in zip(axes[2:], drawn, seeds):
@@ -1386,7 +1386,7 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # | | command | expect |
 # |---|---|---|
 # | 1 | `pip install -r requirements.txt tokenizers huggingface_hub` | |
-# | 2 | the download of Sec. 1 | about 17 GB on the disk; 7 without `text_encoder_3/*` and `tokenizer_3/*` |
+# | 2 | the download of Sec. 1 | 16.3 GB on the disk; 7 without `text_encoder_3/*` and `tokenizer_3/*` |
 # | 3 | `python -m purecc_min learn photos/ --base sd3.5-medium --weights DIR --class-word dog --out output/dog` | a line with the count, before anything is loaded: 9.6 GB in all at 512 px, batch 2, checkpointing off (counted) |
 # | 4 | `python -m purecc_min sample output/dog/concept.safetensors --weights DIR "a [V] dog on a surfboard"` | a sheet and single pictures, in the place that the command prints |
 # | 5 | `python -m purecc_min export output/dog/concept.safetensors --out lora/pytorch_lora_weights.safetensors` | 382 tensors |
