@@ -436,8 +436,8 @@ plt.show()
 # * **$-g_{PureCC}$ moves it too.** Its loss pushes $v_{complete}$ alone, toward the line of lesson 6, and
 # $v_{original}$ comes along. Only the small part in the column $R_c$ does what the loss asks for.
 # * **So no $\eta$ helps.** It makes a push larger that moves both alike as well. In lesson 6, $v_{original}$
-# had moved as far with $\eta = 8$ as with $\eta = 0$. No term of Eq. 15 knows where $v_{original}$ *was*.
-# Something has to say so: a loss, a switch, or the place where adapters act.
+# had moved at least as far with $\eta = 8$ as with $\eta = 0$. No term of Eq. 15 knows where $v_{original}$
+# *was*. Something has to say so: a loss, a switch, or the place where adapters act.
 #
 # ## 3 · First cure: an anchor
 #
