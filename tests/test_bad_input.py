@@ -119,7 +119,7 @@ def test_there_are_no_references(folder, ground, capsys):
 @pytest.mark.parametrize("command", [LEARN, SAMPLE], ids=["learn", "sample"])
 def test_a_place_that_belongs_to_another(command, ground, capsys):
     closed = ground / "closed"
-    closed.mkdir(mode=0o500)
+    closed.mkdir(mode=0o500, exist_ok=True)      # the ground is shared by all cases
     out = ["--out", "closed/out.png" if command is SAMPLE else "closed/out"]
     assert "permission denied" in refused(capsys, ground, purecc_min.main, *command[:-2], *out)
 
