@@ -63,6 +63,8 @@ def test_the_same_individual_is_told_by_how_sure_the_reader_is():
     assert not same_individual([zero, moved], [sure, sure], shown).item()
     assert same_individual([zero, moved], [unsure, unsure], shown).item()
     assert same_individual([zero, moved], [sure, sure], shown & (torch.arange(11) != 3)).item()
+    moved[0, 3], half_sure = .75, torch.full((1, 11), .4)        # of 1.35, such a reading shows about .7
+    assert not same_individual([zero, moved], [half_sure, half_sure], torch.arange(11)[None] == 3).item()
 
 
 def test_the_reader_knows_how_unsure_it_is_of_pictures_that_it_has_never_seen():
