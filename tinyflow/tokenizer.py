@@ -35,18 +35,17 @@ class WordTokenizer:
         """
         stand_ins = stand_ins or {}
         numbers = {placeholder: n for n, placeholder in enumerate(stand_ins, start=1)}
-        ids = torch.full((len(texts), self.length), self.end)
-        slots = torch.zeros_like(ids)
-        ids[:, 0] = self.start
-        for row, text in enumerate(texts):
+        ids, slots = [], []
+        for text in texts:
             words = [word.strip(".,;!?") for word in text.split()]
             if len(words) > self.length - 2:
                 raise InputError(f"the text {shown(text)} has {len(words)} words; "
                                  f"this model reads at most {self.length - 2}")
-            for position, word in enumerate(words, start=1):
-                slots[row, position] = numbers.get(word, 0)
-                ids[row, position] = self.word_id(stand_ins.get(word, word), text)
-        return ids, slots
+            padding = self.length - 1 - len(words)
+            ids.append([self.start, *(self.word_id(stand_ins.get(word, word), text) for word in words),
+                        *[self.end] * padding])
+            slots.append([0, *(numbers.get(word, 0) for word in words), *[0] * padding])
+        return torch.tensor(ids), torch.tensor(slots)
 
     def word_id(self, word: str, text: str) -> int:
         known = self.ids.get(word.lower())

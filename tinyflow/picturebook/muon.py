@@ -59,11 +59,14 @@ def adam_step(parameters: list[Tensor], state: dict, lr: float, betas=(.9, .99),
             own["step"] = torch.zeros(())
             own["mean"], own["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         own["step"] += 1
-        own["mean"].lerp_(parameter.grad, 1 - betas[0])
-        own["square"].lerp_(parameter.grad ** 2, 1 - betas[1])
-        mean = own["mean"] / (1 - betas[0] ** own["step"].item())
-        square = own["square"] / (1 - betas[1] ** own["step"].item())
-        parameter.sub_(lr * mean / (square.sqrt() + eps))
+    gradients = [parameter.grad for parameter in parameters]
+    means, squares = ([state[parameter][name] for parameter in parameters] for name in ("mean", "square"))
+    step = state[parameters[0]]["step"].item()   # all parameters have taken the same number of steps
+    torch._foreach_lerp_(means, gradients, 1 - betas[0])
+    torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - betas[1])
+    below = torch._foreach_sqrt(torch._foreach_div(squares, 1 - betas[1] ** step))
+    torch._foreach_add_(below, eps)
+    torch._foreach_addcdiv_(parameters, means, below, -lr / (1 - betas[0] ** step))
 
 
 def muon_step(parameters: list[Tensor], state: dict, lr: float, momentum: float = .95) -> None:
@@ -72,10 +75,11 @@ def muon_step(parameters: list[Tensor], state: dict, lr: float, momentum: float 
         own = state[parameter]
         if not own:
             own["mean"] = torch.zeros_like(parameter)
-        own["mean"].lerp_(parameter.grad, 1 - momentum)
-        ahead = parameter.grad.lerp(own["mean"], momentum).flatten(1).float()
-        alike.setdefault(ahead.shape, []).append((parameter, ahead))
-    for (rows, columns), pairs in alike.items():
-        updates = orthogonal(torch.stack([ahead for _, ahead in pairs]))
-        for (parameter, _), update in zip(pairs, updates):
-            parameter.sub_(update.view_as(parameter), alpha=lr * max(1, rows / columns) ** .5)
+        alike.setdefault(parameter.shape, []).append(parameter)
+    for shape, some in alike.items():
+        means, gradients = [state[parameter]["mean"] for parameter in some], [p.grad for p in some]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        ahead = torch.stack(torch._foreach_lerp(gradients, means, momentum)).flatten(2)  # [K, m, n]
+        rows, columns = ahead.shape[1:]
+        updates = orthogonal(ahead.float()).view(len(some), *shape)
+        torch._foreach_add_(some, list(updates), alpha=-lr * max(1, rows / columns) ** .5)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinyflow.errors import Parser, file_path, positive, report_errors, seed
@@ -35,6 +36,7 @@ from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
 # Layers that a matrix step does not suit: the first, the last, and those that time and text modulate with.
 BY_ADAM = ("embedding", "embedder", "final_linear", "adaln", "projection")
+AHEAD = {"num_workers": 6, "multiprocessing_context": "fork"}    # processes that make batches for a card
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Pretraining(Training):
         del pipe.codec                           # what is left is what is trained
         super().__init__(config, pipe, BY_ADAM, rank, processes)
         self.mmdit = torch.compile(pipe.mmdit) if compiled else pipe.mmdit
+        self.batches = None
 
     def load_latents(self, config: PretrainConfig, pipe: Pipeline, file: Path, rank: int) -> torch.Tensor:
         """[N, C, h, w] in fp16, of all scenes' pictures."""
@@ -79,9 +82,9 @@ class Pretraining(Training):
             dist.barrier()
         return load_tensors(file, "tinyflow latents")[0]["latents"]
 
-    def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """This process's share of step k: data x_0 and noise x_1 [B, C, h, w], times [B] and captions."""
-        config, device = self.config, self.model.device
+        config = self.config
         generator = torch.Generator().manual_seed(config.seed * 10**9 + k)
         rng = np.random.default_rng((config.seed, k))
         chosen = torch.randint(len(self.scenes), (config.batch,), generator=generator)
@@ -90,11 +93,19 @@ class Pretraining(Training):
         x_0 = self.latents[chosen].float()
         x_1 = torch.randn(x_0.shape, generator=generator)
         mine = slice(self.rank, None, self.processes)
-        return x_0[mine].to(device), x_1[mine].to(device), t[mine].to(device), captions[mine]
+        return x_0[mine], x_1[mine], t[mine], captions[mine]
 
     def loss(self, k: int) -> torch.Tensor:
-        x_0, x_1, t, captions = self.batch(k)
-        with fast_precision(x_0.device):
+        """Steps come one after the other. On a card, other processes make their batches ahead: a batch takes
+        Python about as long as a step takes the card.
+        """
+        device = self.model.device
+        if self.batches is None:
+            ahead = AHEAD if device.type == "cuda" else {}
+            self.batches = iter(DataLoader(self, None, sampler=range(k, self.config.steps), **ahead))
+        *tensors, captions = next(self.batches)
+        x_0, x_1, t = (tensor.to(device) for tensor in tensors)
+        with fast_precision(device):
             text = self.model.encode_text(captions)
             v = self.mmdit(path(x_0, x_1, t), t, text.context, text.pooled)
         return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 3
@@ -141,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=file_path, required=True,
                         help="folder for checkpoint, log, samples and the weights; a run found there goes on")
     parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
+    parser.add_argument("--full-rates", action="store_true",
+                        help="with --start: a long stage, with the learning rates of a first one")
     parser.add_argument("--codec", type=file_path, default=SHIPPED / "codec.safetensors",
                         help="the codec's weights")
     parser.add_argument("--steps", type=positive, default=PretrainConfig.steps, help="training steps")
@@ -166,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = begin(options.start, options.codec, options.seed)
         start = tensor_hash(pipe.mmdit.state_dict()) if options.start else ""
         config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
-                                start=start, **(LATER if start else {}))
+                                start=start, **(LATER if start and not options.full_rates else {}))
         training = Pretraining(config, pipe.to(device), options.out, rank, processes, options.compile)
         follow(training, options.out, options.save_every, "pretraining")
         if processes > 1:

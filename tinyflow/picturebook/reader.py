@@ -30,7 +30,7 @@ from tinyflow.picturebook.objects import exact_colour
 from tinyflow.picturebook.render import HALF, brightness, render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.picturebook.world import Identity
-from tinyflow.pipeline import to_pixels
+from tinyflow.pipeline import choose_device, to_pixels
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
 SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}
@@ -256,18 +256,19 @@ def true_members(scenes: list[world.Scene]) -> Tensor:
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Brightness, a little blur and noise: a generated picture is never as clean as a render."""
     def draw() -> Tensor:
-        return torch.rand((len(x), 1, 1, 1), generator=generator)
+        return torch.rand((len(x), 1, 1, 1), generator=generator).to(x.device)
 
     x = x * (.95 + .1 * draw()) + .05 * (draw() - .5)
     x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1), .5 * draw() * (draw() < .5))
-    return x + .1 * draw() * torch.randn(x.shape, generator=generator)
+    return x + .1 * draw() * torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def error_where_known(guess: Tensor, answer: Tensor, spread: Tensor | float = 1.0) -> Tensor:
     """The mean negative log likelihood of the answers that are not nan, under a normal distribution."""
     known = ~answer.isnan()
     spread = torch.as_tensor(spread).expand_as(guess)[known]
-    return (.5 * ((guess[known] - answer[known]) / spread) ** 2 + spread.log()).mean()
+    errors = .5 * ((guess[known] - answer[known]) / spread) ** 2 + spread.log()
+    return errors.sum() / max(1, len(errors))    # a small batch may hold no answer
 
 
 @dataclass(frozen=True)
@@ -298,34 +299,37 @@ class ReaderTraining(Training):
         scenes = [world.any_scene(rng) for _ in range(config.fresh)]
         self.fresh, self.fresh_traits = render_all(scenes)[0], true_traits(scenes)
         reader.calibration.fill_(1)
+        self.device = reader.calibration.device
         by_adam = ("heads", "at_32", "mask_out", "light_and_style", "individual", "parts")
         super().__init__(config, reader.to(memory_format=torch.channels_last), by_adam)  # faster on a CPU
 
     def loss(self, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.config.seed * 10**9 + k)
         rows = torch.randint(self.config.pictures, (self.config.batch,), generator=generator)
-        x, masks = augment(to_pixels(self.pictures[rows.numpy()]), generator), self.masks[rows]
-        with fast_precision(x.device):
+        x = augment(to_pixels(self.pictures[rows.numpy()]).to(self.device), generator)
+        masks = self.masks[rows].to(self.device)
+        with fast_precision(self.device):
             reading = self.model(x, masks)
             members = self.model.light_and_style(8 * reading.look).float()
             individual = self.model.individual(8 * reading.identity).float()
         loss = F.binary_cross_entropy_with_logits(reading.mask.float(), masks.float())
         for head, logits in reading.logits.items():
-            answers = self.labels[head][rows].flatten()
+            answers = self.labels[head][rows].flatten().to(self.device)
             logits = logits.float().reshape(len(answers), -1)
             loss = loss + F.cross_entropy(logits, answers, ignore_index=IGNORED)
-        loss = loss + error_where_known(reading.traits, self.traits[rows], reading.spread)
-        loss = loss + error_where_known(individual, self.traits[rows])
-        return loss + error_where_known(members, self.members[rows])
+        traits, true = self.traits[rows].to(self.device), self.members[rows].to(self.device)
+        loss = loss + error_where_known(reading.traits, traits, reading.spread)
+        loss = loss + error_where_known(individual, traits)
+        return loss + error_where_known(members, true)
 
     @torch.no_grad()
     def calibrate(self) -> None:
         """Training sees its pictures often, and comes to think that it is surer than it is on others."""
         self.average.calibration.fill_(1)
-        readings = [self.average(x) for x in to_pixels(self.fresh).split(50)]
+        readings = [self.average(x.to(self.device)) for x in to_pixels(self.fresh).split(50)]
         traits = torch.cat([reading.traits for reading in readings])
         spread = torch.cat([reading.spread for reading in readings])
-        error = ((traits - self.fresh_traits) / spread).square().nanmean((0, 1)).sqrt()
+        error = ((traits - self.fresh_traits.to(self.device)) / spread).square().nanmean((0, 1)).sqrt()
         self.average.calibration.copy_(error.nan_to_num(1.0))
 
     def report(self, out: Path, k: int) -> dict:
@@ -344,15 +348,20 @@ def main(arguments: list[str] | None = None) -> None:
                         help="folder; a run found there goes on")
     parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
     parser.add_argument("--steps", type=positive, default=ReaderConfig.steps, help="training steps")
+    parser.add_argument("--batch", type=positive, default=ReaderConfig.batch, help="pictures a step")
+    parser.add_argument("--pictures", type=positive, default=ReaderConfig.pictures,
+                        help="pictures rendered for training")
     parser.add_argument("--seed", type=seed, default=ReaderConfig.seed, help="of weights, pictures and noise")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     options = parser.parse_args(arguments)
     with report_errors():
         make_folder(options.out)
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
         start = tensor_hash(reader.state_dict()) if options.start else ""
-        config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
-        follow(ReaderTraining(config, reader), options.out, 500, "reader")
+        config = ReaderConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
+                              start=start, **(LATER if start else {}))
+        follow(ReaderTraining(config, reader.to(choose_device(options.device))), options.out, 500, "reader")
 
 
 if __name__ == "__main__":
