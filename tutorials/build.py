@@ -76,6 +76,9 @@ def versions(lesson) -> dict:
             cells["check"].append(code(answer))
         for name in cells:
             cells[name].append(deepcopy(cell))   # running a notebook fills its cells with outputs
+    for own in cells.values():
+        for n, cell in enumerate(own):
+            cell.id = f"cell-{n}"                # not a random one: a new build shows in a diff what is new
     return {name: new_notebook(cells=own, metadata=lesson.metadata) for name, own in cells.items()}
 
 
