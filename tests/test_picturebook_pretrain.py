@@ -95,6 +95,14 @@ def test_latents_are_those_of_the_scenes_and_are_made_once(tmp_path):
     assert not torch.equal(other.latents, again.latents)
 
 
+def test_batches_that_other_processes_make_ahead_are_the_same(tmp_path):
+    training = start(tmp_path)
+    loader = module.DataLoader(training, None, sampler=range(2, 5), **module.AHEAD)
+    for k, ahead in enumerate(loader, start=2):
+        here = training[k]
+        assert all(torch.equal(a, b) for a, b in zip(ahead[:3], here[:3])) and list(ahead[3]) == here[3]
+
+
 def run(folder, *arguments, processes=1):
     script = folder / "small.py"
     script.write_text(SMALL)

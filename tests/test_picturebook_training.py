@@ -19,6 +19,7 @@ from tinyflow.picturebook.reader import (
     Reader,
     ReaderConfig,
     ReaderTraining,
+    augment,
     cut_out,
     shows,
     true_members,
@@ -162,6 +163,18 @@ def test_an_object_is_cut_out_to_one_size_wherever_it_is():
     assert (nothing_around == 0).all()
     edges = torch.cat([left[3, 0], left[3, :, 0], left[3, :, -1]])
     assert (edges < .5).all()                                    # all of it is there, the hat included
+
+
+def test_a_mask_wobbles_with_its_picture():
+    """The reader once knew the ribs of wool by being straight: the base model's wobble, and it saw none."""
+    masks = torch.zeros(4, 2, 64, 64, dtype=torch.bool)
+    masks[:, 0, 20:50, 15:45] = True
+    x = masks[:, :1].float().repeat(1, 3, 1, 1) * 2 - 1
+    moved, followed = augment(x, masks, torch.Generator().manual_seed(0))
+    assert ((moved.mean(1) > 0) == followed[:, 0]).float().mean() > .995
+    assert not torch.equal(followed[:, 0], masks[:, 0]) and not followed[:, 1].any()
+    again, _ = augment(x, masks, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, again)
 
 
 def test_a_picture_without_objects_can_be_read():

@@ -253,20 +253,28 @@ def true_members(scenes: list[world.Scene]) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- training
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness, a little blur and noise: a generated picture is never as clean as a render."""
+def augment(x: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Brightness, a little blur and noise, and lines that wobble by up to a pixel: a generated picture is
+    never as clean as a render. masks [B, 2, H, W] wobble along.
+    """
     def draw() -> Tensor:
         return torch.rand((len(x), 1, 1, 1), generator=generator).to(x.device)
 
+    moved = torch.randn((len(x), 2, 8, 8), generator=generator).to(x.device) * .8 * draw()      # in pixels
+    moved = F.interpolate(moved, x.shape[-2:], mode="bicubic", align_corners=True)
+    still = F.affine_grid(torch.eye(2, 3).repeat(len(x), 1, 1), x.shape, align_corners=False).to(x.device)
+    grid = still + 2 / x.shape[-1] * rearrange(moved, "b n h w -> b h w n")
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    masks = F.grid_sample(masks.to(x), grid, align_corners=False) > .5
     x = x * (.95 + .1 * draw()) + .05 * (draw() - .5)
-    x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1), .5 * draw() * (draw() < .5))
-    return x + .1 * draw() * torch.randn(x.shape, generator=generator).to(x.device)
+    x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1), .8 * draw() * (draw() < .5))
+    return x + .1 * draw() * torch.randn(x.shape, generator=generator).to(x.device), masks
 
 
 def error_where_known(guess: Tensor, answer: Tensor, spread: Tensor | float = 1.0) -> Tensor:
     """The mean negative log likelihood of the answers that are not nan, under a normal distribution."""
     known = ~answer.isnan()
-    spread = torch.as_tensor(spread).expand_as(guess)[known]
+    spread = torch.as_tensor(spread, device=guess.device).expand_as(guess)[known]
     errors = .5 * ((guess[known] - answer[known]) / spread) ** 2 + spread.log()
     return errors.sum() / max(1, len(errors))    # a small batch may hold no answer
 
@@ -306,8 +314,8 @@ class ReaderTraining(Training):
     def loss(self, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.config.seed * 10**9 + k)
         rows = torch.randint(self.config.pictures, (self.config.batch,), generator=generator)
-        x = augment(to_pixels(self.pictures[rows.numpy()]).to(self.device), generator)
-        masks = self.masks[rows].to(self.device)
+        x, masks = augment(to_pixels(self.pictures[rows.numpy()]).to(self.device),
+                           self.masks[rows].to(self.device), generator)
         with fast_precision(self.device):
             reading = self.model(x, masks)
             members = self.model.light_and_style(8 * reading.look).float()

@@ -829,9 +829,10 @@ show([p for g in guidances for p in to_pictures(pictures[g][first])], [in_lines(
 
 # %% [markdown]
 # Read the table by columns. At $g = 0$ a part is seen as often as chance has it. Most words need no guidance
-# to be heard. Watch those that fail at $g = 1$: colours come back with a larger $g$, up to a point. What the
-# model has hardly learned, guidance cannot bring: it enlarges a difference that has to be there. The coral
-# line falls in the meantime. Three red cats at $g = 5$ are more alike than three red cats in the world.
+# to be heard. Watch the one that fails most often at $g = 1$: markings come back with a larger $g$, up to a
+# point. What a model has not learned, guidance cannot bring: it enlarges a difference that has to be there.
+# The coral line falls in the meantime. Three red cats at $g = 5$ are more alike than three red cats in the
+# world.
 #
 # So a good rule is **the smallest $g$ beyond which nothing more of the text is seen**. The package draws with
 # 3.
@@ -1115,8 +1116,8 @@ assert len(set(of_empty["no dropout"])) < len(set(of_empty["dropout 10 %"]))
 # What it answers to it is whatever its weights happen to give. Look at its row: from all noises it draws a
 # few neighbouring colours, and not the mean of all texts. Guidance goes *away* from $v_\varnothing$, here
 # away from these accidental colours, and others turn into their opposites. With dropout, guidance goes away
-# from the mean. There a large $g$ overdoes things as well (look at pink and white, which lose their colour),
-# and fewer colours are lost.
+# from the mean. There a large $g$ overdoes things as well (look at pink, which loses its colour), and fewer
+# colours are lost.
 #
 # ## 6 · The model reads
 #

@@ -1076,9 +1076,9 @@ show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prom
 
 # %% [markdown]
 # Backgrounds and places are others than the references', and the robot's colours and pattern come along,
-# after eighty steps; its single eye and what it wears do so only in part. The bound set has learned less, and
-# smears a scene here and there: it has far fewer numbers, and it can only speak through the keys and values
-# of one token.
+# after eighty steps; its single eye and what it wears do so only in part. The bound set has learned less: its
+# robots keep two eyes, and some of their own colours. It has far fewer numbers, and it can only speak through
+# the keys and values of one token.
 #
 # ## 8 · What happens to a text without [V]?
 #

@@ -265,7 +265,8 @@ show([to_pictures(x[group][n:n + 1])[0] for x in drawn.values() for group, n in 
 # $L_{CC}$ has fallen in all three runs.
 
 # %% [markdown]
-# Columns 1 to 3 ask for [V], and the robot of the references is arriving. Columns 4 to 6 do not ask for it.
+# Columns 1 to 3 ask for [V], and the robot of the references is arriving. (In column 3 two of the models draw
+# it in chalk: the text leaves that open, too.) Columns 4 to 6 do not ask for it.
 #
 # ## 2 · Five ways in which it goes wrong
 #
@@ -323,8 +324,9 @@ assert far["bare captions"] < 0.8 * far["base model"] and far["bare captions"] <
 # [V] robot"; the others name the desert.
 
 # %% [markdown]
-# After training on bare captions the model expects the desert before it has seen a single pixel. It is
-# clearly nearer to the references' surroundings than the other DreamBooth, which saw the same pictures.
+# After training on bare captions the model leans toward the desert before it has seen a single pixel, and its
+# robot stands in the middle. It is clearly nearer to the references' surroundings than the other DreamBooth,
+# which saw the same pictures.
 #
 # **A neighbour is hit.** Two robots in one picture, and only one of them is [V]. The adapters, or the
 # weights, act on the whole picture, so the other one is drawn by the same changed model.
@@ -563,8 +565,8 @@ assert themselves.min() > 0.7 and original.mean() < themselves.mean() - 0.2
 assert all(some.similarity.mean() > original.mean() + 0.05 for some in read.values())
 
 # %% [markdown]
-# The lower end of this scale is not 0. Any two robots are somewhat alike, and the base model has its value,
-# too. The benchmark therefore writes a **fidelity**: 0 at the original model's similarity, 1 at that of a
+# The lower end of this scale is not 0. The base model's robots have a value, too, and here it lies below 0.
+# The benchmark therefore writes a **fidelity**: 0 at the original model's similarity, 1 at that of a
 # perfect method.
 #
 # ### Exercise 5.4 ★★ · Change outside the object
@@ -714,7 +716,8 @@ assert max(leaks) > 0.1
 
 # %% [markdown]
 # The table says *which* traits have leaked into the word "robot". The column *object* is near 1 in every row:
-# that is why the original's share is taken away.
+# that is why the original's share is taken away. And *diversity* has hardly fallen (the table in
+# section 3): after forty steps the plain robots differ from one another about as much as the base model's.
 #
 # ## 5 · A distance between two models, in nats
 #

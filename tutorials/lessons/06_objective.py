@@ -439,8 +439,9 @@ for n in range(B):
     plt.plot(lam[n], 1 - package.cosine(R_complete, R_target)[n] ** 2, "o", color=shades[n])
 plt.axhline(1, color=GREY, lw=0.8)
 dip, reach = 1 - share.min().item(), 2.5 * lam.abs().max().item()
+ends = max(-reach, grid[0].item()), min(reach, grid[-1].item())             # as far as the curves go
 plt.gca().set(xlabel="$l$", ylabel=r"$f(l)\ /\ \|R_c\|^2$", ylim=(1 - 1.4 * dip, 1 + 2 * dip),
-              xlim=(-reach, reach), title="Eq. 11 as curves, Eq. 12 as dots")
+              xlim=ends, title="Eq. 11 as curves, Eq. 12 as dots")
 plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
@@ -803,7 +804,7 @@ def along_the_line(lam_of):                      # -> the loss of sample n at ea
     return [(R - flow.expand(lam_of(R), R) * R_target[n:n + 1]).square().mean().item() for R in moved]
 
 plt.figure(figsize=(5.6, 2.5), layout="constrained")
-for constant in torch.linspace(-0.3, 0.4, 8):
+for constant in lam[n] + torch.linspace(-0.35, 0.35, 8):
     plt.plot(w, along_the_line(lambda R: constant[None]), color=GREY, lw=1)
 lowest = along_the_line(lambda R: lambda_star(R, R_target[n:n + 1]))
 plt.plot(w, lowest, color=CORAL, lw=2.5)

@@ -93,7 +93,7 @@ def train(loss_of_step, theta_1, theta, stage=2, config=config):
 random = generator_for(config.seed, stage=1, step=-1)
 theta_1 = Branch.fresh(pipe, class_word_states(pipe, data, random), config.rank, random)
 train(methods.l_cc, None, theta_1, stage=1)
-theta_1.requires_grad_(False)                    # the extractor of lesson 6, frozen
+theta_1.requires_grad_(False)                    # the extractor, frozen as in lesson 6
 
 def fresh(kind=Branch, where="everywhere"):      # how every run of stage 2 begins
     return kind.fresh(pipe, theta_1.embeddings.Y, config.rank,
@@ -125,9 +125,9 @@ show([p for x in drawn.values() for p in to_pictures(x)],
 # After stage 2 of PureCC, with $\eta = 1$.
 
 # %% [markdown]
-# These are the extractor and the stage 2 of lesson 6, with the package's loss and 50 steps each. The three
-# columns on the left ask for [V]. The three on the right do not: a plain robot, and two other things. The
-# plain robot has turned into *the* robot.
+# These are the extractor and the stage 2 of lesson 6, with the package's loss and 50 steps each, at twice the
+# learning rate of its adapters, so that more is learned. The three columns on the left ask for [V]. The three
+# on the right do not: a plain robot, and two other things. The plain robot has turned into *the* robot.
 #
 # ## 1 · How far has $v_{original}$ moved?
 #
@@ -436,7 +436,7 @@ plt.show()
 # every token have no way to change the picture of "a [V] robot" and not that of "a robot": one step moves
 # both predictions nearly alike, from the first step on.
 # * **$-g_{PureCC}$ moves it too.** Its loss pushes $v_{complete}$ alone, toward the line of lesson 6, and
-# $v_{original}$ comes along. Only the small part in the column $R_c$ does what the loss asks for.
+# $v_{original}$ comes along. Only the smaller part, in the column R_complete, does what the loss asks for.
 # * **So no $\eta$ helps.** It makes a push larger that moves both alike as well. In lesson 6, $v_{original}$
 # had moved at least as far with $\eta = 8$ as with $\eta = 0$. No term of Eq. 15 knows where $v_{original}$
 # *was*. Something has to say so: a loss, a switch, or the place where adapters act.
@@ -609,9 +609,9 @@ assert not torch.equal(drawn["PureCC, switched"][:3], drawn["PureCC"][:3])
 # adapters move the empty text too, though not quite as far as the prompt, and what is common to both cancels.
 #
 # In the pictures, the three without [V] are the base model's, bit for bit. The other three are drawn from
-# *the same weights* as in the row above, and look overdone. (In the
-# [benchmark](../../purecc_min/benchmark/README.md) who answers the empty text changes more than the choice
-# between LoRA and PureCC does.)
+# *the same weights* as in the row above, and are overdone: lines are harder, and the beach has lost its
+# colours. (In the [benchmark](../../purecc_min/benchmark/README.md) who answers the empty text changes more
+# than the choice between LoRA and PureCC does.)
 #
 # ### Where a switch cannot help: one picture, two robots
 #
@@ -846,11 +846,11 @@ assert shares["bound"] > 3 * max(shares["LoRA"], shares["PureCC"])
 
 # %% [markdown]
 # *Like the references* is the cosine between what the reader network sees in the three pictures with [V] and
-# in the references. All four runs have begun to learn the robot. What they did beside it differs:
+# in the references. All four runs have learned much of the robot. What they did beside it differs:
 #
 # * **LoRA and PureCC** drift alike, and the plain robot is gone in both rows.
 # * **The anchor's** request is heard in part: its drift is smaller, and not zero. The plain robot in its row
-# is not that of the first row; it has the one eye of [V]'s.
+# is not that of the first row; it wears the hat of [V]'s.
 # * **The bound run** has two zeros. They are not small numbers that were measured; they hold by construction,
 # and the cell above has compared the bits.
 # * **But the damage can also lie in the pictures *with* [V].** Compare the surroundings of the robot there
@@ -965,8 +965,8 @@ assert fronts["bound"][2][0] < fronts["LoRA"][5][0] < fronts["bound"][-1][0]    
 # %% [markdown]
 # On the grey line everybody has learned the same, by this measure. PureCC and the LoRA lie near each other,
 # as they do in the benchmark. The anchored run pays less, and the bound run nothing at all. After forty
-# steps each (the bound run's second point, the LoRA's fifth) the bound run is behind the LoRA; in two hundred
-# it is ahead of it. That is what equal fidelity takes into account.
+# steps each (after the point at (0, 0), the bound run's second, the LoRA's fifth) the bound run is behind the
+# LoRA; in two hundred it is ahead of it. That is what equal fidelity takes into account.
 #
 # Be careful with two things. $L_{CC}$ counts every pixel of the references, also those that are *not* the
 # robot; the likeness of section 6, which looks at the object, need not put the runs in the same order. And
@@ -978,7 +978,7 @@ assert fronts["bound"][2][0] < fronts["LoRA"][5][0] < fronts["bound"][-1][0]    
 #
 # **Use bound adapters with $L_{CC}$: `learn --method bound`.** They cost nothing without [V], by
 # construction; they have no weight to balance, and a step has fewer adapters to compute than a LoRA's. Their
-# price is in the tables above: after the same number of steps they have learned less.
+# price is in the figure above: after the same number of steps they have learned less, so they need more.
 #
 # **When not:**
 #

@@ -518,7 +518,7 @@ assert max(moved["bound"]) == 0 < min(*moved["LoRA"], *moved["paper"])
 #
 # Only the last column of the bound rows needs no statistics: the path KL asks texts without [V], and these
 # are answered as before, by the construction of lesson 7. Everything else has to be measured, and not at the
-# ends: whoever learned less, damaged less.
+# ends: as a rule, whoever learned less has damaged less.
 #
 # ### Exercise 8.4 ★★★ · At equal fidelity, in pairs
 #

@@ -472,12 +472,11 @@ assert table["LoRA: without"][0] > 0.1 and torch.equal(without["bound"], origina
 # Nobody asked for the style in the rows "without". The bound row is the original, bit for bit.
 
 # %% [markdown]
-# Both have learned some of the style: look at the sky and the night, and at the column *on the scale*. The
+# Both have learned much of the style: look at the sky and the night, and at the column *on the scale*. The
 # LoRA also draws the **plain** texts in it. A robot leaks into the word *robot* first. A style has no such
 # word: what it leaks, it leaks into every picture. The bound set leaks nothing, for the reason of lesson 7:
-# no slot, no change. Its pictures with [V] are the more strongly coloured ones all the same, because
-# guidance's empty text has no [V] either, so guidance multiplies all that was learned by $g$ (lesson 7,
-# section 4).
+# no slot, no change. Its pictures with [V] have more of the style all the same, because guidance's empty text
+# has no [V] either, so guidance multiplies all that was learned by $g$ (lesson 7, section 4).
 #
 # The last column needs care. The plain original has an outside change from the perfect picture, too: it is
 # what there is to learn. A method that has learned the style brings this number **down**. For an individual
@@ -922,9 +921,9 @@ assert others["bound"] > 0.5 * others["perfect"]
 # see at best, the row *original* what it sees by chance.
 #
 # Look at the row *bound*. Nothing was shared: two sets, each at its own token, zeros everywhere else. And yet
-# the robot carries traits of the house: its *other* is far above that of *original*. **Bound does not mean
-# separate.** Binding says where a concept *enters*: at its slot. It does not say who *reads* it. In section 2
-# you saw that everybody does.
+# the robots have the yellow of the house: their *other* is about twice that of *original*. **Bound does not
+# mean separate.** Binding says where a concept *enters*: at its slot. It does not say who *reads* it. In
+# section 2 you saw that everybody does.
 #
 # ## 6 · Who reads the slots, and a fence
 #
@@ -1086,10 +1085,13 @@ assert others["bound, fence"] < others["bound"] + 0.05
 # %% [markdown]
 # Compare the two last rows, in the pictures first: with the fence each object of the bound pair reads its own
 # slot alone. Then look at the columns *other*, and at the line below the table, beside *original*, which is
-# what the reader sees by chance. What came to an object directly from the wrong slot is gone. Longer ways are
-# still open (the word "robot" reads both slots and is read by all patches, and patches read each other), but
-# what comes along them is too little to be seen here. A fence says nothing about adapters that act at *every*
-# token: those are in the words and in all patches, wherever the slots can be read.
+# what the reader sees by chance. What came to an object directly from the wrong slot is gone. The other's traits
+# are hardly fewer for that, and nowhere near *original*, and the robots are still yellow, for longer ways are
+# open: the word "robot" and all other text tokens read both slots and are read by all patches, and patches
+# read each other. Through which of them does it come? Forbid the text tokens, too, to read the slots (a token
+# may read itself), and draw again: the robots lose the yellow. But so do the houses, and most of [V2] with
+# it. Much of a concept comes to its own object along this way. A fence says nothing about adapters that act
+# at *every* token: those are in the words and in all patches, wherever the slots can be read.
 #
 # The fence is not in the package, and not in the paper, which shows several concepts in one picture and does
 # not say how they are combined. It has to be told who stands where. (Mix-of-Show, arXiv 2305.18292, one of
@@ -1293,9 +1295,10 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 # from the robot's patches. What do you expect?
 # <details><summary>Answer</summary>
 #
-# A robot in its own colours in front of a printed background, or nearly: the direct way from the slot to the
-# robot's patches is closed, but patches read each other, and the text tokens have read the slot. A fence is a
-# choice of who may read what; whether it is right depends on what the concept is to mean.
+# One might hope for a robot in its own colours in front of a printed background. But only the direct way from
+# the slot to the robot's patches is closed. The text tokens have read the slot, and patches read each other.
+# Draw it, and you find the robot in print as before. A fence is a choice of who may read what; whether it is
+# right depends on what the concept is to mean.
 # </details>
 #
 # **Next:** lesson 10, on photographs.
