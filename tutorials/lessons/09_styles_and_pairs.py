@@ -1083,15 +1083,16 @@ assert others["bound, fence"] < others["bound"] + 0.05
 # A patch may read the slot of its own side only: $-\infty$ before the softmax, exactly 0 behind it.
 
 # %% [markdown]
-# Compare the two last rows, in the pictures first: with the fence each object of the bound pair reads its own
-# slot alone. Then look at the columns *other*, and at the line below the table, beside *original*, which is
-# what the reader sees by chance. What came to an object directly from the wrong slot is gone. The other's
-# traits are hardly fewer for that, and nowhere near *original*, and the robots are still yellow, for longer
-# ways are open: the word "robot" and all other text tokens read both slots and are read by all patches, and patches
-# read each other. Through which of them does it come? Forbid the text tokens, too, to read the slots (a token
-# may read itself), and draw again: the robots lose the yellow. But so do the houses, and most of [V2] with
-# it. Much of a concept comes to its own object along this way. A fence says nothing about adapters that act
-# at *every* token: those are in the words and in all patches, wherever the slots can be read.
+# Compare the two last rows, in the pictures first: with the fence each object of the bound pair reads its
+# own slot alone. Then look at the columns *other*, and at the line below the table, beside *original*,
+# which is what the reader sees by chance. What came to an object directly from the wrong slot is gone. The
+# other's traits are hardly fewer for that, and nowhere near *original*, and the robots are still yellow,
+# for longer ways are open: the word "robot" and all other text tokens read both slots and are read by all
+# patches, and patches read each other. Through which of them does it come? Forbid the text tokens, too, to
+# read the slots (a token may read itself), and draw again: the robots lose the yellow. But so do the
+# houses, and most of [V2] with it. Much of a concept comes to its own object along this way. A fence says
+# nothing about adapters that act at *every* token: those are in the words and in all patches, wherever the
+# slots can be read.
 #
 # The fence is not in the package, and not in the paper, which shows several concepts in one picture and does
 # not say how they are combined. It has to be told who stands where. (Mix-of-Show, arXiv 2305.18292, one of
