@@ -246,16 +246,16 @@ EWC_TRIES = tuple(WHOLE_RATES[2] | dict(eta=eta) for eta in (0.1, 1.0, 10.0))
 RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
 THETA_1_SETTINGS = {"LoRA": dict(learning_rate=2e-3), "bound": dict(learning_rate=4e-3)}     # of extractors
 MAIN = {
-    "DreamBooth": Entry("L_CC on every weight of a copy", l_cc, WHOLE_RATES[2], WHOLE_RATES, trains="model"),
-    "LoRA": Entry("L_CC on adapters and Y", l_cc, RATES[2], RATES, ways=tuple(WAYS)),
+    "DreamBooth": Entry("L_CC on every weight of a copy", l_cc, WHOLE_RATES[0], WHOLE_RATES, trains="model"),
+    "LoRA": Entry("L_CC on adapters and Y", l_cc, RATES[0], RATES, ways=tuple(WAYS)),
     "LoRA + anchor": Entry("LoRA, and the base text predicts what it predicted before (DOP)",
                             anchored, ANCHOR_TRIES[2], ANCHOR_TRIES),
     "Y alone": Entry("L_CC on Y: no weight changes (XTI)", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
-    "paper": Entry("PureCC as the paper writes it", paper, RATES[2], RATES, theta_1="frozen",
+    "paper": Entry("PureCC as the paper writes it", paper, RATES[0], RATES, theta_1="frozen",
                     ways=("", "own empty text")),
-    "bound": Entry("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[0], BOUND_RATES,
+    "bound": Entry("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[2], BOUND_RATES,
                     where="token"),
-    "bound paper": Entry("the paper's objective on such adapters", paper, BOUND_RATES[1], BOUND_RATES,
+    "bound paper": Entry("the paper's objective on such adapters", paper, BOUND_RATES[2], BOUND_RATES,
                           theta_1="frozen", where="token", teacher="bound"),
 }
 FURTHER = {
@@ -271,12 +271,12 @@ FURTHER = {
     "bound, imagined scenes": Entry("Eq. 14 at lambda 1 on scenes that the base model imagines",
                                      ImaginedScenes, BOUND_RATES[1], BOUND_RATES, theta_1="frozen",
                                      made_anew=True, where="token", teacher="bound"),
-    "LoRA, masked": Entry("LoRA, and what is beside the concept does not count", l_cc, RATES[2],
+    "LoRA, masked": Entry("LoRA, and what is beside the concept does not count", l_cc, RATES[0],
                            masked=True),
-    "bound, masked": Entry("bound, and what is beside the concept does not count", l_cc, BOUND_RATES[0],
+    "bound, masked": Entry("bound, and what is beside the concept does not count", l_cc, BOUND_RATES[2],
                             where="token", masked=True),
-    "LoRA, twice": Entry("LoRA for as many steps as the paper's two stages", l_cc, RATES[2], times=2),
-    "bound, twice": Entry("bound for as many steps as two stages", l_cc, BOUND_RATES[0], times=2,
+    "LoRA, twice": Entry("LoRA for as many steps as the paper's two stages", l_cc, RATES[0], times=2),
+    "bound, twice": Entry("bound for as many steps as two stages", l_cc, BOUND_RATES[2], times=2,
                            where="token"),
 }
 ABLATIONS = {
