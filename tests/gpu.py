@@ -68,8 +68,8 @@ Rows = Iterator[Row]
 
 
 def alone(case: Case, call: Callable, *args):
-    """call(*args), on a card in a process that has it alone. This one keeps away from it: where it is used,
-    each process takes half a GB.
+    """call(*args); with a card, in a process that has it alone. This process keeps away from the card, since
+    each process that uses it takes half a GB of it.
     """
     return in_a_process(call, *args) if case.device == "cuda" else call(*args)
 
@@ -99,9 +99,9 @@ def kernels_of(case: Case) -> dict[str, tuple[str, set[str]]]:
             out = layer(*inputs[name])
             if name == "joint attention":        # texts are encoded without a gradient
                 sum(stream.float().sum() for stream in out).backward()
-        kernels = {event.key.removeprefix("aten::_scaled_dot_product_").removesuffix("_attention")
-                   for event in profiled.key_averages() if "_scaled_dot_product_" in event.key}
-        found[name] = str(inputs[name][0].dtype).removeprefix("torch."), kernels
+        ran = {event.key.removeprefix("aten::_scaled_dot_product_").removesuffix("_attention")
+               for event in profiled.key_averages() if "_scaled_dot_product_" in event.key}
+        found[name] = str(inputs[name][0].dtype).removeprefix("torch."), ran
     return found
 
 

@@ -166,7 +166,7 @@ def test_an_object_is_cut_out_to_one_size_wherever_it_is():
 
 
 def test_a_mask_wobbles_with_its_picture():
-    """The reader once knew the ribs of wool by being straight: the base model's wobble, and it saw none."""
+    """No line of the base model is quite straight. The reader learns on lines that wobble with their mask."""
     masks = torch.zeros(4, 2, 64, 64, dtype=torch.bool)
     masks[:, 0, 20:50, 15:45] = True
     x = masks[:, :1].float().repeat(1, 3, 1, 1) * 2 - 1

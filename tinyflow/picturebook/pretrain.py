@@ -36,7 +36,9 @@ from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
 # Layers that a matrix step does not suit: the first, the last, and those that time and text modulate with.
 BY_ADAM = ("embedding", "embedder", "final_linear", "adaln", "projection")
-AHEAD = {"num_workers": min(6, os.cpu_count()), "multiprocessing_context": "fork"}    # for a card
+AHEAD = {}                                       # of the DataLoader on a card: other processes make batches
+if hasattr(os, "fork"):                          # not on Windows
+    AHEAD = {"num_workers": min(6, os.cpu_count()), "multiprocessing_context": "fork"}
 
 
 @dataclass(frozen=True)

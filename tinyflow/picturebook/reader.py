@@ -325,10 +325,10 @@ class ReaderTraining(Training):
             answers = self.labels[head][rows].flatten().to(self.device)
             logits = logits.float().reshape(len(answers), -1)
             loss = loss + F.cross_entropy(logits, answers, ignore_index=IGNORED)
-        traits, true = self.traits[rows].to(self.device), self.members[rows].to(self.device)
+        traits = self.traits[rows].to(self.device)
         loss = loss + error_where_known(reading.traits, traits, reading.spread)
         loss = loss + error_where_known(individual, traits)
-        return loss + error_where_known(members, true)
+        return loss + error_where_known(members, self.members[rows].to(self.device))
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -356,9 +356,6 @@ def main(arguments: list[str] | None = None) -> None:
                         help="folder; a run found there goes on")
     parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
     parser.add_argument("--steps", type=positive, default=ReaderConfig.steps, help="training steps")
-    parser.add_argument("--batch", type=positive, default=ReaderConfig.batch, help="pictures a step")
-    parser.add_argument("--pictures", type=positive, default=ReaderConfig.pictures,
-                        help="pictures rendered for training")
     parser.add_argument("--seed", type=seed, default=ReaderConfig.seed, help="of weights, pictures and noise")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     options = parser.parse_args(arguments)
@@ -367,8 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
         start = tensor_hash(reader.state_dict()) if options.start else ""
-        config = ReaderConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
-                              start=start, **(LATER if start else {}))
+        config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
         follow(ReaderTraining(config, reader.to(choose_device(options.device))), options.out, 500, "reader")
 
 
