@@ -22,6 +22,7 @@ from purecc_min.benchmark.workers import run
 from purecc_min.measure.toy import CONCEPTS
 from tinyflow.errors import InputError, Parser, file_path, number, positive, report_errors, shown
 from tinyflow.files import locked, make_folder
+from tinyflow.threads import room_for_others
 
 
 def check_known(kind: str, names: list[str], choices: dict) -> None:
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         planned = dict.fromkeys(plan(part, options.quick, methods, concepts))    # a name may be given twice
         cells = [replace(cell, steps=options.steps) for cell in planned]
         make_folder(options.out)
-        with locked(options.out):
+        with locked(options.out), room_for_others():
             run(cells, options.out, options.workers, shipped=bool(methods))
             rows = list(dict.fromkeys(cells + plan("main"))) if methods else cells
             print(report(part, rows, options.out, shipped=bool(methods)))
