@@ -102,23 +102,35 @@ def typical_seed(results: Results, concept: str) -> int:
     return ordered[len(ordered) // 2][1]
 
 
-def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
-    """A row for each method of which this folder has pictures, with those in SHOWN."""
-    seed, setup = typical_seed(results, concept), set_up(concept)
-    prompts = setup.toy.prompts()
+def typical_pictures(results: Results, folder: Path,
+                     concept: str) -> tuple[dict[str, dict[str, list[np.ndarray]]], dict[str, list[str]]]:
+    """What was drawn of a concept on its typical seed, by each method of which this folder has pictures.
+
+    Returns: method -> group of STRIP -> uint8 pictures; and group -> their texts.
+    """
+    prompts = CONCEPTS[concept].prompts()
     prompts["plain"] = [prompt._replace(complete=prompt.base) for prompt in prompts["concept"]]
-    strip_of = {group: count for group, count in STRIP.items() if group in prompts}
-    starts = dict(zip(strip_of, np.cumsum([0, *strip_of.values()])))
-    shown = [(group, n) for group, n in SHOWN if group in prompts]
-    rows = [("references", list(setup.pictures))]
+    texts = {group: [prompt.complete for prompt in prompts[group][:count]]
+             for group, count in STRIP.items() if group in prompts}
+    ends = np.cumsum([len(own) for own in texts.values()])
+    seed = typical_seed(results, concept)
     typical = [r for r in results if r["concept"] == concept and (r["seed"] == seed or r["method"] in ENDS)]
+    found = {}
     for title, (result, *_) in grouped(typical).items():
         drawn = (folder / Cell.of(result).file).with_suffix(".png")
-        if not drawn.exists():                   # a result that came with this repository
-            continue
-        pictures = np.split(np.asarray(Image.open(drawn)), sum(strip_of.values()), axis=1)
-        rows.append((title, [pictures[starts[group] + n] for group, n in shown]))
-    sheet(rows, [(1, [prompts[group][n].complete for group, n in shown])], side=112).save(file)
+        if drawn.exists():                       # it is not for a result that came with this repository
+            split = np.split(np.asarray(Image.open(drawn)), ends[-1], axis=1)
+            found[title] = {group: split[end - len(texts[group]):end] for group, end in zip(texts, ends)}
+    return found, texts
+
+
+def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
+    """A row for each method, with the pictures in SHOWN."""
+    found, texts = typical_pictures(results, folder, concept)
+    shown = [(group, n) for group, n in SHOWN if group in texts]
+    rows = [("references", list(set_up(concept).pictures))]
+    rows += [(title, [own[group][n] for group, n in shown]) for title, own in found.items()]
+    sheet(rows, [(1, [texts[group][n] for group, n in shown])], side=112).save(file)
 
 
 def first_picture(results: Results, concept: str, folder: Path, file: Path) -> None:

@@ -47,6 +47,7 @@
 # The transformer of Stable Diffusion 3.5, one function after the other, until it draws.
 
 # %%
+import copy
 import re
 import sys
 from pathlib import Path
@@ -598,12 +599,17 @@ def run_block(b, x, c, vec, H):                  # the MLP's input is the block'
 # %% tags=["check"]
 vec = 0.1 * torch.randn(2, D, generator=random)
 for l, b in enumerate(model.blocks):
-    theirs, mine = b(x, c, vec), run_block(b, x, c, vec, H)
-    expect_close(mine[0], theirs[0], f"block {l}: x", tolerance=1e-3)
-    if theirs[1] is None:
-        expect(mine[1] is None, f"block {l} is the last one: return None for the text.")
-    else:
-        expect_close(mine[1], theirs[1], f"block {l}: c", tolerance=1e-3)
+    half = copy.deepcopy(b)                      # its MLPs say nothing, so the attention's half stands alone
+    for mlp in filter(None, (half.image_mlp, half.text_mlp)):
+        for parameter in mlp.fc2.parameters():
+            parameter.zero_()
+    for block, where in ((half, "the attention's half (with MLPs that return 0)"), (b, "the MLPs' half")):
+        theirs, mine = block(x, c, vec), run_block(block, x, c, vec, H)
+        expect_close(mine[0], theirs[0], f"block {l}, x, {where}", tolerance=1e-3)
+        if theirs[1] is None:
+            expect(mine[1] is None, f"block {l} is the last one: return None for the text.")
+        else:
+            expect_close(mine[1], theirs[1], f"block {l}, c, {where}", tolerance=1e-3)
 print(f"2.7 right, in all {len(model.blocks)} blocks")
 
 # %% [markdown]
