@@ -142,6 +142,12 @@ assert 16 < sum(stored.values()) < 17 and stored["T5-XXL"] > sum(stored.values()
 #
 # Without the login you receive a web page in place of a file. The package recognises that, and says so.
 #
+# **One thing is in Medium that the tiny model lacks.** In its first 13 blocks the image tokens attend a second
+# time, to image tokens alone, with projections of their own, and adaLN makes nine tensors there instead of six:
+# shift, scale and gate for that attention, too. What it adds goes to `x` beside what the joint attention adds.
+# Text tokens take no part in it. The few lines are in `Block` in `tinyflow/mmdit.py`, and the adapters leave
+# that attention alone.
+#
 # Now the tiny random model. The cell below writes our classes to a folder under the **public names**. The
 # rename table `mmdit_layers` says, for each of our layers, what diffusers calls it; `[swap]` behind a name
 # says that its two halves are exchanged: we keep shift and scale, diffusers keeps scale and shift. An
@@ -1153,7 +1159,8 @@ print(f"10.7 right: fp16 gradient of a small loss, away from fp32's: {error:.1%}
 # Now everything that you wrote runs together: `join` reads the texts, `make_cache` and `pairs` hold the
 # latents (`encode` is in them), `training_times` draws, `half_step` trains, `stops` samples, `decode` shows.
 # The two losses are those of lessons 4 and 6. There are two stages of 25 steps; the learning rate is a
-# hundred times the paper's 1e-4, so that in 25 steps something moves in a random model.
+# hundred times the paper's 1e-4, so that in 25 steps something moves in a random model. Pictures are drawn at
+# guidance 5, which is Stability's own choice for Medium, over 50 steps; the paper does not say what it took.
 #
 # ```
 # photographs --encode--> cache --.                         stage 1: L_CC --> theta_1, frozen --.
