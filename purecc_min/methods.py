@@ -147,10 +147,12 @@ class Method:
     where: str = "everywhere"                    # where its adapters act; or at [V]'s "token" alone (lora.py)
     adapters: bool = True                        # False: Y alone is trained
     extractor: bool = False                      # True: stage 1 makes the frozen theta_1 that the loss wants
+    named_only: bool = False                     # True: pictures are drawn without it where a text has no [V]
 
 
 METHODS = {
     "lora": Method("a plain LoRA: L_CC, with adapters everywhere and Y", l_cc),
+    "switched-off": Method("a plain LoRA that is switched off for texts without [V]", l_cc, named_only=True),
     "paper": Method("PureCC as the paper writes it: an extractor, then L_PCC", paper, extractor=True),
     "anchor": Method("a LoRA whose base text must predict what it predicted before (DOP)", anchored),
     "embeddings": Method("Y alone; no weight of the model changes", l_cc, adapters=False),

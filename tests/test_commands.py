@@ -28,7 +28,7 @@ from tinyflow.pipeline import Pipeline
 from tinyflow.weights import load_tensors, save_tensors
 
 ROBOT = FOLDER / "checked_robot"
-LEARN = ["learn", ROBOT, "--class-word", "robot"]
+LEARN = ["learn", ROBOT, "--class-word", "robot", "--method", "paper"]
 BUDGET = ["--steps", "2", "--batch", "1", "--device", "cpu"]
 
 
@@ -78,7 +78,7 @@ def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
     moved.write_bytes((learned / "concept.safetensors").read_bytes())
     _, facts = load_tensors(moved, "concept")
     assert facts["class_word"] == "robot" and facts["token"] == "[V]" and facts["config"]["steps"] == 2
-    assert facts["versions"]["torch"] and facts["base"] == "tiny"
+    assert facts["versions"]["torch"] and facts["base"] == "tiny" and facts["method"] == "switched-off"
     assert moved.stat().st_size < 1_000_000
     for name in "ab":
         main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2",
@@ -209,6 +209,16 @@ def test_who_answers_the_empty_text_is_a_choice_for_adapters_everywhere_alone(tm
     for concept, matters in ((everywhere, True), (token, False)):
         as_trained, with_base, switched_off = (sampled(out, concept, prompt, *how) for how in ([], base, off))
         assert alike(with_base, switched_off) and alike(as_trained, with_base) != matters
+
+
+def test_a_file_says_that_it_wants_to_be_switched_off(tmp_path):
+    prompt, out = "a [V] robot on the beach", tmp_path / "s.png"
+    concept = make_concept(tmp_path / "c.safetensors", "robot")
+    tensors, facts = load_tensors(concept, "concept")
+    switched = tmp_path / "switched.safetensors"
+    save_tensors(switched, "concept", tensors, facts | {"method": "switched-off"})
+    off = sampled(out, concept, prompt, "--only-with-token")
+    assert alike(sampled(out, switched, prompt), off) and not alike(sampled(out, concept, prompt), off)
 
 
 def test_two_concepts_stand_in_one_text(tmp_path, capsys):

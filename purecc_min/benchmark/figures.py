@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import CURVE, KEPT, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
+from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
 from purecc_min.benchmark.entries import Setup
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
 from purecc_min.branch import only_with_token
 from purecc_min.concept import TOKEN, Batch, Texts
 from purecc_min.measure.first_picture import draw_sheet, unseen_texts
-from purecc_min.measure.measures import better
+from purecc_min.measure.measures import better, in_words
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
 from purecc_min.objective import pcc_loss
@@ -39,6 +39,9 @@ CURVES = {"lambda": "lambda*", "norm_R_complete": "|R(y_complete, y_base)|", "no
           "cosine": "their cosine", "loss_purecc": "L_PureCC", "loss_cc": "L_CC"}
 SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("neighbour", 0),
          ("plain", 0), ("plain", 1), ("other", 0), ("other", 1))     # pictures in samples.png: group, number
+FIRST = {"LoRA": ("LoRA", "own empty text"), "LoRA, switched off without [V]": ("LoRA", "switched off"),
+         "PureCC": ("paper", "own empty text"), "bound": ("bound", ""),
+         "bound, with PureCC's objective": ("bound paper", "")}      # in first.png: title, method, way
 FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
 PAGE, INK = "#faf8f3", "#34303c"
 COLOURS = ("#7f8794", "#2e86ab", "#7fc4dd", "#1b4965", "#a8763e", "#d66ba0", "#e4572e", "#f3a683", "#3a9d5d",
@@ -106,6 +109,8 @@ def typical_pictures(results: Results, folder: Path,
                      concept: str) -> tuple[dict[str, dict[str, list[np.ndarray]]], dict[str, list[str]]]:
     """What was drawn of a concept on its typical seed, by each method of which this folder has pictures.
 
+    It is what the first way of sampling its model drew.
+
     Returns: method -> group of STRIP -> uint8 pictures; and group -> their texts.
     """
     prompts = CONCEPTS[concept].prompts()
@@ -114,7 +119,8 @@ def typical_pictures(results: Results, folder: Path,
              for group, count in STRIP.items() if group in prompts}
     ends = np.cumsum([len(own) for own in texts.values()])
     seed = typical_seed(results, concept)
-    typical = [r for r in results if r["concept"] == concept and (r["seed"] == seed or r["method"] in ENDS)]
+    typical = [r for r in results if r["concept"] == concept and r["way"] == ""
+               and (r["seed"] == seed or r["method"] in ENDS)]
     found = {}
     for title, (result, *_) in grouped(typical).items():
         drawn = (folder / Cell.of(result).file).with_suffix(".png")
@@ -134,13 +140,18 @@ def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
 
 
 def first_picture(results: Results, concept: str, folder: Path, file: Path) -> None:
-    """What the methods of KEPT have learned, and what a LoRA draws that is switched off without [V]."""
+    """What the methods of FIRST draw on the concept's typical seed, and a sentence on each."""
     pipe, toy, seed = set_up(concept).pipe, CONCEPTS[concept], typical_seed(results, concept)
-    cells = [Cell.of(r) for r in results if (r["concept"], r["seed"]) == (concept, seed)]
-    thetas = {cell.method: learned(cell, folder) for cell in cells if cell.method in KEPT}
-    rows = {"LoRA": thetas["LoRA"],
-            "LoRA, switched off without [V]": only_with_token(thetas["LoRA"], pipe.velocity)}
-    draw_sheet(pipe, toy.references(), rows | thetas, unseen_texts(toy.class_word), file)
+    own = [r for r in results if r["concept"] == concept]
+    original = next(final(r) for r in own if r["method"] == "nothing")
+    thetas, sentences = {}, []
+    for title, (method, way) in FIRST.items():
+        found = [r for r in own if (r["method"], r["way"], r["seed"]) == (method, way, seed)]
+        for result in found:
+            theta = learned(Cell.of(result), folder)
+            thetas[title] = only_with_token(theta, pipe.velocity) if way == "switched off" else theta
+            sentences.append(in_words(title, final(result), original))
+    draw_sheet(pipe, toy.references(), thetas, unseen_texts(toy.class_word), file, sentences)
 
 
 def scene_unseen(setup: Setup) -> Texts:

@@ -57,13 +57,12 @@ def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
 def draw_figures(results: Results, folder: Path, shipped: bool) -> None:
     """The pictures that need what the cells of this folder have left."""
     out = folder / "main"
-    results = [row for row in results if row["way"] == ""]
-    for concept in dict.fromkeys(result["concept"] for result in results):
-        samples(results, folder, out / f"samples-{concept}.png", concept)
+    concept, steps = results[0]["concept"], results[0]["steps"]
+    for name in dict.fromkeys(result["concept"] for result in results):
+        samples(results, folder, out / f"samples-{name}.png", name)
     if shipped:
         return
     curves(results, out / "curves.png")
-    concept, steps = results[0]["concept"], results[0]["steps"]
     first_picture(results, concept, folder, out / "first.png")
     typical = Cell(concept, "paper", typical_seed(results, concept), steps=steps)
     figure_8(typical, folder, out / "figure8.png")

@@ -25,13 +25,15 @@ class BaseModel:
     training: TrainConfig                        # for the public ones, the paper's settings
     size: int                                    # pixels a side of a picture
     variants: int                                # of each reference picture: itself, random crops and flips
+    method: str                                  # of METHODS, unless another one is asked for
 
 
 PAPERS = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
-PUBLIC = BaseModel(True, PAPERS, size=512, variants=8)
+PUBLIC = BaseModel(True, PAPERS, size=512, variants=8, method="paper")
 TINY = TrainConfig(steps=200, learning_rate=4e-3)
-TINY_METHODS = {"embeddings": dict(embedding_learning_rate=0.5)} # chosen on the benchmark's tuning concepts
-BASE_MODELS = {"tiny": BaseModel(False, TINY, size=64, variants=1),
+TINY_METHODS = {"embeddings": dict(embedding_learning_rate=0.5), # chosen on the benchmark's tuning concepts
+                "switched-off": dict(learning_rate=2e-3)}
+BASE_MODELS = {"tiny": BaseModel(False, TINY, size=64, variants=1, method="switched-off"),
                "sd3.5-medium": PUBLIC,
                "sd3-medium": PUBLIC}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Iterator
 
 from purecc_min.algorithm import learn
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, only_with_token
 from purecc_min.commands.base_models import (
     BASE_MODELS,
     check_base_model,
@@ -24,6 +24,7 @@ from purecc_min.methods import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError, shown
 from tinyflow.picturebook.world import OBJECTS
+from tinyflow.pipeline import Velocity
 from tinyflow.sd3.load import read_config
 
 
@@ -58,15 +59,19 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
         if not model.public:
             texts = unseen_texts(concept.class_word)
 
+        def as_drawn(theta: Branch) -> Velocity:
+            return only_with_token(theta, pipe.velocity) if METHODS[method].named_only else theta
+
         def rows() -> Iterator[dict]:
             for stage, theta, row in learn(pipe, concept, config, out, method, base_model):
                 if samples_every and row["step"] % samples_every == 0:
                     file = out / f"samples-{stage}-{row['step']:06d}.png"
-                    draw_sheet(pipe, concept, {f"stage {stage}, step {row['step']}": theta}, texts, file)
+                    title = f"stage {stage}, step {row['step']}"
+                    draw_sheet(pipe, concept, {title: as_drawn(theta)}, texts, file)
                 yield {**row, "step": row["step"] + (stage - 1) * config.steps}
 
         follow(f"learning: {method}", rows(), (2 if METHODS[method].extractor else 1) * config.steps)
-        theta, _ = Branch.load(pipe, out / "concept.safetensors")
+        theta = as_drawn(Branch.load(pipe, out / "concept.safetensors")[0])
         draw_sheet(pipe, concept, {method: theta}, texts, out / "comparison.png")
         if not model.public:                     # the reader knows the tiny world alone
             toy = Toy(dict(object=concept.class_word), {})

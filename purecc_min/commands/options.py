@@ -29,8 +29,9 @@ def demo_command(options: argparse.Namespace) -> None:
 
 def learn_command(options: argparse.Namespace) -> None:
     model = BASE_MODELS[options.base]
-    config = training_config(options, training_for(options.base, options.method))
-    learn_folder(options.folder, options.class_word, config, options.out, options.method, options.base,
+    method = options.method or model.method
+    config = training_config(options, training_for(options.base, method))
+    learn_folder(options.folder, options.class_word, config, options.out, method, options.base,
                  options.weights, options.text, options.size or model.size, options.device,
                  options.samples_every)
 
@@ -113,7 +114,8 @@ def add_learn(commands) -> None:
                           "part of each is to be learned: 1.mask.png is white where [V] is in 1.jpg")
     one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
     add_out(one, "output/learned", RUN_FOLDER)
-    one.add_argument("--method", choices=tuple(METHODS), default="paper", help="see below (%(default)s)")
+    one.add_argument("--method", choices=tuple(METHODS),
+                     help=f"see below ({TINY.method}; on public weights {PUBLIC.method})")
     one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
                      help="the base model to learn it on (%(default)s)")
     add_weights(one)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from purecc_min.branch import Branch, load_concept_file, only_with_token, velocity_with
 from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model, usable_device
 from purecc_min.concept import TOKEN
+from purecc_min.methods import METHODS
 from tinyflow.errors import InputError, shown
 from tinyflow.files import check_output, write_picture
 from tinyflow.picturebook.sheet import sheet
@@ -23,8 +24,9 @@ def names_of(number: int) -> list[str]:
     return [TOKEN] if number == 1 else [f"[V{n}]" for n in range(1, number + 1)]
 
 
-def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]]:
-    """The base model and picture size on which all files were learned, and name -> class word.
+def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str], bool]:
+    """The base model and picture size on which all files were learned, name -> class word, and whether all of
+    them want to be switched off for texts without a name.
 
     Raises: InputError for files that do not go together, or that the prompt does not name.
     """
@@ -40,7 +42,8 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
         if where != learned_on[0]:
             raise InputError(f"{file}: learned on {where[0]} at {where[1]} px, and {files[0]} on "
                              f"{learned_on[0][0]} at {learned_on[0][1]} px; they cannot stand in one picture")
-    return *learned_on[0], words
+    named_only = [its.get("method") in METHODS and METHODS[its["method"]].named_only for its in facts]
+    return *learned_on[0], words, all(named_only)
 
 
 def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: Path | None, seeds: list[int],
@@ -52,18 +55,19 @@ def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: 
         files: of concepts; the names of several are [V1], [V2], ... in this order.
         strength: what the adapters' part of every layer's output is multiplied with.
         empty_text: who answers guidance's empty text, the "adapted" model or the "base" model.
-        named_only: whether the adapters are off for every text without a concept's name.
+        named_only: whether the adapters are off for every text without a concept's name; for concepts of a
+            method that says so they are in any case.
     """
     check_output(out, ".png")
     prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", prompt)
-    base_model, size, words = read_facts(files, prompt)
+    base_model, size, words, learned_so = read_facts(files, prompt)
     check_base_model(base_model, weights, size)
     pipe = open_base_model(base_model, weights, text, size, usable_device(device_name))
     branches = [Branch.load(pipe, file)[0] for file in files]
     for B in (B for branch in branches for B in branch.lora.B.values()):
         B.mul_(strength)
     theta = partial(velocity_with, branches)
-    if named_only:
+    if named_only or learned_so:
         theta = only_with_token(theta, pipe.velocity)
     theta_null = pipe.velocity if empty_text == "base" else None
     text, pictures = pipe.encode_text([prompt], words), []

@@ -976,20 +976,22 @@ assert fronts["bound"][2][0] < fronts["LoRA"][5][0] < fronts["bound"][-1][0]    
 #
 # ## 8 · What to use
 #
-# **Use bound adapters with $L_{CC}$: `learn --method bound`.** They cost nothing without [V], by
-# construction; they have no weight to balance, and a step has fewer adapters to compute than a LoRA's. Their
-# price is in the figure above: after the same number of steps they have learned less, so they need more.
+# **Use a LoRA that is switched off without [V]: `learn --method switched-off`.** It has all of the LoRA's
+# concept, nothing changes without [V], by construction, and it costs nothing. On the benchmark's six
+# concepts it learns what the paper's method learns, to within the noise, with a fifth of its forward passes.
 #
 # **When not:**
 #
-# * **The base model has never drawn what the concept needs.** Then one token is a narrow door, and more steps
-# help only a little. The rival is the **anchored LoRA**: its adapters act at every token, so it can draw what
-# one token cannot carry, and it keeps most of what the anchor asks for.
-# * **The LoRA is there already, and each picture shows one thing.** Then **switch it off** without [V]. It is
-# free. Expect overdone pictures if the empty text is switched as well, and remember the two robots.
+# * **The file goes to a program that cannot switch.** Then **bind**: `learn --method bound`. An exported
+# bound concept needs no switch. After as many steps it has learned a little less (section 6; .84 against .88
+# in the benchmark), so give it more.
+# * **[V] shall obey the rest of the text.** Asked for [V] in another colour, the **anchored LoRA** obeys in
+# .43 of the benchmark's pictures, and a LoRA in .34. Without [V] it leaks half as much as a LoRA, not
+# nothing, and a step takes three forward passes.
 # * **You want fewer changes beside the object.** On bound adapters, PureCC's objective does what it was made
 # for (`learn --method bound-paper`): at equal fidelity the benchmark finds less change outside the object
 # than with $L_{CC}$, with a smaller concept at the end.
+# * **Two of a kind stand in one picture.** Nothing here keeps them apart; lesson 9 goes on with that.
 #
 # ## What you can now say
 #
@@ -1041,9 +1043,9 @@ assert fronts["bound"][2][0] < fronts["LoRA"][5][0] < fronts["bound"][-1][0]    
 # %% [markdown] tags=["slide"]
 # ## What to use
 #
-# * **Bound adapters, $L_{CC}$**: nothing is lost without [V].
-# * What the base model has never drawn: an **anchored LoRA**.
-# * A ready LoRA: **switch it off**; not for two robots in one picture.
+# * A LoRA, **switched off** without [V]: nothing is lost there, for nothing.
+# * A program that cannot switch: **bound** adapters.
+# * Less change around [V]: bound adapters with PureCC's objective.
 
 # %% [markdown] tags=["slide"]
 # ## Three questions

@@ -1242,8 +1242,8 @@ plt.show()
 # Read the page in this order:
 #
 # ```
-#   1  which edition of the world?  what was decided after seeing?      numbers of the first edition say
-#                |                                                      nothing about this one
+#   1  what was decided after seeing?  which parts were not run?        what is missing is said there
+#                |
 #                v
 #   2  the table of ends  ----> who has learned how much (fidelity), at what cost (passes)
 #                v
