@@ -38,14 +38,19 @@ out.textContent = "REPORT" + JSON.stringify(report) + "END";
 </script>"""
 
 
+def in_browser(script: str, folder) -> list[dict]:
+    """What the page reports when this script has been added to it."""
+    page = folder / "page.html"
+    page.write_text((FOLDER / "play.html").read_text().replace("</html>", script + "</html>"))
+    run = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                          "--virtual-time-budget=60000", f"--user-data-dir={folder}/profile", page.as_uri()],
+                         capture_output=True, text=True, timeout=120)
+    return json.loads(re.search("REPORT(.*)END", run.stdout.split("</script>")[-1])[1])
+
+
 @needs_browser
 def test_the_page_computes_what_the_package_does(tmp_path):
-    page = tmp_path / "page.html"
-    page.write_text((FOLDER / "play.html").read_text().replace("</html>", PROBE + "</html>"))
-    run = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                          f"--user-data-dir={tmp_path}/profile", page.as_uri()],
-                         capture_output=True, text=True, timeout=120)
-    report = json.loads(re.search("REPORT(.*)END", run.stdout.split("</script>")[-1])[1])
+    report = in_browser(PROBE, tmp_path)
     assert len(report) == 8                      # as it opens, five examples, by keys, by the pointer
     for state in report:
         target, complete = (torch.tensor(state[name]).double().view(1, 2, 1, 1)
@@ -89,13 +94,7 @@ Promise.all(Object.values(gallery).flatMap(own => Object.values(own.methods)).ma
 
 @needs_browser
 def test_the_gallery_shows_every_method_on_every_held_out_concept(tmp_path):
-    page = tmp_path / "page.html"
-    page.write_text((FOLDER / "play.html").read_text().replace("</html>", BROWSE + "</html>"))
-    run = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                          "--virtual-time-budget=60000", f"--user-data-dir={tmp_path}/profile",
-                          page.as_uri()],
-                         capture_output=True, text=True, timeout=120)
-    report = json.loads(re.search("REPORT(.*)END", run.stdout.split("</script>")[-1])[1])
+    report = in_browser(BROWSE, tmp_path)
     assert {one["concept"] for one in report} == set(HELD_OUT)
     for one in report:
         assert set(MAIN) | {"nothing", "perfect"} <= set(one["methods"]), one

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from purecc_min.benchmark.cells import STRIP, set_up
+from purecc_min.benchmark.cells import set_up
 from purecc_min.benchmark.figures import typical_pictures
 from purecc_min.benchmark.plans import plan
 from purecc_min.benchmark.report import gather
