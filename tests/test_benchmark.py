@@ -37,7 +37,7 @@ from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.flow import noise_for, predict_x_0, shift_times
 from tinyflow.weights import tensor_hash
 from tutorials.experiments.mechanism import study
-from tutorials.experiments.pairs import PAIRS, drawn, pair_of, right_objects
+from tutorials.experiments.pairs import PAIRS, drawn, judged, pair_of, right_objects
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,12 +221,25 @@ def test_Y_alone_never_moves_the_base_text_and_adapters_do(cheap, tmp_path):
 def test_two_untrained_concepts_draw_what_the_base_draws(cheap, monkeypatch):
     """Fresh branches change nothing: both objects stand where the text without the names says."""
     monkeypatch.setattr("tutorials.experiments.pairs.FEW_STEPS", 8)
+    monkeypatch.setattr("tutorials.experiments.pairs.SCENES", 10)
     pair = pair_of(PAIRS["two individuals"])
     setup = pair.setups[0]
     fresh = [Branch.fresh(setup.pipe, torch.zeros(6, 128), 1) for _ in range(2)]
     pictures = drawn(setup.pipe, pair, fresh, ())
-    assert pictures.shape == (12, 3, 64, 64)
+    assert pictures.shape == (10, 3, 64, 64)
     assert right_objects(setup.reader(pictures), pair.scenes) > 0.8
+
+
+def test_in_a_perfect_picture_of_two_concepts_each_has_its_own_traits():
+    both, styled = pair_of(PAIRS["two individuals"]), pair_of(PAIRS["individual in a style"])
+    reading = both.setups[0].reader(both.perfect())
+    cat, fish = judged(both, reading, 0), judged(both, reading, 1)
+    assert cat["cat: traits"] > .95 and fish["fish: traits"] > .95
+    assert cat["cat: other's"] < .05 and fish["fish: other's"] < .05
+    assert min(cat["cat: similarity"], fish["fish: similarity"]) > .9
+    reading = styled.setups[0].reader(styled.perfect())
+    assert judged(styled, reading, 1)["chalk: traits"] > .95
+    assert judged(styled, reading, 0).keys() == {"cat: traits"}      # chalk hides colours
 
 
 # ---------------------------------------------------------------------------------------------- its README.md

@@ -4,15 +4,17 @@
 
 The text names both, as `python -m purecc_min sample` takes it: "a small [V1] cat on the left and a big [V2]
 fish on the right in the snow", or "[V2] small [V1] cat on the left in the snow" for a style. Each concept was
-learned alone, on pictures with one object. The table compares
+learned alone, on pictures with one object. The tables compare
 
     base        neither is named: the original model and the text without [V1] and [V2]
+    perfect     the renderer's pictures of these texts, with both concepts
     alone       one is named, and only its adapters are attached: each concept is judged where it is the one
     together    both are named, and both sets of adapters are attached
 
 by the share of pictures that show the objects of the text at their places, the share of each concept's
-traits that the reader sees, and the similarity to its references. A style of lines hides colours, so an
-individual in such a style is judged without them, and by its traits only.
+traits that the reader sees on it, the share of the OTHER's traits that it sees there, where the two differ,
+and the similarity to its references. A style of lines hides colours, so an individual in such a style is
+judged without them, and by its traits only. It takes about ten minutes on two cores.
 """
 
 import itertools
@@ -26,24 +28,27 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import Cell, learned, set_up
+from purecc_min.benchmark.cells import KEPT, Cell, learned, set_up
 from purecc_min.benchmark.entries import Setup
-from purecc_min.benchmark.tables import markdown, mean_and_interval
+from purecc_min.benchmark.tables import markdown, plus_minus
 from purecc_min.branch import Branch, velocity_with
 from purecc_min.commands.sample import names_of
 from purecc_min.measure.draw import FEW_STEPS
+from purecc_min.measure.toy import turn
 from tinyflow.errors import report_errors
 from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import COLOURLESS, Reading
+from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, to_pictures, to_pixels
 
 NAMES = names_of(2)                              # "[V1]" and "[V2]"
 SAID = world.PLAIN_PARTS - {"colour"}
-METHODS, SEEDS = ("LoRA", "paper"), 3
+METHODS, SEEDS = KEPT, 3
+SCENES, AT_ONCE = 50, 10
 PAIRS = {"two individuals": ("striped_cat", "dotted_fish"),
          "individual in a style": ("striped_cat", "school_chalk")}
-Values = dict[tuple[str, ...], float]            # (pair, what is measured, who draws) -> share or similarity
+Values = dict[str, float]                        # what is measured -> a share or a similarity
 
 
 class Pair(NamedTuple):
@@ -63,18 +68,30 @@ class Pair(NamedTuple):
         return rows
 
     @property
-    def hidden(self) -> tuple[str, ...]:
-        """The traits that the pair's style does not show."""
-        styles = [setup.toy.looks.get("style") for setup in self.setups]
-        return ("colour", "accent") if set(styles) & set(COLOURLESS) else ()
+    def shown(self) -> list[dict]:
+        """Of each concept the known traits, without those that the pair's style does not show."""
+        styles = {setup.toy.looks.get("style") for setup in self.setups}
+        hidden = ("colour", "accent") if styles & set(COLOURLESS) else ()
+        return [{head: value for head, value in setup.toy.known_traits.items() if head not in hidden}
+                for setup in self.setups]
+
+    def perfect(self) -> Tensor:
+        """The scenes with both concepts in them, as the renderer draws them: pixels [SCENES, 3, H, W]."""
+        rows = []
+        for scene in self.scenes:
+            for n, setup in enumerate(self.setups):
+                scene = setup.toy.wearing(scene, min(n, len(scene.things) - 1))
+            rows.append(scene)
+        return to_pixels(render_all(rows)[0])
 
 
 def pair_of(names: tuple[str, str]) -> Pair:
     """Cat and fish are of different sizes, the cat on the left. The cat in a style stands everywhere."""
     setups, scenes = [set_up(name) for name in names], []
     words = [setup.toy.class_word for setup in setups if not setup.toy.is_style]
-    layouts = itertools.product(world.BACKGROUNDS, (world.SIZES, world.SIZES[::-1]))
-    for (background, sizes), place in zip(layouts, itertools.cycle(world.PLACES)):
+    layouts = itertools.cycle(itertools.product(world.BACKGROUNDS, (world.SIZES, world.SIZES[::-1])))
+    for (background, sizes), n in zip(layouts, range(SCENES)):
+        place = turn(world.PLACES, n)
         places = ("left", "right") if len(words) == 2 else (place,)
         things = tuple(world.Thing(word, "red", size, where)     # texts leave out the colour
                        for word, size, where in zip(words, sizes, places))
@@ -84,11 +101,15 @@ def pair_of(names: tuple[str, str]) -> Pair:
 
 @torch.no_grad()
 def drawn(pipe: Pipeline, pair: Pair, thetas: list[Branch], named: tuple[int, ...]) -> Tensor:
-    """The pair's scenes with these concepts, pixels [12, 3, H, W]; scene i from the noise of seed i."""
+    """The pair's scenes with these concepts, pixels [SCENES, 3, H, W]; scene i from the noise of seed i."""
     words = {NAMES[n]: pair.setups[n].toy.class_word for n in named}
-    texts = pipe.encode_text(pair.texts(named), words)
     theta = partial(velocity_with, [thetas[n] for n in named]) if named else None
-    return pipe.decode(pipe.sample(texts, list(range(len(pair.scenes))), FEW_STEPS, theta=theta))
+    pictures, texts = [], pair.texts(named)
+    for first in range(0, SCENES, AT_ONCE):
+        seeds = list(range(first, first + AT_ONCE))
+        text = pipe.encode_text(texts[first:first + AT_ONCE], words)
+        pictures.append(pipe.decode(pipe.sample(text, seeds, FEW_STEPS, theta=theta)))
+    return torch.cat(pictures)
 
 
 def right_objects(reading: Reading, scenes: list[world.Scene]) -> float:
@@ -99,52 +120,73 @@ def right_objects(reading: Reading, scenes: list[world.Scene]) -> float:
     return float(right.mean())
 
 
-def judged(setup: Setup, reading: Reading, n: int, hidden: tuple[str, ...]) -> dict[str, float]:
-    """The share of the concept's traits that are seen at object n, and its similarity to the references."""
-    known = {head: value for head, value in setup.toy.known_traits.items() if head not in hidden}
-    traits = np.mean([[seen == value for seen in reading.names(head, n)] for head, value in known.items()])
-    references, is_style = setup.reader(to_pixels(setup.pictures)), setup.toy.is_style
-    if hidden and not is_style:
-        return {"traits": float(traits)}
-    of_references = references.look if is_style else references.identity[:, 0]
-    features = reading.look if is_style else reading.identity[:, n]
-    similarity = features @ F.normalize(of_references.mean(0), dim=0)                   # [12]
-    return {"traits": float(traits), "similarity": similarity.mean().item()}
+def seen_share(reading: Reading, n: int, traits: dict) -> float:
+    """The share of these traits that are seen at object n."""
+    return float(np.mean([[seen == value for seen in reading.names(head, n)]
+                          for head, value in traits.items()]))
 
 
-def measured(name: str, pair: Pair, thetas: list[Branch]) -> tuple[Values, list[Tensor]]:
-    """All of one pair's values, and the pictures of base and both together."""
-    values, pipe = {}, pair.setups[0].pipe
-    pictures = {named: drawn(pipe, pair, thetas, named) for named in ((), (0,), (1,), (0, 1))}
-    readings = {named: pair.setups[0].reader(x) for named, x in pictures.items()}
-    for column, named in (("base", ()), ("together", (0, 1))):
-        values[name, "right objects", column] = right_objects(readings[named], pair.scenes)
-    for n, setup in enumerate(pair.setups):
-        own = setup.toy.class_word if not setup.toy.is_style else setup.toy.looks["style"]
-        for column, named in (("base", ()), ("alone", (n,)), ("together", (0, 1))):
-            for measure, value in judged(setup, readings[named], n, pair.hidden).items():
-                values[name, f"{measure} of the {own}", column] = value
-    return values, [pictures[()], pictures[0, 1]]
+def judged(pair: Pair, reading: Reading, n: int) -> Values:
+    """What is seen of concept n: its own traits, the other's in their place, likeness to its references."""
+    setup, traits, other = pair.setups[n], pair.shown[n], pair.shown[1 - n]
+    is_style = setup.toy.is_style
+    name = setup.toy.looks["style"] if is_style else setup.toy.class_word
+    values = {f"{name}: traits": seen_share(reading, n, traits)}
+    if not is_style and not pair.setups[1 - n].toy.is_style:
+        foreign = {head: value for head, value in other.items()
+                   if head != "object" and traits.get(head) != value}
+        values[f"{name}: other's"] = seen_share(reading, n, foreign)
+    if is_style or traits == setup.toy.known_traits:
+        references = setup.reader(to_pixels(setup.pictures))
+        of_references = references.look if is_style else references.identity[:, 0]
+        features = reading.look if is_style else reading.identity[:, n]
+        similarity = features @ F.normalize(of_references.mean(0), dim=0)               # [SCENES]
+        values[f"{name}: similarity"] = similarity.mean().item()
+    return values
+
+
+def measured(pair: Pair, readings: dict[tuple[int, ...], Reading]) -> dict[str, Values]:
+    """Who is compared -> all of its values. readings: the concepts that are named -> what is then seen.
+
+    Alone, each concept is judged in the pictures in which it is the one that is named.
+    """
+    alone = judged(pair, readings[0,], 0) | judged(pair, readings[1,], 1)
+    both = readings[0, 1]
+    objects = {"right objects": right_objects(both, pair.scenes)}
+    return {"alone": alone, "together": objects | judged(pair, both, 0) | judged(pair, both, 1)}
+
+
+def compare(pair: Pair, names: tuple[str, str], folder: Path) -> tuple[str, list[Tensor]]:
+    """One pair's table, means over seeds, and some pictures: the original's, and each method's together."""
+    reader, pipe = pair.setups[0].reader, pair.setups[0].pipe
+    base, perfect = drawn(pipe, pair, [], ()), pair.perfect()
+    found = {"base": [measured(pair, dict.fromkeys(((0,), (1,), (0, 1)), reader(base)))["together"]],
+             "perfect": [measured(pair, dict.fromkeys(((0,), (1,), (0, 1)), reader(perfect)))["together"]]}
+    strips = [base[:12]]
+    for method, seed in itertools.product(METHODS, range(SEEDS)):
+        thetas = [learned(Cell(concept, method, seed), folder) for concept in names]
+        pictures = {named: drawn(pipe, pair, thetas, named) for named in ((0,), (1,), (0, 1))}
+        values = measured(pair, {named: reader(x) for named, x in pictures.items()})
+        for how, row in values.items():
+            found.setdefault(f"{method}, {how}", []).append(row)
+        if seed == 0:
+            strips.append(pictures[0, 1][:12])
+    titles, rows = list(found["base"][0]), []
+    for who, runs in found.items():
+        cells = [plus_minus(title, [run[title] for run in runs]) if title in runs[0] else ""
+                 for title in titles]
+        rows.append([who, *cells])
+    return markdown(["", *titles], rows), strips
 
 
 def pairs(folder: Path) -> str:
-    """Both pairs, means over seeds; leaves pairs/table.md and pairs/pictures.png."""
-    found, strips = {}, []
-    for method, seed, (name, names) in itertools.product(METHODS, range(SEEDS), PAIRS.items()):
-        thetas = [learned(Cell(concept, method, seed), folder) for concept in names]
-        values, pictures = measured(name, pair_of(names), thetas)
-        for (*row, column), value in values.items():
-            title = column if column == "base" else f"{method}, {column}"
-            found.setdefault(tuple(row), {}).setdefault(title, []).append(value)
-        if seed == 0:
-            strips += [np.concatenate(to_pictures(x), axis=1) for x in pictures]
-    titles, rows = ["base", *(f"{m}, {how}" for m in METHODS for how in ("alone", "together"))], []
-    for row, columns in found.items():
-        intervals = {title: mean_and_interval(values) for title, values in columns.items()}
-        shown = {title: f"{mean:.2f} ± {half:.2f}" for title, (mean, half) in intervals.items()}
-        shown["base"] = f"{intervals['base'][0]:.2f}"            # it is the same for every seed
-        rows.append([*row, *(shown.get(title, "") for title in titles)])
-    text = markdown(["pair", "measure", *titles], rows)
+    """Both pairs' tables; leaves pairs/table.md and pairs/pictures.png."""
+    tables, strips = [], []
+    for title, names in PAIRS.items():
+        table, pictures = compare(pair_of(names), names, folder)
+        tables.append(f"{title}: {' and '.join(names)}\n\n{table}")
+        strips += [np.concatenate(to_pictures(x), axis=1) for x in pictures]
+    text = "\n\n".join(tables)
     write_whole(folder / "pairs" / "table.md", (text + "\n").encode())
     write_picture(folder / "pairs" / "pictures.png", Image.fromarray(np.concatenate(strips)))
     return text
