@@ -148,32 +148,27 @@ def judged(pair: Pair, reading: Reading, n: int) -> Values:
     return values
 
 
-def measured(pair: Pair, readings: dict[tuple[int, ...], Reading]) -> dict[str, Values]:
-    """Who is compared -> all of its values. readings: the concepts that are named -> what is then seen.
-
-    Alone, each concept is judged in the pictures in which it is the one that is named.
-    """
-    alone = judged(pair, readings[0,], 0) | judged(pair, readings[1,], 1)
-    both = readings[0, 1]
-    objects = {"right objects": right_objects(both, pair.scenes)}
-    return {"alone": alone, "together": objects | judged(pair, both, 0) | judged(pair, both, 1)}
+def judged_together(pair: Pair, reading: Reading) -> Values:
+    """All that is compared of pictures in which both concepts should be."""
+    objects = {"right objects": right_objects(reading, pair.scenes)}
+    return objects | judged(pair, reading, 0) | judged(pair, reading, 1)
 
 
 def compare(pair: Pair, names: tuple[str, str], folder: Path) -> tuple[str, list[Tensor]]:
     """One pair's table, means over seeds, and some pictures: the original's, and each method's together."""
     reader, pipe = pair.setups[0].reader, pair.setups[0].pipe
-    base, perfect = drawn(pipe, pair, [], ()), pair.perfect()
-    found = {"base": [measured(pair, dict.fromkeys(((0,), (1,), (0, 1)), reader(base)))["together"]],
-             "perfect": [measured(pair, dict.fromkeys(((0,), (1,), (0, 1)), reader(perfect)))["together"]]}
+    base = drawn(pipe, pair, [], ())
+    found = {"base": [judged_together(pair, reader(base))],
+             "perfect": [judged_together(pair, reader(pair.perfect()))]}
     strips = [base[:12]]
     for method, seed in itertools.product(METHODS, range(SEEDS)):
         thetas = [learned(Cell(concept, method, seed), folder) for concept in names]
-        pictures = {named: drawn(pipe, pair, thetas, named) for named in ((0,), (1,), (0, 1))}
-        values = measured(pair, {named: reader(x) for named, x in pictures.items()})
-        for how, row in values.items():
-            found.setdefault(f"{method}, {how}", []).append(row)
+        first, second, both = (drawn(pipe, pair, thetas, named) for named in ((0,), (1,), (0, 1)))
+        alone = judged(pair, reader(first), 0) | judged(pair, reader(second), 1)
+        found.setdefault(f"{method}, alone", []).append(alone)
+        found.setdefault(f"{method}, together", []).append(judged_together(pair, reader(both)))
         if seed == 0:
-            strips.append(pictures[0, 1][:12])
+            strips.append(both[:12])
     titles, rows = list(found["base"][0]), []
     for who, runs in found.items():
         cells = [plus_minus(title, [run[title] for run in runs]) if title in runs[0] else ""
