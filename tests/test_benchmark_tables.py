@@ -6,6 +6,7 @@ import pytest
 from purecc_min.benchmark import tables
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims, difference
 from purecc_min.benchmark.plans import plan
+from purecc_min.benchmark.report import by_concept
 from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
 from purecc_min.measure.measures import MEASURES
 
@@ -72,6 +73,13 @@ def test_rows_with_another_number_of_steps_say_so():
     text = tables.methods_tables(groups)
     assert "short (20 steps)" in text and "long (400 steps)" in text
     assert "own (" not in text and "end (" not in text
+
+
+def test_a_table_over_concepts_has_a_row_for_a_method_and_not_for_each_way_of_sampling_it():
+    results = [run(concept, "LoRA", 0, 0.5) | {"way": way} for concept in "ab" for way in tables.WAYS]
+    text = by_concept(results)
+    assert {line.split("|")[1].strip() for line in text.splitlines() if "LoRA" in line} == {"a", "b"}
+    assert "switched off" not in text and "empty text" not in text
 
 
 def test_the_score_is_0_without_fidelity_and_1_without_damage():

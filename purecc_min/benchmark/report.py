@@ -81,10 +81,11 @@ def by_method(results: Results) -> str:
 
 
 def by_concept(results: Results) -> str:
-    """One table for all concepts, for the parts that compare within a concept."""
+    """One table for all concepts, for the parts that compare within a concept: the first way of sampling."""
     groups = {}
     for result in results:
-        own = grouped([other for other in results if other["concept"] == result["concept"]])
+        own = grouped([other for other in results
+                       if other["concept"] == result["concept"] and other["way"] == ""])
         groups |= {(result["concept"], title): group for title, group in own.items()}
     return methods_tables(groups, first=("concept", "method"))
 
