@@ -1,13 +1,24 @@
 """From results to tables and verdicts: fidelity, fronts, intervals, the paper's claims."""
 
+import re
+
 import numpy as np
 import pytest
 
 from purecc_min.benchmark import tables
-from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims, difference
+from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims
+from purecc_min.benchmark.entries import FURTHER, MAIN
 from purecc_min.benchmark.plans import plan
 from purecc_min.benchmark.report import by_concept
-from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
+from purecc_min.benchmark.tables import (
+    add_fidelity,
+    at_similarity,
+    difference,
+    equal_fidelity,
+    mean_and_interval,
+    score,
+    variants_table,
+)
 from purecc_min.measure.measures import MEASURES
 
 
@@ -108,6 +119,19 @@ def test_a_difference_pairs_concepts_and_seeds():
     results = [run("a", "paper", 0, 0.5), run("b", "paper", 0, 0.9), run("a", "LoRA", 0, 0.4),
                run("b", "LoRA", 0, 0.6), run("a", "paper", 1, 0.5)]
     assert difference(results, "paper", "LoRA", "similarity", ("a", "b")) == pytest.approx([0.2])
+    assert difference(results, "paper", "LoRA", "neighbour leak", ("a", "b")) == []      # no style has it
+
+
+def test_each_further_method_is_compared_with_what_it_varies():
+    for entry in FURTHER.values():
+        assert entry.beside and set(entry.beside) <= set(MAIN)
+    results = [run("striped_cat", name, 0, 1.0, **{"class leak": leak})
+               for name, leak in (("LoRA, twice", 0.8), ("LoRA", 0.2), ("paper", 0.6))]
+    lines = variants_table(results).splitlines()
+    of = {title: " ".join(line for line in lines if f"| {title} " in line)
+          for title in ("LoRA, twice minus LoRA", "LoRA, twice minus paper", "released minus paper")}
+    assert "+0.600" in of["LoRA, twice minus LoRA"] and "+0.200" in of["LoRA, twice minus paper"]
+    assert of["released minus paper"] and not re.search(r"\d", of["released minus paper"])     # not run
 
 
 def test_every_claim_names_methods_and_measures_that_are_run():

@@ -16,7 +16,7 @@ import numpy as np
 from purecc_min.benchmark.plans import ABLATED
 from purecc_min.benchmark.tables import (
     Results,
-    final,
+    difference,
     markdown,
     mean_and_interval,
     mean_by_seed,
@@ -107,20 +107,6 @@ def bound(method: str) -> str | None:
     if method.startswith("paper"):
         return f"bound {method}"
     return {"LoRA": "bound"}.get(method, method if method.startswith("DreamBooth") else None)
-
-
-def difference(results: Results, larger: str, smaller: str, measure: str,
-               concepts: tuple[str, ...]) -> list[float]:
-    """One method's measure minus the other's, on the same concepts and seeds.
-
-    Returns: its mean over concepts, one value for each seed.
-    """
-    known = {(name_of(r), r["concept"], r["seed"]): final(r) for r in results if r["concept"] in concepts}
-    pairs = []
-    for (name, concept, seed), values in known.items():
-        if name == larger and (smaller, concept, seed) in known:
-            pairs.append((seed, values[measure] - known[smaller, concept, seed][measure]))
-    return mean_by_seed(pairs)
 
 
 def term(result: dict, step: int, name: str) -> float:

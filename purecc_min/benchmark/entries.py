@@ -208,6 +208,7 @@ class Entry:
     teacher: str = "LoRA"                        # the method that teaches its frozen extractor
     times: int = 1                               # how many times as many steps as the others
     ways: tuple[str, ...] = ("",)                # keys of WAYS: each is a row of the tables
+    beside: tuple[str, ...] = ()                 # methods of MAIN from which the tables tell its differences
 
     @property
     def stage(self) -> int:
@@ -261,23 +262,26 @@ MAIN = {
 FURTHER = {
     "DreamBooth + prior": Entry("DreamBooth, and L_CC on the base model's own pictures of the class",
                                  PriorPreservation, PRIOR_TRIES[2], PRIOR_TRIES, trains="model",
-                                 made_anew=True),
+                                 made_anew=True, beside=("DreamBooth",)),
     "DreamBooth + EWC": Entry("DreamBooth, and weights that matter stay near the base model's", EWC,
-                               EWC_TRIES[1], EWC_TRIES, trains="model", made_anew=True),
+                               EWC_TRIES[1], EWC_TRIES, trains="model", made_anew=True,
+                               beside=("DreamBooth",)),
     "released": Entry("PureCC as its authors' code does it", released, RELEASED_TRIES[0], RELEASED_TRIES,
-                       theta_1="frozen"),
+                       theta_1="frozen", beside=("paper",)),
     "merged stages": Entry("PureCC with an extractor that is trained in the same stage", merged_stages,
-                            RATES[0], RATES, theta_1="joint"),
+                            RATES[0], RATES, theta_1="joint", beside=("paper",)),
     "bound, imagined scenes": Entry("Eq. 14 at lambda 1 on scenes that the base model imagines",
                                      ImaginedScenes, BOUND_RATES[0], BOUND_RATES, theta_1="frozen",
-                                     made_anew=True, where="token", teacher="bound"),
+                                     made_anew=True, where="token", teacher="bound",
+                                     beside=("bound paper",)),
     "LoRA, masked": Entry("LoRA, and what is beside the concept does not count", l_cc, RATES[0],
-                           masked=True),
+                           masked=True, beside=("LoRA",)),
     "bound, masked": Entry("bound, and what is beside the concept does not count", l_cc, BOUND_RATES[2],
-                            where="token", masked=True),
-    "LoRA, twice": Entry("LoRA for as many steps as the paper's two stages", l_cc, RATES[0], times=2),
+                            where="token", masked=True, beside=("bound",)),
+    "LoRA, twice": Entry("LoRA for as many steps as the paper's two stages", l_cc, RATES[0], times=2,
+                          beside=("LoRA", "paper")),
     "bound, twice": Entry("bound for as many steps as two stages", l_cc, BOUND_RATES[2], times=2,
-                           where="token"),
+                           where="token", beside=("bound", "bound paper")),
 }
 ABLATIONS = {
     "paper, lambda 1": follows("lambda 1 in place of lambda* (Table 3)", constant_lambda(1.0)),

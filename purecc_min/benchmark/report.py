@@ -10,11 +10,13 @@ Read next: README.md, the report on the shipped results.
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from purecc_min.benchmark.cells import Cell
 from purecc_min.benchmark.claims import claims_table
 from purecc_min.benchmark.figures import curves, figure_8, first_picture, fronts, samples, typical_seed
+from purecc_min.benchmark.plans import plan
 from purecc_min.benchmark.tables import (
     Results,
     add_fidelity,
@@ -28,6 +30,7 @@ from purecc_min.benchmark.tables import (
     stopped_early,
     terms_table,
     tuning_table,
+    variants_table,
 )
 from purecc_min.measure.measures import MEASURES
 from tinyflow.files import write_whole
@@ -98,9 +101,11 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
     """
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table,
-              "further": by_method}
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "further": by_method}
     text = tables.get(part, by_concept)(results)
+    if part == "further":
+        main = [replace(cell, steps=cells[0].steps) for cell in plan("main")]
+        text += "\n\n" + variants_table(results + gather(main, folder, shipped=True))
     write_whole(folder / part / "table.md", (text + "\n").encode())
     if part in ("main", "further"):
         fronts(results, folder / part / "fronts.png")

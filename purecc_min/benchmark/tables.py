@@ -10,9 +10,9 @@ and of what was preserved. Read next: claims.py.
 import numpy as np
 
 from purecc_min.benchmark.cells import ALL, STEPS, Cell
-from purecc_min.benchmark.entries import WAYS
+from purecc_min.benchmark.entries import FURTHER, WAYS
 from purecc_min.measure.measures import DAMAGES, MEASURES, better, show
-from purecc_min.measure.toy import TUNING
+from purecc_min.measure.toy import HELD_OUT, TUNING
 
 # the 97.5 % quantile of Student's t, by degrees of freedom
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -37,6 +37,20 @@ def mean_by_seed(pairs: list[tuple[int, float]]) -> list[float]:
     """(training seed, value), one for each concept -> the mean over concepts, one value for each seed."""
     seeds = sorted({seed for seed, _ in pairs})
     return [float(np.mean([value for own, value in pairs if own == seed])) for seed in seeds]
+
+
+def difference(results: Results, method: str, other: str, measure: str,
+               concepts: tuple[str, ...] = HELD_OUT) -> list[float]:
+    """One method's measure minus the other's at the end of training, on the same concepts and seeds.
+
+    Returns: its mean over the concepts that have it, one value for each seed.
+    """
+    known = {(name_of(r), r["concept"], r["seed"]): final(r) for r in results if r["concept"] in concepts}
+    pairs = []
+    for (name, concept, seed), values in known.items():
+        if name == method and measure in values and (other, concept, seed) in known:
+            pairs.append((seed, values[measure] - known[other, concept, seed][measure]))
+    return mean_by_seed(pairs)
 
 
 def rows_of(result: dict) -> list[dict]:
@@ -226,6 +240,21 @@ def equal_fidelity(results: Results, reference: str = "paper") -> str:
         level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in pairs]))
         rows.append([title, f"{level:.2f}", *cells])
     return markdown([f"method minus {reference}", "at fidelity", *names], rows, first=2)
+
+
+def variants_table(results: Results) -> str:
+    """What each further method has more or less of, at the end of training, than those it stands beside.
+
+    A place is empty where their cells are missing.
+    """
+    names, rows = ("fidelity", "sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak",
+                   "neighbour leak"), []
+    for title, method in FURTHER.items():
+        for other in method.beside:
+            found = [(name, difference(results, title, other, name)) for name in names]
+            rows.append([f"{title} minus {other}", *(plus_minus(name, values, signed=True) if values else ""
+                                                     for name, values in found)])
+    return markdown(["at the end", *names], rows)
 
 
 def terms_table(results: Results) -> str:
