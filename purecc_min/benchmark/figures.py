@@ -71,7 +71,7 @@ def fronts(results: Results, file: Path) -> None:
                      xlim=(0, 1.02))
         errors = np.mean([r["velocity_error"] for r in own], axis=0)
         axes[-1, -1].plot(TIMES, errors, "o-", **look)
-    axes[-1, -1].set(title="velocity error at the end", xlabel="t", yscale="log")
+    axes[-1, -1].set(title="velocity error at the end ↓", xlabel="t", yscale="log")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file)
     plt.close(figure)
