@@ -39,7 +39,7 @@ def mean_by_seed(pairs: list[tuple[int, float]]) -> list[float]:
     return [float(np.mean([value for own, value in pairs if own == seed])) for seed in seeds]
 
 
-def difference(results: Results, method: str, other: str, measure: str,
+def difference(results: Results, larger: str, smaller: str, measure: str,
                concepts: tuple[str, ...] = HELD_OUT) -> list[float]:
     """One method's measure minus the other's at the end of training, on the same concepts and seeds.
 
@@ -48,8 +48,8 @@ def difference(results: Results, method: str, other: str, measure: str,
     known = {(name_of(r), r["concept"], r["seed"]): final(r) for r in results if r["concept"] in concepts}
     pairs = []
     for (name, concept, seed), values in known.items():
-        if name == method and measure in values and (other, concept, seed) in known:
-            pairs.append((seed, values[measure] - known[other, concept, seed][measure]))
+        if name == larger and measure in values and (smaller, concept, seed) in known:
+            pairs.append((seed, values[measure] - known[smaller, concept, seed][measure]))
     return mean_by_seed(pairs)
 
 

@@ -60,11 +60,11 @@ from torch.nn.utils import parameters_to_vector
 from purecc_min import methods
 from purecc_min.benchmark import entries
 from purecc_min.benchmark.cells import ALL, Cell, count_passes, learn_theta_1, set_up, train_cell
-from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, difference
+from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim
 from purecc_min.benchmark.entries import MAIN, Entry, NoAdapters, as_sampled, follows
 from purecc_min.benchmark.plans import SEEDS, plan
-from purecc_min.benchmark.tables import (STUDENT_T, add_fidelity, at_similarity, final, front, name_of,
-                                         mean_and_interval, mean_by_seed, pairs_at_equal_fidelity)
+from purecc_min.benchmark.tables import (STUDENT_T, add_fidelity, at_similarity, difference, final, front,
+                                         mean_and_interval, mean_by_seed, name_of, pairs_at_equal_fidelity)
 from purecc_min.branch import Branch
 from purecc_min.concept import noised
 from purecc_min.measure.draw import FEW_STEPS, draw, perfect
