@@ -208,7 +208,7 @@ class Entry:
     teacher: str = "LoRA"                        # the method that teaches its frozen extractor
     times: int = 1                               # how many times as many steps as the others
     ways: tuple[str, ...] = ("",)                # keys of WAYS: each is a row of the tables
-    beside: tuple[str, ...] = ()                 # methods of MAIN from which the tables tell its differences
+    beside: tuple[str, ...] = ()                 # methods of MAIN with which the tables compare it
 
     @property
     def stage(self) -> int:
