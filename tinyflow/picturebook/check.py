@@ -1,6 +1,6 @@
 """How good the three networks of the picture book are, against the truth of the renderer.
 
-    python -m tinyflow.picturebook.check             takes about half an hour on a laptop
+    python -m tinyflow.picturebook.check             takes ten minutes on 2 CPU cores
     python -m tinyflow.picturebook.check --count 50  a tenth of it
 
 The codec is told by its peak signal-to-noise ratio; the reader by how often each of its heads is right, on
