@@ -230,13 +230,16 @@ def test_two_untrained_concepts_draw_what_the_base_draws(cheap, monkeypatch):
     assert right_objects(setup.reader(pictures), pair.scenes) > 0.8
 
 
-def test_in_a_perfect_picture_of_two_concepts_each_has_its_own_traits():
+def test_in_a_perfect_picture_of_two_concepts_each_has_its_own_traits(cheap):
     both, styled = pair_of(PAIRS["two individuals"]), pair_of(PAIRS["individual in a style"])
     reading = both.setups[0].reader(both.perfect())
     cat, fish = judged(both, reading, 0), judged(both, reading, 1)
     assert cat["cat: traits"] > .95 and fish["fish: traits"] > .95
     assert cat["cat: other's"] < .05 and fish["fish: other's"] < .05
     assert min(cat["cat: similarity"], fish["fish: similarity"]) > .9
+    alike = pair_of(("striped_cat", "checked_star"))         # both have one eye and an antenna
+    reading = alike.setups[0].reader(alike.perfect())
+    assert judged(alike, reading, 0)["cat: other's"] < .05
     reading = styled.setups[0].reader(styled.perfect())
     assert judged(styled, reading, 1)["chalk: traits"] > .95
     assert judged(styled, reading, 0).keys() == {"cat: traits"}      # chalk hides colours

@@ -17,7 +17,7 @@ from purecc_min.benchmark.tables import (
     equal_fidelity,
     mean_and_interval,
     score,
-    variants_table,
+    variants_tables,
 )
 from purecc_min.measure.measures import MEASURES
 
@@ -125,13 +125,15 @@ def test_a_difference_pairs_concepts_and_seeds():
 def test_each_further_method_is_compared_with_what_it_varies():
     for entry in FURTHER.values():
         assert entry.beside and set(entry.beside) <= set(MAIN)
-    results = [run("striped_cat", name, 0, 1.0, **{"class leak": leak})
-               for name, leak in (("LoRA, twice", 0.8), ("LoRA", 0.2), ("paper", 0.6))]
-    lines = variants_table(results).splitlines()
-    of = {title: " ".join(line for line in lines if f"| {title} " in line)
-          for title in ("LoRA, twice minus LoRA", "LoRA, twice minus paper", "released minus paper")}
-    assert "+0.600" in of["LoRA, twice minus LoRA"] and "+0.200" in of["LoRA, twice minus paper"]
-    assert of["released minus paper"] and not re.search(r"\d", of["released minus paper"])     # not run
+    results = [run("striped_cat", name, 0, *similarities, **{"class leak": leak})
+               for name, similarities, leak in (("LoRA, twice", (0.5, 1.0), 0.8), ("LoRA", (0.5,), 0.2),
+                                                ("paper", (1.0,), 0.6), ("nothing", (0.0,), 0.0))]
+    tables_of = variants_tables(results).split("| at equal fidelity")
+    for text, to_LoRA, to_paper in zip(tables_of, ("+0.700", "+0.300"), ("+0.200", "+0.200")):
+        rows = {title: " ".join(line for line in text.splitlines() if f"| {title} " in line)
+                for title in ("LoRA, twice minus LoRA", "LoRA, twice minus paper", "released minus paper")}
+        assert to_LoRA in rows["LoRA, twice minus LoRA"] and to_paper in rows["LoRA, twice minus paper"]
+        assert rows["released minus paper"] and not re.search(r"\d|nan", rows["released minus paper"])
 
 
 def test_every_claim_names_methods_and_measures_that_are_run():

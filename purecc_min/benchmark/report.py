@@ -30,7 +30,7 @@ from purecc_min.benchmark.tables import (
     stopped_early,
     terms_table,
     tuning_table,
-    variants_table,
+    variants_tables,
 )
 from purecc_min.measure.measures import MEASURES
 from tinyflow.files import write_whole
@@ -84,7 +84,10 @@ def by_method(results: Results) -> str:
 
 
 def by_concept(results: Results) -> str:
-    """One table for all concepts, for the parts that compare within a concept: the first way of sampling."""
+    """One table for all concepts, for the parts that compare within a concept.
+
+    It shows the first way of sampling alone.
+    """
     groups = {}
     for result in results:
         own = grouped([other for other in results
@@ -105,7 +108,7 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
     text = tables.get(part, by_concept)(results)
     if part == "further":
         main = [replace(cell, steps=cells[0].steps) for cell in plan("main")]
-        text += "\n\n" + variants_table(results + gather(main, folder, shipped=True))
+        text += "\n\n" + variants_tables(results + gather(main, folder, shipped=True))
     write_whole(folder / part / "table.md", (text + "\n").encode())
     if part in ("main", "further"):
         fronts(results, folder / part / "fronts.png")

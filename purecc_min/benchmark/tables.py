@@ -242,19 +242,30 @@ def equal_fidelity(results: Results, reference: str = "paper") -> str:
     return markdown([f"method minus {reference}", "at fidelity", *names], rows, first=2)
 
 
-def variants_table(results: Results) -> str:
-    """What each further method has more or less of, at the end of training, than those it stands beside.
+def variants_tables(results: Results) -> str:
+    """What each further method has more or less of than those it stands beside, in two tables.
 
-    A place is empty where their cells are missing.
+    One is at the end of training, the other at equal fidelity. A place is empty where cells are missing.
     """
-    names, rows = ("fidelity", "sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak",
-                   "neighbour leak"), []
+    names = ("sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak", "neighbour leak",
+             "path KL")
+    at_the_end, at_equal_fidelity = [], []
+
+    def shown(name: str, values: list[float]) -> str:
+        return plus_minus(name, values, signed=True) if values else ""
+
     for title, method in FURTHER.items():
         for other in method.beside:
-            found = [(name, difference(results, title, other, name)) for name in names]
-            rows.append([f"{title} minus {other}", *(plus_minus(name, values, signed=True) if values else ""
-                                                     for name, values in found)])
-    return markdown(["at the end", *names], rows)
+            first = f"{title} minus {other}"
+            ends = [shown(name, difference(results, title, other, name)) for name in ("fidelity", *names)]
+            at_the_end.append([first, *ends])
+            pairs = pairs_at_equal_fidelity(results, title, other)
+            equals = [shown(name, mean_by_seed([(run["seed"], own[name] - others[name])
+                                                for run, own, others in pairs if name in own]))
+                      for name in names]
+            at_equal_fidelity.append([first, *equals])
+    return "\n\n".join([markdown(["at the end", "fidelity", *names], at_the_end),
+                        markdown(["at equal fidelity", *names], at_equal_fidelity)])
 
 
 def terms_table(results: Results) -> str:
