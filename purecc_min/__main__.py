@@ -1,6 +1,6 @@
 """The commands.
 
-    python -m purecc_min                                     the demo: a plain LoRA beside PureCC
+    python -m purecc_min                                     the demo: one concept, learned in four ways
     python -m purecc_min learn photos/ --class-word robot    learn a concept from your own pictures
     python -m purecc_min sample concept.safetensors "a [V] robot on the beach"
     python -m purecc_min sample one.safetensors two.safetensors "a [V1] robot and a [V2] cat"

@@ -3,11 +3,11 @@
 Stage 1 (lines 1-7) trains adapters and concept embeddings on the flow-matching loss of the references (Eq. 3,
 7). The result is frozen: theta_1. Stage 2 (lines 8-18) starts theta_2 from fresh adapters and a copy of
 theta_1's embeddings, and trains it on the paper's L_PCC (Eq. 15). A method without an extractor is one stage
-with its own loss. Read next: measure/measures.py.
+with its own loss. Read next: registry.py, which lists the methods.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -16,7 +16,7 @@ import torch
 from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN, ConceptSet, EncodedConcept, encode
 from purecc_min.embeddings import class_word_states
-from purecc_min.methods import METHODS, LossOfStep, Thetas, l_cc, paper
+from purecc_min.methods import Method, Thetas
 from purecc_min.train import TrainConfig, generator_for, train_resumably
 from tinyflow.pipeline import Pipeline
 from tinyflow.weights import sample_of, tensor_hash, text_hash
@@ -24,53 +24,58 @@ from tinyflow.weights import sample_of, tensor_hash, text_hash
 Training = tuple[Branch, Iterator[dict]]         # what is trained, and the loop that trains it
 
 
-def stage_1(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, loss: LossOfStep = l_cc,
-            where: str = "everywhere", adapters: bool = True, name: str = "stage1") -> Training:
-    """A branch that starts from the class word, and its loop: the extractor, or all of a method without one.
+def stage_1(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, method: Method,
+            name: str = "stage1") -> Training:
+    """The extractor, or all of a method without one: a branch that starts from the class word, and its loop.
 
     Nothing is trained before the loop is iterated over. Freeze an extractor when it is done.
 
     Args:
-        loss, where, adapters: see Method in methods.py. name: of the checkpoint.
+        name: of the checkpoint.
     """
     generator = generator_for(config.seed, 1, step=-1)
-    Y = class_word_states(pipe, data, generator)
-    theta = Branch.fresh(pipe, Y, config.rank, generator, where)
-    theta.lora.requires_grad_(adapters)
+    Y = class_word_states(pipe, data, generator) if method.embeddings else None
+    theta = Branch.fresh(pipe, Y, config.rank, generator, method.where)
+    theta.lora.requires_grad_(method.adapters)
     origin = text_hash(data.fingerprint() + tensor_hash(pipe.mmdit.state_dict()))
     thetas, checkpoint = Thetas(pipe.velocity, None, theta), folder / f"{name}.safetensors"
-    return theta, train_resumably(loss, thetas, data, config, 1, checkpoint, origin)
+    return theta, train_resumably(method.loss, thetas, data, config, 1, checkpoint, origin)
 
 
 def stage_2(pipe: Pipeline, theta_1: Branch, data: EncodedConcept, config: TrainConfig, folder: Path,
-            loss: LossOfStep = paper, name: str = "stage2") -> Training:
+            method: Method, name: str = "stage2") -> Training:
     """theta_2, from fresh adapters and a copy of theta_1's Y, and its loop. name: of the checkpoint."""
-    generator, Y = generator_for(config.seed, 2, step=-1), theta_1.embeddings.Y.detach()
-    theta_2 = Branch.fresh(pipe, Y, config.rank, generator, theta_1.lora.where)
+    generator = generator_for(config.seed, 2, step=-1)
+    Y = theta_1.embeddings.Y.detach() if method.embeddings else None
+    theta_2 = Branch.fresh(pipe, Y, config.rank, generator, method.where)
     origin = text_hash(data.fingerprint() + tensor_hash(theta_1.state_dict()))
     thetas, checkpoint = Thetas(pipe.velocity, theta_1, theta_2), folder / f"{name}.safetensors"
-    return theta_2, train_resumably(loss, thetas, data, config, 2, checkpoint, origin)
+    return theta_2, train_resumably(method.loss, thetas, data, config, 2, checkpoint, origin)
 
 
-def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path, method: str = "paper",
-          base_model: str = "tiny") -> Iterator[tuple[int, Branch, dict]]:
+def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path, method: Method,
+          base_model: str = "tiny",
+          imagined: EncodedConcept | None = None) -> Iterator[tuple[int, Branch, dict]]:
     """Yields (stage, what it trains, row of the log) and leaves folder/concept.safetensors.
 
     Args:
-        method: a key of METHODS.
+        imagined: scenes of two things, for a method that wants them (pairs.py).
     Raises: RuntimeError if the base model was written to, which its hash would show.
     """
     data, before = encode(pipe, concept), tensor_hash(pipe.mmdit.state_dict())
-    way = METHODS[method]
-    loss = l_cc if way.extractor else way.loss
-    theta, rows = stage_1(pipe, data, config, folder, loss, way.where, way.adapters)
-    yield from ((1, theta, row) for row in rows)
-    if way.extractor:
-        theta, rows = stage_2(pipe, theta.requires_grad_(False), data, config, folder, way.loss)
+    if method.extractor is None:
+        theta, rows = stage_1(pipe, data._replace(imagined=imagined), config, folder, method)
+        yield from ((1, theta, row) for row in rows)
+    else:
+        first = replace(config, learning_rate=config.extractor_learning_rate or config.learning_rate)
+        theta_1, rows = stage_1(pipe, data, first, folder, method.extractor)
+        yield from ((1, theta_1, row) for row in rows)
+        theta_1.requires_grad_(False)
+        theta, rows = stage_2(pipe, theta_1, data._replace(imagined=imagined), config, folder, method)
         yield from ((2, theta, row) for row in rows)
     if tensor_hash(pipe.mmdit.state_dict()) != before:
         raise RuntimeError("the base model changed during training")
-    facts = concept_facts(pipe, concept.class_word, config, method, base_model)
+    facts = concept_facts(pipe, concept.class_word, config, method.name, base_model)
     theta.save(folder / "concept.safetensors", facts)
 
 

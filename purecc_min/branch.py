@@ -1,10 +1,10 @@
 """A branch, v_theta: the base model with one set of adapters and concept embeddings.
 
 theta_1 and theta_2 are branches, and are called like the paper's velocity: theta(x_t, t, text).
-`velocity_with` is the one place at which [V] enters the model. A learned concept is a branch in one small
-safetensors file: adapters, embeddings, and beside them the token, the class word, the settings, the seed and
-the versions that made it. Several concepts can stand in one text, each with a name of its own. Read next:
-objective.py.
+`velocity_with` is the one place at which [V] enters the model. A branch without embeddings leaves the word at
+[V] as it is: then the concept is its adapters alone. A learned concept is a branch in one small safetensors
+file, which also says the token, the class word, the settings, the seed and the versions that made it. Several
+concepts can stand in one text, each with a name of its own. Read next: objective.py.
 """
 
 import contextlib
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from purecc_min.embeddings import ConceptEmbeddings
-from purecc_min.lora import LoRA
-from tinyflow.errors import InputError
-from tinyflow.flow import expand
+from purecc_min.lora import TARGETS, LoRA
+from tinyflow.errors import InputError, shown
 from tinyflow.mmdit import Block
 from tinyflow.pipeline import Pipeline, Text, Velocity
 from tinyflow.weights import load_into, load_tensors, sample_of, save_tensors
@@ -25,16 +24,17 @@ from tinyflow.weights import load_into, load_tensors, sample_of, save_tensors
 class Branch(nn.Module):
     """theta(x_t, t, text) -> v. Its parameters are the adapters and Y; the base model in `pipe` is shared."""
 
-    def __init__(self, pipe: Pipeline, lora: LoRA, embeddings: ConceptEmbeddings):
+    def __init__(self, pipe: Pipeline, lora: LoRA, embeddings: ConceptEmbeddings | None):
         super().__init__()
         self.lora, self.embeddings = lora, embeddings
         self.__dict__["pipe"] = pipe             # unregistered: its weights are not this module's own
 
     @classmethod
-    def fresh(cls, pipe: Pipeline, Y: Tensor, rank: int, generator: torch.Generator | None = None,
+    def fresh(cls, pipe: Pipeline, Y: Tensor | None, rank: int, generator: torch.Generator | None = None,
               where: str = "everywhere") -> "Branch":
-        """New adapters, which change nothing yet, and a copy of Y [L, D]. where: see lora.py."""
-        return cls(pipe, LoRA(pipe.mmdit, rank, generator, where), ConceptEmbeddings(Y))
+        """New adapters, which change nothing yet, and a copy of Y [L, D], or none. where: see lora.py."""
+        embeddings = None if Y is None else ConceptEmbeddings(Y)
+        return cls(pipe, LoRA(pipe.mmdit, rank, generator, where), embeddings)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """v_theta(x_t | text), [B, C, H, W]."""
@@ -51,7 +51,8 @@ class Branch(nn.Module):
         Raises: InputError for a file that is missing, foreign, damaged, or of another base model's size.
         """
         tensors, facts = load_concept_file(path)
-        Y = torch.zeros(pipe.mmdit.config.depth, pipe.mmdit.config.width)
+        depth, width = pipe.mmdit.config.depth, pipe.mmdit.config.width
+        Y = torch.zeros(depth, width) if "embeddings.Y" in tensors else None
         branch = cls.fresh(pipe, Y, facts["rank"], where=facts.get("where", "everywhere"))
         load_into(branch, tensors, path)
         check_base(path, facts, pipe)
@@ -67,6 +68,9 @@ def load_concept_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     for name, kind in {"rank": int, "class_word": str}.items():
         if not isinstance(facts.get(name), kind):
             raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
+    if facts.get("where", "everywhere") not in list(TARGETS):
+        raise InputError(f"{path}: its adapters act in {shown(facts['where'])}, which this version does not "
+                         "know; learn it again")
     return tensors, facts
 
 
@@ -82,25 +86,27 @@ def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
 def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
     """v(x_t | text) [B, C, H, W] of the base model with several concepts, the n-th at the n-th placeholder.
 
-    Bound adapters act at the slots of their own concept. Those that act everywhere add up.
+    A bound set of adapters acts for its own concept only. Those that act everywhere add up.
     """
     def visit(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         with contextlib.ExitStack() as stack:
             for n, branch in enumerate(branches, start=1):
-                slots = text.slots == n                                                 # [B, T]
-                c = branch.embeddings(l, c, slots)                                      # Eq. 7
-                stack.enter_context(branch.lora.attached(l, block, slots))
+                if branch.embeddings is not None:
+                    c = branch.embeddings(l, c, text.slots == n)                        # Eq. 7
+                stack.enter_context(branch.lora.attached(l, block, branch.lora.places(text, n)))
             return block(x, c, vec)
     return branches[0].pipe.velocity(x_t, t, text, visit)
 
 
 def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
-    """theta for texts that name a concept, theta_0 for all others: adapters switched off without [V]."""
+    """theta for texts that name a concept, theta_0 for all others; each computes its own rows alone."""
     def velocity(x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         named = (text.slots > 0).any(1)                                                 # [B]
-        if not named.any():
-            return theta_0(x_t, t, text)
-        if named.all():
-            return theta(x_t, t, text)
-        return torch.where(expand(named, x_t), theta(x_t, t, text), theta_0(x_t, t, text))
+        v = torch.empty_like(x_t)
+        for follow, rows in ((theta, named), (theta_0, ~named)):
+            if rows.all():
+                return follow(x_t, t, text)
+            if rows.any():
+                v[rows] = follow(x_t[rows], t[rows], text[rows])
+        return v
     return velocity

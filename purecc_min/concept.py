@@ -22,6 +22,7 @@ from tinyflow.pipeline import Pipeline, Text
 from tinyflow.weights import tensor_hash, text_hash
 
 TOKEN = "[V]"                                    # the new concept's name in every text
+STYLE_WORDS = ("a", "style")                     # class words of a style: "[V] red ball", "in [V] style"
 STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])", re.IGNORECASE)
 
 
@@ -49,8 +50,15 @@ class ConceptSet:
     notes: list[str] = field(default_factory=list)   # a line for each picture that was converted
 
 
+def styles_among(class_words: dict[str, str]) -> tuple[str, ...]:
+    """The placeholders that are styles, as their class words say."""
+    return tuple(name for name, word in class_words.items() if word.lower() in STYLE_WORDS)
+
+
 def base_text(complete: str) -> str:
-    """The complete text without [V]. A style's phrase goes too: "a cat, in [V] style" is "a cat" (Fig. 5)."""
+    """The text without [V] and braces. A style's words go too: "a cat, in [V] style" is "a cat" (Fig. 5)."""
+    if TOKEN in complete:
+        complete = re.sub("[{}]", "", complete)
     text = " ".join(STYLE.sub("", complete).replace(TOKEN, " ").split())
     return re.sub(r" ([,.;!?])", r"\1", text).lstrip(",.;!? ")
 
@@ -73,6 +81,7 @@ class EncodedConcept(NamedTuple):
     texts: Texts
     class_text: Text                             # the base texts (or the bare class word), slots at that word
     masks: Tensor | None = None                  # [n, V, 1, H, W] in [0, 1], if the references have masks
+    imagined: "EncodedConcept | None" = None     # scenes that the base model drew itself (pairs.py)
 
     @property
     def x_0(self) -> Tensor:
@@ -84,18 +93,17 @@ class EncodedConcept(NamedTuple):
         named = zip(Texts._fields, self.texts)
         tensors = {f"{name}.{part}": tensor for name, text in named for part, tensor in vars(text).items()}
         tensors |= {"variants": self.variants} | ({} if self.masks is None else {"masks": self.masks})
-        return text_hash(tensor_hash(tensors) + json.dumps(self.ids))
+        imagined = self.imagined.fingerprint() if self.imagined else ""
+        return text_hash(tensor_hash(tensors) + json.dumps(self.ids) + imagined)
 
 
 def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
     """Encodes a custom set. Raises InputError for words that the text encoder does not know."""
     references, word = concept.references, concept.class_word
-    stand_ins = {TOKEN: word}
-    texts = Texts(pipe.encode_text([r.complete for r in references], stand_ins),
-                  pipe.encode_text([r.base for r in references], stand_ins),
-                  pipe.encode_text([r.target for r in references], stand_ins),
-                  pipe.encode_text([""] * len(references), stand_ins))
-    named = pipe.tokenizer([r.base for r in references], {word: word})[1].any(1).tolist()    # by its slots
+    rows = ([r.complete for r in references], [r.base for r in references], [r.target for r in references],
+            [""] * len(references))
+    texts = Texts(*(pipe.encode_text(row, {TOKEN: word}, styles_among({TOKEN: word})) for row in rows))
+    named = pipe.tokenizer([r.base for r in references], {word: word}).slots.any(1).tolist()
     class_texts = [r.base if has_word else word for r, has_word in zip(references, named)]
     variants = torch.stack([pipe.encode_images(r.pictures) for r in references])
     class_text = pipe.encode_text(class_texts, {word: word})
@@ -113,6 +121,7 @@ class Batch(NamedTuple):
     v: Tensor                                    # [B, C, H, W] the target velocity of Eq. 2
     texts: Texts
     mask: Tensor | None = None                   # [B, 1, H, W]: what each pixel counts in L_CC
+    imagined: "Batch | None" = None              # a draw from scenes that the base model drew itself
 
 
 def noised(x_0: Tensor, x_1: Tensor, t: Tensor, texts: Texts, mask: Tensor | None = None) -> Batch:

@@ -3,10 +3,11 @@
 Each adapted linear layer computes W x + B A x, with A [r, in] and B [out, r]. B starts at zero, so a fresh
 set changes nothing. A set is not built into the model: while it is `attached` to a block, hooks add its B A x
 to the outputs of the block's layers. So the frozen extractor and the trainable model are two sets over ONE
-base model in memory, which is never written. A set acts at every token ("everywhere", the paper's), or it is
-bound to the concept ("token"): then it acts where [V] stands and nowhere else, and a text without [V] is
-computed by the base model itself. There is no alpha: the scale is 1, which other programs call alpha = rank.
-A and B are kept in fp32 and used in the dtype of the layer's input (bf16 in SD3.5). Read next: branch.py.
+base model in memory, which is never written. A set acts "everywhere" (the paper's); or on [V]'s "phrase"
+(phrase.py), on the keys and values that others read there; or on these at the "token" [V] alone. With the
+last two a text without [V] is computed by the base model itself. There is no alpha: the scale is 1, which
+other programs call alpha = rank. A and B are kept in fp32 and used in the dtype of the layer's input (bf16 in
+SD3.5). Read next: branch.py.
 """
 
 import contextlib
@@ -16,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyflow.mmdit import MMDiT
+from tinyflow.pipeline import Text
 
-# Two layers are enough for a bound set: Y^l replaces the token at the next block's input, so of what a block
-# computes at the slot, only the keys and values that the other tokens attend to ever reach anybody.
+KEYS_AND_VALUES = ["attention.text.to_k", "attention.text.to_v"]
 TARGETS = {"everywhere": [f"attention.{stream}.{layer}" for stream in ("image", "text")
                           for layer in ("to_q", "to_k", "to_v", "to_out")],
-           "token": ["attention.text.to_k", "attention.text.to_v"]}
+           "phrase": KEYS_AND_VALUES, "token": KEYS_AND_VALUES}
 
 
 def target_layers(block: nn.Module, where: str) -> dict[str, nn.Linear]:
@@ -39,7 +40,7 @@ class LoRA(nn.Module):
     """One set of adapters, with the parameters "A.<key>" [r, in] and "B.<key>" [out, r].
 
     Args:
-        where: "everywhere" or "token", see above.
+        where: a key of TARGETS, see above.
     """
 
     def __init__(self, mmdit: MMDiT, rank: int = 4, generator: torch.Generator | None = None,
@@ -53,13 +54,16 @@ class LoRA(nn.Module):
                 self.A[key] = nn.Parameter(A.to(layer.weight.device))
                 self.B[key] = nn.Parameter(torch.zeros(layer.out_features, rank).to(layer.weight.device))
 
-    @contextlib.contextmanager
-    def attached(self, l: int, block: nn.Module, slots: Tensor):
-        """Within this context block l computes with this set's adapters.
+    def places(self, text: Text, n: int) -> Tensor | None:
+        """bool [B, T]: the text tokens at which the set acts for the n-th placeholder; None: everywhere."""
+        if self.where == "everywhere":
+            return None
+        return (text.phrases if self.where == "phrase" else text.slots) == n
 
-        slots [B, T] bool: where [V] stands.
-        """
-        mask = slots[..., None] if self.where == "token" else None                      # [B, T, 1]
+    @contextlib.contextmanager
+    def attached(self, l: int, block: nn.Module, places: Tensor | None):
+        """Within this context block l computes with this set's adapters at these places."""
+        mask = None if places is None else places[..., None]                            # [B, T, 1]
         hooks = [layer.register_forward_hook(self.hook(key_of(l, name), mask))
                  for name, layer in target_layers(block, self.where).items()]
         try:

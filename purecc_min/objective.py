@@ -8,11 +8,10 @@ far the second reaches along the first, and L_PureCC asks that it should add not
 Put lambda* into Eq. 14, and L_PureCC is the squared part of R(y_complete, y_base) that is orthogonal to
 R(y_tar): it never pulls toward the concept, which L_CC alone does. The paper does not say whether
 v_original carries a gradient; here it does not. (lambda* is detached too, which changes nothing: it
-minimises L_PureCC, so the gradient through it is zero.) Read next: methods.py, where parts of this are
-replaced.
+minimises L_PureCC, so the gradient through it is zero.) Read next: methods.py.
 """
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,23 +33,6 @@ class Terms(NamedTuple):
     loss_purecc: Tensor                          # a number: L_PureCC
 
 
-def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float) -> tuple[Tensor, Terms]:
-    """L_PCC of one step, and the terms that it is made of."""
-    x_t, t, texts = batch.x_t, batch.t, batch.texts
-    with torch.no_grad():
-        v_tar, v_null = in_one_batch(theta_1, x_t, t, texts.target, texts.null)
-        R_target = v_tar - v_null                                                       # Eq. 8
-        v_original = theta_2(x_t, t, texts.base)                                        # Eq. 9
-    v_complete = theta_2(x_t, t, texts.complete)
-    R_complete = v_complete - v_original                                                # Eq. 10
-    lam = lambda_star(R_complete, R_target).detach()                                    # Eq. 11, 12
-    v_purecc = v_original + expand(lam, R_target) * R_target                            # Eq. 6, 13
-    loss_purecc = squared_error(v_purecc, v_complete)                                   # Eq. 14
-    loss_cc = squared_error(v_complete, batch.v, batch.mask)                            # Eq. 3
-    loss = loss_cc + eta * loss_purecc                                                  # Eq. 15
-    return loss, Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
-
-
 def lambda_star(R_complete: Tensor, R_target: Tensor) -> Tensor:
     """lambda* = argmin_l |R_complete - l R_target|^2 = <R_complete, R_target> / |R_target|^2 (Eq. 11, 12).
 
@@ -66,6 +48,24 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> of each sample, over channels and pixels: [B, C, H, W] -> [B], in fp32 or better."""
     a, b = (v if v.dtype == torch.float64 else v.float() for v in (a, b))
     return (a * b).flatten(1).sum(1)
+
+
+def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float,
+             lambda_rule: Callable[[Tensor, Tensor], Tensor] = lambda_star) -> tuple[Tensor, Terms]:
+    """L_PCC of one step, and the terms that it is made of."""
+    x_t, t, texts = batch.x_t, batch.t, batch.texts
+    with torch.no_grad():
+        v_tar, v_null = in_one_batch(theta_1, x_t, t, texts.target, texts.null)
+        R_target = v_tar - v_null                                                       # Eq. 8
+        v_original = theta_2(x_t, t, texts.base)                                        # Eq. 9
+    v_complete = theta_2(x_t, t, texts.complete)
+    R_complete = v_complete - v_original                                                # Eq. 10
+    lam = lambda_rule(R_complete, R_target).detach()                                    # Eq. 11, 12
+    v_purecc = v_original + expand(lam, R_target) * R_target                            # Eq. 6, 13
+    loss_purecc = squared_error(v_purecc, v_complete)                                   # Eq. 14
+    loss_cc = squared_error(v_complete, batch.v, batch.mask)                            # Eq. 3
+    loss = loss_cc + eta * loss_purecc                                                  # Eq. 15
+    return loss, Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class TrainConfig:
     rank: int = 4
     learning_rate: float = 2e-3                  # of the adapters
     embedding_learning_rate: float = 5e-3        # of Y
+    extractor_learning_rate: float | None = None # of the adapters in stage 1, if it is another one
     eta: float = 1.0                             # weight of what a method adds to L_CC: L_PureCC in Eq. 15
     seed: int = 0
 
@@ -52,8 +53,16 @@ def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
 
 
 def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int, shift: float) -> Batch:
-    """Random references at random times, with random noise. shift: of the times, as in sampling."""
-    generator, count = generator_for(config.seed, stage, step), config.batch
+    """What a step sees: random references, and beside them imagined scenes if there are any."""
+    generator = generator_for(config.seed, stage, step)
+    batch = draw_from(data, config.batch, shift, generator)
+    if data.imagined is None:
+        return batch
+    return batch._replace(imagined=draw_from(data.imagined, config.batch, shift, generator))
+
+
+def draw_from(data: EncodedConcept, count: int, shift: float, generator: torch.Generator) -> Batch:
+    """Random pictures at random times, with random noise. shift: of the times, as in sampling."""
     rows = torch.randint(len(data.variants), (count,), generator=generator)
     t = sample_times(count, shift, generator).to(data.variants)
     x_1 = torch.randn((count, *data.x_0.shape[1:]), generator=generator).to(data.variants)

@@ -32,7 +32,8 @@ from purecc_min.commands.memory import OVERHEAD, dry_run, empty_data, fit
 from purecc_min.concept import encode
 from purecc_min.measure.draw import draw
 from purecc_min.measure.toy import CONCEPTS, TUNING
-from purecc_min.methods import METHODS, Thetas, l_cc
+from purecc_min.methods import Thetas
+from purecc_min.registry import METHODS
 from purecc_min.train import SAVE_EVERY, TrainConfig, optimizer_for, train_steps
 from tests.side_by_side import (
     STEPS,
@@ -142,7 +143,7 @@ def prepare(case: Case, stage: int, checkpointing: bool, config: TrainConfig) ->
                 for _ in range(stage)]
     branches[0].requires_grad_(stage == 1)
     data, _ = empty_data(case.config, config, case.latent, case.tokens, case.device)
-    loss = l_cc if stage == 1 else METHODS["paper"].loss
+    loss = METHODS["lora" if stage == 1 else "paper"].loss
     thetas = Thetas(pipe.velocity, branches[0], branches[-1])
     return pipe, train_steps(loss, thetas, data, config, stage, optimizer_for(branches[-1], config))
 
@@ -214,8 +215,7 @@ def picture(case: Case, steps: int) -> Rows:
     """A picture with guidance, from noise to pixels. Its text is at hand."""
     pipe, _ = prepare(case, 1, False, TrainConfig(1, case.batch))
     text = Inputs(case).texts.complete[[0]]
-    pipe.encode_text = lambda texts: Text(text.context[[0] * len(texts)], text.pooled[[0] * len(texts)],
-                                          text.slots[[0] * len(texts)])
+    pipe.encode_text = lambda texts: text[[0] * len(texts)]
 
     def whole() -> None:
         pipe.decode(pipe.sample(text, [0], steps))
@@ -239,7 +239,7 @@ def tiny_cell(case: Case, steps: int, pictures: int) -> Rows:
     pipe, toy = load_tiny(case.device), CONCEPTS[TUNING[0]]
     data, config = encode(pipe, toy.references()), TrainConfig(steps)
     with TemporaryDirectory() as folder:
-        theta, rows = stage_1(pipe, data, config, Path(folder))
+        theta, rows = stage_1(pipe, data, config, Path(folder), METHODS["lora"])
         learning = seconds(lambda: list(rows), case.device)
     prompts = [prompt.complete for prompt in toy.prompts()["concept"] * 4][:pictures]
     drawing = seconds(lambda: draw(pipe, theta, prompts, toy.class_word, steps=8), case.device)
@@ -254,7 +254,7 @@ def resuming(case: Case) -> Rows:
     for stops in ((), (SAVE_EVERY + 2,)):
         with TemporaryDirectory() as folder:
             for stop in (*stops, config.steps):
-                theta, rows = stage_1(pipe, data, config, Path(folder))
+                theta, rows = stage_1(pipe, data, config, Path(folder), METHODS["lora"])
                 for row in rows:
                     if row["step"] == stop:
                         break

@@ -76,7 +76,6 @@ class Case:
     def draw(self, *shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
-
     @contextlib.contextmanager
     def building(self):
         """Models are made in place and in this precision: twice as much would not fit on a card."""
@@ -172,7 +171,7 @@ class Inputs:
         slots = torch.zeros(case.batch, case.tokens, device=case.device).bool()
         slots[:, [2, 79]] = with_token
         return Text(case.draw(case.batch, case.tokens, config.context_width, seed=seed),
-                    case.draw(case.batch, config.pooled_width, seed=seed), slots)
+                    case.draw(case.batch, config.pooled_width, seed=seed), slots, slots)
 
     def noisy(self, step: int) -> Batch:
         t = sample_times(self.case.batch, 3.0, torch.Generator().manual_seed(step)).to(self.case.device)

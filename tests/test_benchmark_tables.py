@@ -30,14 +30,14 @@ def run(concept, method, seed, *similarities, **others):
 
 
 def test_fidelity_is_0_for_nothing_and_1_for_perfect():
-    results = [run("c", "nothing", 0, 0.2), run("c", "perfect", 0, 0.8), run("c", "LoRA", 0, 0.35, 0.5)]
+    results = [run("c", "nothing", 0, 0.2), run("c", "perfect", 0, 0.8), run("c", "lora", 0, 0.35, 0.5)]
     add_fidelity(results)
     fidelities = [values["fidelity"] for result in results for _, values in tables.front(result)]
     assert fidelities == pytest.approx([0, 1, 0.25, 0.5])
 
 
 def test_damage_at_a_similarity_is_read_off_the_front_at_its_first_crossing():
-    result, nothing = run("c", "LoRA", 0, 0.4, 0.8, 0.6, drift=10), {"similarity": 0.0, "drift": 0.0}
+    result, nothing = run("c", "lora", 0, 0.4, 0.8, 0.6, drift=10), {"similarity": 0.0, "drift": 0.0}
     for similarity in (0.1, 0.4, 0.6, 0.8):
         assert at_similarity(result, similarity, nothing)["drift"] == pytest.approx(10 * similarity)
     assert at_similarity(result, 0.81, nothing) is None
@@ -52,12 +52,12 @@ def test_methods_are_compared_where_the_weaker_one_ends():
     names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "text kept", "mask IoU",
                            "composition"), 1.0)
     results = [run("c", "nothing", 0, 0.0, **names), run("c", "perfect", 0, 1.0, **names)]
-    ends = (("paper", 0.6), ("LoRA", 0.7), ("DreamBooth", 0.4))
+    ends = (("paper", 0.6), ("lora", 0.7), ("DreamBooth", 0.4))
     results += [run("c", method, seed, 0.3, end, **names) for seed in range(2) for method, end in ends]
     add_fidelity(results)
     rows = [[cell.strip() for cell in row.strip("|").split("|")]
             for table in equal_fidelity(results).split("\n\n") for row in table.splitlines()[2:]]
-    assert [row[:2] for row in rows] == [["DreamBooth", "0.40"], ["LoRA", "0.60"]] * (len(rows) // 2)
+    assert [row[:2] for row in rows] == [["DreamBooth", "0.40"], ["lora", "0.60"]] * (len(rows) // 2)
     assert all(cell.startswith(("+0.0", "-0.0")) for row in rows for cell in row[2:])
     (stopped,) = {tables.final(r)["drift"] for r in tables.stopped_early(results)}
     assert stopped == pytest.approx(0.6)
@@ -78,8 +78,8 @@ def test_tables_fit_a_terminal_and_lose_no_column():
 
 
 def test_rows_with_another_number_of_steps_say_so():
-    own, end = run("c", "LoRA", 0, 0.5), run("c", "nothing", 0, 0.1)
-    groups = {("short",): [own | {"steps": 20}], ("long",): [run("c", "LoRA, twice", 0, 0.5)],
+    own, end = run("c", "lora", 0, 0.5), run("c", "nothing", 0, 0.1)
+    groups = {("short",): [own | {"steps": 20}], ("long",): [run("c", "lora, twice", 0, 0.5)],
               ("own",): [own], ("end",): [end]}
     text = tables.methods_tables(groups)
     assert "short (20 steps)" in text and "long (400 steps)" in text
@@ -87,9 +87,9 @@ def test_rows_with_another_number_of_steps_say_so():
 
 
 def test_a_table_over_concepts_has_a_row_for_a_method_and_not_for_each_way_of_sampling_it():
-    results = [run(concept, "LoRA", 0, 0.5) | {"way": way} for concept in "ab" for way in tables.WAYS]
+    results = [run(concept, "lora", 0, 0.5) | {"way": way} for concept in "ab" for way in tables.WAYS]
     text = by_concept(results)
-    assert {line.split("|")[1].strip() for line in text.splitlines() if "LoRA" in line} == {"a", "b"}
+    assert {line.split("|")[1].strip() for line in text.splitlines() if "lora" in line} == {"a", "b"}
     assert "switched off" not in text and "empty text" not in text
 
 
@@ -116,23 +116,23 @@ def test_verdicts_look_at_the_whole_interval():
 
 
 def test_a_difference_pairs_concepts_and_seeds():
-    results = [run("a", "paper", 0, 0.5), run("b", "paper", 0, 0.9), run("a", "LoRA", 0, 0.4),
-               run("b", "LoRA", 0, 0.6), run("a", "paper", 1, 0.5)]
-    assert difference(results, "paper", "LoRA", "similarity", ("a", "b")) == pytest.approx([0.2])
-    assert difference(results, "paper", "LoRA", "neighbour leak", ("a", "b")) == []      # no style has it
+    results = [run("a", "paper", 0, 0.5), run("b", "paper", 0, 0.9), run("a", "lora", 0, 0.4),
+               run("b", "lora", 0, 0.6), run("a", "paper", 1, 0.5)]
+    assert difference(results, "paper", "lora", "similarity", ("a", "b")) == pytest.approx([0.2])
+    assert difference(results, "paper", "lora", "neighbour leak", ("a", "b")) == []      # no style has it
 
 
 def test_each_further_method_is_compared_with_what_it_varies():
     for entry in FURTHER.values():
         assert entry.beside and set(entry.beside) <= set(MAIN)
     results = [run("striped_cat", name, 0, *similarities, **{"class leak": leak})
-               for name, similarities, leak in (("LoRA, twice", (0.5, 1.0), 0.8), ("LoRA", (0.5,), 0.2),
+               for name, similarities, leak in (("lora, twice", (0.5, 1.0), 0.8), ("lora", (0.5,), 0.2),
                                                 ("paper", (1.0,), 0.6), ("nothing", (0.0,), 0.0))]
     tables_of = variants_tables(results).split("| at equal fidelity")
     for text, to_LoRA, to_paper in zip(tables_of, ("+0.700", "+0.300"), ("+0.200", "+0.200")):
         rows = {title: " ".join(line for line in text.splitlines() if f"| {title} " in line)
-                for title in ("LoRA, twice minus LoRA", "LoRA, twice minus paper", "released minus paper")}
-        assert to_LoRA in rows["LoRA, twice minus LoRA"] and to_paper in rows["LoRA, twice minus paper"]
+                for title in ("lora, twice minus lora", "lora, twice minus paper", "released minus paper")}
+        assert to_LoRA in rows["lora, twice minus lora"] and to_paper in rows["lora, twice minus paper"]
         assert rows["released minus paper"] and not re.search(r"\d|nan", rows["released minus paper"])
 
 
@@ -148,7 +148,7 @@ def test_a_claim_is_asked_of_bound_adapters_as_well():
     measures = {name: 1 for name in MEASURES if name != "similarity"}
     terms = {"terms": {str(step): [{"lambda": 1.0}] for step in (1, 50, 200)}}
     results = [run("striped_cat", name, 0, value, **measures) | terms
-               for name, value in {"paper": 0.5, "LoRA": 0.4, "bound paper": 0.2, "bound": 0.3}.items()]
+               for name, value in {"paper": 0.5, "lora": 0.4, "token paper": 0.2, "token": 0.3}.items()]
     row = next(n for n, row in enumerate(COMPARISONS) if row.says == "CLIP-I: above L_CC alone")
     assert claims(results)[row].values == pytest.approx([0.1])
     assert claims(results, is_bound=True)[row].values == pytest.approx([-0.1])

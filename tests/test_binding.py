@@ -1,4 +1,4 @@
-"""Adapters that act where [V] stands and nowhere else, several concepts in a text, who answers which text."""
+"""Adapters that act on [V]'s phrase, or at [V] alone; several concepts in a text, who answers which text."""
 
 from functools import partial
 
@@ -13,14 +13,19 @@ from purecc_min.concept import Texts, noised
 from purecc_min.lora import LoRA, key_of, target_layers
 from purecc_min.objective import cosine, inner, pcc_loss
 from tests.conftest import make_pipe
+from tinyflow.errors import InputError
+from tinyflow.weights import save_tensors
 
 PROMPT, BASE = "a big [V] robot in the snow", "a big robot in the snow"
 
 
-def make_bound(pipe, seed=1, where="token") -> Branch:
-    """A branch whose adapters and embeddings are far from where they begin."""
+BOUND = pytest.mark.parametrize("where", ["phrase", "token"])
+
+
+def make_bound(pipe, seed=1, where="phrase") -> Branch:
+    """A branch whose adapters are far from where they begin, and its embeddings if it has some."""
     config, generator = pipe.mmdit.config, torch.Generator().manual_seed(seed)
-    Y = torch.randn(config.depth, config.width, generator=generator)
+    Y = None if where == "phrase" else torch.randn(config.depth, config.width, generator=generator)
     branch = Branch.fresh(pipe, Y, rank=2, generator=generator, where=where)
     with torch.no_grad():
         for B in branch.lora.B.values():
@@ -38,15 +43,17 @@ def encode(pipe, *texts):
 
 
 # ----------------------------------------------------------------------------------------- texts without [V]
-def test_a_text_without_the_token_is_computed_by_the_base_model_bitwise(pipe):
-    theta, (x_t, t), text = make_bound(pipe), draw(), encode(pipe, BASE, "")
+@BOUND
+def test_a_text_without_the_token_is_computed_by_the_base_model_bitwise(pipe, where):
+    theta, (x_t, t), text = make_bound(pipe, where=where), draw(), encode(pipe, BASE, "")
     assert torch.equal(theta(x_t, t, text), pipe.velocity(x_t, t, text))
     named = encode(pipe, PROMPT, PROMPT)
     assert not torch.allclose(theta(x_t, t, named), pipe.velocity(x_t, t, named), atol=1e-3)
 
 
-def test_rows_of_a_mixed_batch_do_not_touch_each_other(pipe):
-    theta, (x_t, t), text = make_bound(pipe), draw(3), encode(pipe, PROMPT, BASE, "")
+@BOUND
+def test_rows_of_a_mixed_batch_do_not_touch_each_other(pipe, where):
+    theta, (x_t, t), text = make_bound(pipe, where=where), draw(3), encode(pipe, PROMPT, BASE, "")
     mixed = theta(x_t, t, text)
     torch.testing.assert_close(mixed[1:], pipe.velocity(x_t[1:], t[1:], text[1:]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mixed[:1], theta(x_t[:1], t[:1], text[:1]), rtol=1e-5, atol=1e-5)
@@ -79,8 +86,17 @@ def test_switched_off_is_theta_with_the_token_and_the_base_model_without(pipe):
     assert torch.equal(off(x_t, t, named), theta(x_t, t, named))
     assert torch.equal(off(x_t, t, base), pipe.velocity(x_t, t, base))
     both = off(x_t, t, mixed)
-    assert torch.equal(both[0], theta(x_t, t, mixed)[0])
-    assert torch.equal(both[1], pipe.velocity(x_t, t, mixed)[1])
+    assert torch.equal(both[:1], theta(x_t[:1], t[:1], mixed[:1]))
+    assert torch.equal(both[1:], pipe.velocity(x_t[1:], t[1:], mixed[1:]))
+
+
+def test_switched_off_computes_each_row_once(pipe):
+    """In a mixed batch both models once computed all rows: four rows a picture in place of two."""
+    rows = []
+    pipe.mmdit.register_forward_hook(lambda mmdit, inputs, out: rows.append(len(out)))
+    theta, (x_t, t) = make_bound(pipe, where="everywhere"), draw(4)
+    only_with_token(theta, pipe.velocity)(x_t, t, encode(pipe, PROMPT, BASE, PROMPT, ""))
+    assert rows == [2, 2]
 
 
 # ------------------------------------------------------------------------------------- why two layers suffice
@@ -91,14 +107,14 @@ def test_only_keys_and_values_of_the_token_reach_anybody(pipe, monkeypatch):
     """
     every = [f"attention.text.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out")]
     monkeypatch.setitem(lora.TARGETS, "token", every)
-    theta, (x_t, t) = make_bound(pipe), draw()
+    theta, (x_t, t) = make_bound(pipe, where="token"), draw()
     theta(x_t, t, encode(pipe, PROMPT, PROMPT)).square().sum().backward()
     for key, B in theta.lora.B.items():
         wanted = key.endswith(("text/to_k", "text/to_v"))
         assert (B.grad is not None and B.grad.abs().max() > 0) == wanted, key
     reaching = [key for key in theta.lora.B if key.endswith(("text/to_k", "text/to_v"))]
     monkeypatch.undo()
-    assert reaching == list(make_bound(pipe).lora.B)
+    assert reaching == list(make_bound(pipe, where="token").lora.B)
 
 
 def test_a_bound_adapter_is_a_plain_reference_implementation(pipe):
@@ -127,7 +143,7 @@ def test_a_bound_adapter_is_a_plain_reference_implementation(pipe):
     torch.testing.assert_close(c_out, attention.text.to_out(both[:, 64:]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["everywhere", "token"])
+@pytest.mark.parametrize("where", ["everywhere", "token", "phrase"])
 def test_checkpointed_gradients_are_the_plain_ones_when_another_text_passes_between(pipe, where):
     """A mask that is kept beside the adapters is the wrong one when the backward pass computes a block again
     after another text has passed: bound adapters then silently get gradients of zero.
@@ -146,13 +162,14 @@ def test_checkpointed_gradients_are_the_plain_ones_when_another_text_passes_betw
 
     plain, checkpointed = gradients(False), gradients(True)
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed))
-    if where == "token":                         # of those everywhere, the last block's text queries get none
+    if where != "everywhere":                    # of those everywhere, the last block's text queries get none
         assert all(gradient.abs().max() > 0 for gradient in plain)
 
 
 # -------------------------------------------------------------------------------------- the paper's objective
-def test_v_original_is_the_base_models_and_the_loss_is_the_rejection(pipe):
-    theta_1, theta_2, (x_0, t) = make_bound(pipe, 1), make_bound(pipe, 2), draw()
+@BOUND
+def test_v_original_is_the_base_models_and_the_loss_is_the_rejection(pipe, where):
+    theta_1, theta_2, (x_0, t) = make_bound(pipe, 1, where), make_bound(pipe, 2, where), draw()
     texts = Texts(*(encode(pipe, text, text) for text in (PROMPT, BASE, "[V] robot", "")))
     batch = noised(x_0, torch.randn_like(x_0), t, texts)
     _, terms = pcc_loss(theta_1, theta_2, batch, eta=1.0)
@@ -160,30 +177,78 @@ def test_v_original_is_the_base_models_and_the_loss_is_the_rejection(pipe):
     sin_squared = 1 - cosine(terms.R_complete, terms.R_target) ** 2
     rejection = (inner(terms.R_complete, terms.R_complete) * sin_squared).mean() / x_0[0].numel()
     torch.testing.assert_close(terms.loss_purecc, rejection, rtol=1e-3, atol=1e-6)
+    assert inner(terms.v_purecc - terms.v_complete, terms.R_target).abs().max() < 1e-2
 
 
 # ------------------------------------------------------------------------------------------- several concepts
-def test_two_bound_concepts_ignore_each_others_adapters(pipe):
-    """At each slot the keys and values are its own concept's; every other token's are the base model's."""
-    one, two = make_bound(pipe, 1), make_bound(pipe, 2)
-    text = pipe.encode_text(["a [V1] robot [V2] cat"], {"[V1]": "robot", "[V2]": "cat"})
+TWO = "a [V1] robot on the left and a big [V2] cat at night"
+READINGS = {"[V1]": "robot", "[V2]": "cat"}
+
+
+@BOUND
+def test_two_bound_concepts_ignore_each_others_adapters(pipe, where):
+    """At its own places the keys and values are a concept's; every other token's are the base model's."""
+    one, two = make_bound(pipe, 1, where), make_bound(pipe, 2, where)
+    text = pipe.encode_text([TWO], READINGS)
     block, c = pipe.mmdit.blocks[1], torch.randn(1, 44, 32)
-    layers = target_layers(block, "token").values()
+    layers = target_layers(block, where).values()
     plain = [layer(c) for layer in layers]
-    with one.lora.attached(1, block, text.slots == 1), two.lora.attached(1, block, text.slots == 2):
+    acts = {n: branch.lora.places(text, n) for n, branch in ((1, one), (2, two))}
+    with one.lora.attached(1, block, acts[1]), two.lora.attached(1, block, acts[2]):
         together = [layer(c) for layer in layers]
     for n, branch in ((1, one), (2, two)):
-        with branch.lora.attached(1, block, text.slots == n):
+        with branch.lora.attached(1, block, acts[n]):
             alone = [layer(c) for layer in layers]
-        place = (text.slots == n)[0].nonzero().item()
+        places = acts[n][0].nonzero().flatten()
+        assert len(places) == (1 if where == "token" else {1: 5, 2: 4}[n])
         for a, b, nobody in zip(together, alone, plain):
-            assert torch.equal(a[:, place], b[:, place]) and not torch.equal(a[:, place], nobody[:, place])
-    others = [place for place in range(16) if text.slots[0, place] == 0]
+            assert torch.equal(a[:, places], b[:, places])
+            assert not torch.isclose(a[:, places], nobody[:, places]).all(-1).any()
+    others = [place for place in range(44) if not acts[1][0, place] and not acts[2][0, place]]
     assert all(torch.equal(a[:, others], b[:, others]) for a, b in zip(together, plain))
 
 
-def test_a_text_with_one_of_two_concepts_is_that_concepts_own(pipe):
-    one, two, (x_t, t) = make_bound(pipe, 1), make_bound(pipe, 2), draw(1)
+def test_one_set_adds_nothing_and_gets_no_gradient_through_the_others_tokens(pipe):
+    one, two = make_bound(pipe, 1), make_bound(pipe, 2)
+    text, block = pipe.encode_text([TWO], READINGS), pipe.mmdit.blocks[1]
+    layer, c = block.attention.text.to_v, torch.randn(1, 44, 32)
+    with one.lora.attached(1, block, one.lora.places(text, 1)):
+        out = layer(c)
+    others = ~one.lora.places(text, 1)[0]
+    assert torch.equal(out[:, others], layer(c)[:, others])
+    key = key_of(1, "attention.text.to_v")
+    gradient = torch.autograd.grad(out[:, others].square().sum(), one.lora.B[key], allow_unused=True)[0]
+    assert gradient is None or gradient.abs().max() == 0
+    assert two.lora.places(text, 2)[0].sum() > 0
+
+
+def test_in_the_first_block_keys_and_values_outside_the_phrase_are_the_base_models(pipe):
+    """There the inputs are the same; in later blocks they differ, since attention mixes."""
+    theta, (x_t, t), text = make_bound(pipe), draw(1), encode(pipe, PROMPT)
+    outside = text.phrases[0] == 0
+    seen = {}
+
+    def record(who):
+        def hook(layer, inputs, out):
+            seen.setdefault(who, []).append(out.detach().clone())
+        return hook
+
+    for l in (0, 1):
+        for name in ("to_k", "to_v"):
+            layer = getattr(pipe.mmdit.blocks[l].attention.text, name)
+            for who, run in (("base", pipe.velocity), ("theta", theta)):
+                handle = layer.register_forward_hook(record((l, name, who)))  # before the adapters' own
+                run(x_t, t, text)
+                handle.remove()
+    for name in ("to_k", "to_v"):
+        (base,), (adapted,) = seen[0, name, "base"], seen[0, name, "theta"]
+        assert torch.equal(base[:, outside], adapted[:, outside])
+    assert not torch.equal(seen[1, "to_v", "base"][0][:, outside], seen[1, "to_v", "theta"][0][:, outside])
+
+
+@BOUND
+def test_a_text_with_one_of_two_concepts_is_that_concepts_own(pipe, where):
+    one, two, (x_t, t) = make_bound(pipe, 1, where), make_bound(pipe, 2, where), draw(1)
     readings = {"[V1]": "robot", "[V2]": "cat"}
     both = partial(velocity_with, [one, two])
     first = pipe.encode_text(["a [V1] robot at night"], readings)
@@ -195,9 +260,9 @@ def test_a_text_with_one_of_two_concepts_is_that_concepts_own(pipe):
 
 def test_adapters_everywhere_add_up(pipe):
     one, two = make_bound(pipe, 1, "everywhere"), make_bound(pipe, 2, "everywhere")
-    block, x, nowhere = pipe.mmdit.blocks[0], torch.randn(2, 5, 32), torch.zeros(2, 5)
+    block, x = pipe.mmdit.blocks[0], torch.randn(2, 5, 32)
     name, layer = "attention.image.to_q", pipe.mmdit.blocks[0].attention.image.to_q
-    with one.lora.attached(0, block, nowhere), two.lora.attached(0, block, nowhere):
+    with one.lora.attached(0, block, None), two.lora.attached(0, block, None):
         together = layer(x)
     change = sum(branch.lora.B[key_of(0, name)] @ branch.lora.A[key_of(0, name)] for branch in (one, two))
     torch.testing.assert_close(together, layer(x) + x @ change.T, rtol=1e-4, atol=1e-5)
@@ -205,18 +270,30 @@ def test_adapters_everywhere_add_up(pipe):
 
 # ------------------------------------------------------------------------------------------------------ files
 def test_where_a_set_acts_is_saved_with_the_concept(pipe, tmp_path):
-    for where in ("everywhere", "token"):
+    for where in ("everywhere", "token", "phrase"):
         branch, file = make_bound(pipe, where=where), tmp_path / f"{where}.safetensors"
         branch.save(file, {"class_word": "robot", "rank": 2})
         loaded, facts = Branch.load(pipe, file)
         assert loaded.lora.where == facts["where"] == where
         (x_t, t), text = draw(), encode(pipe, PROMPT, BASE)
         assert torch.equal(loaded(x_t, t, text), branch(x_t, t, text))
+        assert (loaded.embeddings is None) == (where == "phrase")
+
+
+def test_a_file_whose_adapters_act_somewhere_unknown_is_refused(pipe, tmp_path):
+    """Facts of a file once were believed: where="image" ended in a KeyError."""
+    branch = make_bound(pipe)
+    for where in ("image", None, ["token"]):
+        tensors = branch.state_dict()
+        facts = dict(class_word="robot", rank=2, where=where)
+        save_tensors(tmp_path / "c.safetensors", "concept", tensors, facts)
+        with pytest.raises(InputError, match="its adapters act in .*does not know; learn it again"):
+            Branch.load(pipe, tmp_path / "c.safetensors")
 
 
 def test_a_bound_set_adapts_two_layers_a_block_and_starts_as_nothing(pipe):
-    everywhere, token = LoRA(pipe.mmdit), LoRA(pipe.mmdit, where="token")
+    everywhere, token = LoRA(pipe.mmdit), LoRA(pipe.mmdit, where="phrase")
     assert len(token.A) == 2 * 3 and len(everywhere.A) == 8 * 3 - 1
     with_dual = make_pipe(dual_attention_layers=(0,))
-    assert LoRA(with_dual.mmdit, where="token").A.keys() == token.A.keys()
+    assert LoRA(with_dual.mmdit, where="phrase").A.keys() == token.A.keys()
     assert all(B.abs().max() == 0 for B in token.B.values())

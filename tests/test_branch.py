@@ -52,7 +52,7 @@ def test_adapters_sit_on_the_eight_attention_projections(pipe):
 
 
 def test_an_adapter_adds_BA_to_its_layer(pipe):
-    lora, block, anywhere = make_branch(pipe).lora, pipe.mmdit.blocks[1], torch.zeros(1, 16)
+    lora, block, anywhere = make_branch(pipe).lora, pipe.mmdit.blocks[1], None
     for name, layer in target_layers(block, "everywhere").items():
         key, x = key_of(1, name), torch.randn(5, layer.in_features)
         merged = layer.weight + lora.B[key] @ lora.A[key]

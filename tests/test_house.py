@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = {"tinyflow": ["flow", "attention", "mmdit", "text", "tokenizer", "pipeline"],
+CORE = {"tinyflow": ["flow", "attention", "mmdit", "text", "phrase", "tokenizer", "pipeline"],
         "purecc_min": ["concept", "embeddings", "lora", "branch", "objective", "methods", "train",
                        "algorithm"]}
-CORE_LINES = 1500
+CORE_LINES = 1560
 COLUMNS, FILE_LINES, FUNCTION_LINES = 110, 400, 60
 
 # Each layer may import those before it, and none after it.

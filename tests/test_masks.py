@@ -11,7 +11,10 @@ from purecc_min.branch import Branch
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import Batch, encode
 from purecc_min.embeddings import class_word_states
-from purecc_min.methods import METHODS, Thetas
+from purecc_min.measure.toy import PAIR_TEMPLATES
+from purecc_min.methods import Thetas
+from purecc_min.pairs import imagine
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, generator_for
 from tests.test_folder import refused
 from tinyflow.flow import squared_error
@@ -103,15 +106,18 @@ def test_no_method_learns_from_what_is_black_in_the_mask(name, pipe, robot):
     All else that a method asks for, as L_PureCC and the anchor, has no target in the pictures.
     """
     data, way = encode(pipe, masked(robot)), METHODS[name]
+    if way.imagines:
+        data = data._replace(imagined=imagine(pipe, robot, PAIR_TEMPLATES, seed=0, count=2, steps=1))
     generator = generator_for(0, 1, -1)
-    theta = Branch.fresh(pipe, class_word_states(pipe, data, generator), 2, generator, way.where)
+    Y = class_word_states(pipe, data, generator) if way.embeddings else None
+    theta = Branch.fresh(pipe, Y, 2, generator, way.where)
     for B in theta.lora.B.values():
         B.data.normal_(std=.1, generator=generator)
     batch = draw_batch(data, TrainConfig(), 1, 0, pipe.shift)
 
     def gradient(change):
         loss, _ = way.loss(Thetas(pipe.velocity, theta, theta), batch._replace(v=batch.v + change), 1.0)
-        return torch.autograd.grad(loss, theta.embeddings.Y)[0]
+        return torch.autograd.grad(loss, theta.lora.B["blocks/1/attention/text/to_v"])[0]
 
     black = torch.randn(batch.v.shape, generator=generator) * (batch.mask == 0)
     assert torch.equal(gradient(black), gradient(torch.zeros(())))

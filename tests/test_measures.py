@@ -31,7 +31,8 @@ def renders(scenes):
 
 def rendered(toy):
     """The pictures of an original model that draws every base text to the letter."""
-    drawn = {group: renders([p.scene for p in prompts]) for group, prompts in toy.prompts().items()}
+    groups = toy.prompts() | toy.forms()
+    drawn = {group: renders([p.scene for p in prompts]) for group, prompts in groups.items()}
     return drawn | {"plain": drawn["concept"][:PLAIN]}
 
 
@@ -128,6 +129,11 @@ def test_a_neighbour_that_becomes_the_concept_is_caught(shipped):
     both = renders([ROBOT.wearing(ROBOT.wearing(p.scene, 0), 1) for p in prompts])
     values = measured(shipped, ROBOT, original | {"neighbour": both})
     assert values["beside another"] > 0.95 and values["neighbour leak"] > 0.5
+    assert values["beside, first"] > 0.9 and values["beside, second"] > 0.9
+    for group, asked in ROBOT.forms().items():   # the same in texts of other forms
+        both = renders([ROBOT.wearing(ROBOT.wearing(p.scene, 0), 1) for p in asked])
+        of_form = measured(shipped, ROBOT, original | {group: both})
+        assert of_form[f"{group}: on [V]"] > 0.9 and of_form[f"{group}: leak"] > 0.5
     assert values["neighbour change"] > 0.03
     one = renders([ROBOT.wearing(p.scene, p.n) for p in prompts])
     values = measured(shipped, ROBOT, original | {"neighbour": one})
@@ -202,6 +208,11 @@ def test_every_picture_is_counted_and_starts_from_its_own_seed(pipe, monkeypatch
     assert original.keys() == groups.keys() and asked[0] == base
     assert sum(map(len, asked)) == count_pictures(ROBOT) - PLAIN
 
+    asked.clear()
+    again = draw_groups(pipe, pipe.velocity, ROBOT, forms=True, known={"other": original["other"]})
+    assert again.keys() == groups.keys() | ROBOT.forms().keys() and again["other"] is original["other"]
+    assert sum(map(len, asked)) == count_pictures(ROBOT, forms=True) - 24
+
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn_at_once(pipe):
     texts = [p.base for p in ROBOT.prompts()["concept"][:8]]
@@ -216,7 +227,7 @@ def test_pixel_change_is_in_units_of_the_full_range():
 
 
 def test_every_measure_has_its_sentence():
-    assert len(MEASURES) == 26 and set(DAMAGES) <= MEASURES.keys()
+    assert len(MEASURES) == 34 and set(DAMAGES) <= MEASURES.keys()
     assert all(row.about.endswith(".") and "\n" not in row.about for row in MEASURES.values())
 
 

@@ -2,12 +2,15 @@
 
 import gc
 import re
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from purecc_min.ablations import not_detached
+from purecc_min import pairs
 from purecc_min.commands import memory
 from purecc_min.commands.memory import (
     OVERHEAD,
@@ -18,12 +21,15 @@ from purecc_min.commands.memory import (
     flash_attention,
     memory_table,
 )
-from purecc_min.methods import METHODS, Method, not_detached
+from purecc_min.concept import ConceptSet
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.attention import attention
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
+from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.load import SD35_MEDIUM
+from tinyflow.tokenizer import WordTokenizer
 from tinyflow.vae import VAE, VAEConfig
 
 SMALL = MMDiTConfig(channels=4, patch=2, width=64, depth=3, heads=2, context_width=32, pooled_width=16,
@@ -92,15 +98,16 @@ def kernel_of_the_cpu(q, k, v, bias=None, is_causal=False, scale=None):
     return kernel(q, k, v, is_causal=is_causal, scale=scale)[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name, stage", [("paper", 1), ("paper", 2), ("bound", 1),
+                                         ("bound-pairs", 2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_dry_run_is_the_real_step(stage, checkpointing, monkeypatch):
+def test_the_dry_run_is_the_real_step(name, stage, checkpointing, monkeypatch):
     """Byte for byte, in fp32 with one attention kernel for both. torch's profiler, which sees all that
     kernels take, agrees to 0.5 %.
     """
     def run(device):
         case = (SMALL, TRAIN, 64, stage, checkpointing)
-        return dry_run.__wrapped__(*case, **TINY, dtype=torch.float32, device=device)
+        return dry_run(*case, **TINY, dtype=torch.float32, device=device, method=METHODS[name])
 
     monkeypatch.setattr(memory, "flash", kernel_of_the_cpu)
     gc.collect()                          # what earlier tests left must not be freed while the profiler looks
@@ -134,18 +141,55 @@ def test_gradient_checkpointing_and_detaching_save_memory():
     def need(checkpointing=False, method=METHODS["paper"]):
         return dry_run(SMALL, TRAIN, 64, 2, checkpointing, **TINY, method=method).activations
 
-    attached = Method("", not_detached, extractor=True)
+    attached = replace(METHODS["paper"], loss=not_detached)
     assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(method=attached)
 
 
-def test_bound_adapters_are_fewer_and_a_method_without_an_extractor_has_one_set():
-    """Two layers a block and Y; Y alone needs no gradient and no moments for the adapters."""
-    bound, alone = (dry_run(SMALL, TRAIN, 64, 1, False, **TINY, method=METHODS[name])
-                    for name in ("bound", "embeddings"))
-    assert bound.adapters == 4 * (3 * 2 * 2 * (64 + 64) + 3 * 64)
+def test_bound_adapters_are_fewer_and_each_stage_has_what_its_own_method_trains():
+    """Two layers a block and no Y; Y alone needs no gradient and no moments for the adapters. The extractor of
+    bound-pairs is a LoRA with adapters everywhere and Y.
+    """
+    def need(name, stage=1):
+        return dry_run(SMALL, TRAIN, 64, stage, False, **TINY, method=METHODS[name])
+
+    bound, lora, alone, pairs = need("bound"), need("lora"), need("embeddings"), need("bound-pairs", 2)
+    assert bound.adapters == 4 * 3 * 2 * 2 * (64 + 64)
     assert alone.optimizer <= 3 * 4 * 3 * 64 + 4 * 100 < bound.optimizer
-    both = dry_run(SMALL, TRAIN, 64, 2, False, **TINY, method=METHODS["bound-paper"])
-    assert both.adapters == 2 * bound.adapters
+    assert need("bound-paper", 2).adapters == 2 * bound.adapters
+    assert pairs.adapters == bound.adapters + lora.adapters and pairs.optimizer == bound.optimizer
+    assert need("bound-pairs").adapters == lora.adapters
+
+
+class Encoder(torch.nn.Module):
+    """Texts of the small case; it counts how many are encoded at once."""
+    most = 0
+
+    def forward(self, ids):
+        self.most = max(self.most, len(ids))
+        return torch.zeros(len(ids), TINY["tokens"], SMALL.context_width), torch.zeros(len(ids), 16)
+
+
+def test_imagined_scenes_are_counted_as_they_lie_on_the_card(monkeypatch):
+    """Each scene stands there twice, and its texts are encoded together; half of that was once counted."""
+    tokenizer, encoder = WordTokenizer("a robot on the left and right".split(), TINY["tokens"]), Encoder()
+    pipe = Pipeline(tokenizer, encoder, MMDiT(SMALL).requires_grad_(False), VAE(TINY["autoencoder"]), 16)
+    scenes = pairs.imagine(pipe, ConceptSet("robot", []), pairs.ON_PUBLIC_WEIGHTS, seed=0, steps=1)
+    texts = {id(text): text for text in (*scenes.texts, scenes.class_text)}.values()
+    real = [scenes.variants, scenes.masks, *(part for text in texts for part in vars(text).values())]
+    counted, batch = memory.empty_data(SMALL, TRAIN, 8, TINY["tokens"], "cpu", imagined=True)
+    texts = {id(text): text for text in (*counted.texts, counted.class_text)}.values()
+    ours = [counted.variants, counted.masks, *(part for text in texts for part in vars(text).values())]
+    assert [part.shape for part in ours] == [part.shape for part in real]
+    assert sum(part.nbytes for part in ours) == sum(part.nbytes for part in real)
+    assert batch.mask.shape == (2, 1, 8, 8)
+
+    encoded = []
+    monkeypatch.setattr(memory, "encoding_memory", lambda texts: encoded.append(texts) or 10**9)
+    plain, imagining = (dry_run(SMALL, TRAIN, 64, 1, False, **TINY, method=METHODS[name])
+                        for name in ("bound", "bound-half"))
+    assert encoded == [memory.REFERENCES, encoder.most]
+    more = imagining.texts - plain.texts
+    assert more == imagining.pictures - plain.pictures and more > 0.9 * 4 * 64 * 20 * 32 * 4
 
 
 @pytest.mark.parametrize("size, target", [(512, 12e9), pytest.param(1024, 24e9, marks=pytest.mark.slow)])
@@ -180,5 +224,5 @@ def test_the_table_has_a_row_for_every_case(monkeypatch):
     same = Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000, 900_000_000)
     monkeypatch.setattr(memory, "dry_run", lambda *case, **method: same)
     rows = [line for line in memory_table(SD35_MEDIUM).splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 16 and len({row.count("|") for row in rows}) == 1
+    assert len(rows) == 2 + 24 and len({row.count("|") for row in rows}) == 1
     assert rows[3] == "| paper | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 0.90 | 7.14 |"

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from purecc_min.ablations import constant_lambda, not_detached, untouched_original
 from purecc_min.concept import Batch, Texts
-from purecc_min.methods import Thetas, from_parts, log_of
+from purecc_min.methods import Thetas, log_of
 from purecc_min.objective import cosine, inner, lambda_star, pcc_loss
 from tinyflow.flow import expand, squared_error
 from tinyflow.pipeline import Text
@@ -23,7 +24,8 @@ def draw():
 def numbered_text(number: int) -> Text:
     """A text that says its number and its rows, so that a stub can look up what to predict."""
     rows = torch.arange(SHAPE[0])
-    return Text(torch.full((SHAPE[0], 1, 1), number), rows[:, None], torch.zeros(SHAPE[0], 1).bool())
+    nowhere = torch.zeros(SHAPE[0], 1)
+    return Text(torch.full((SHAPE[0], 1, 1), number), rows[:, None], nowhere, nowhere)
 
 
 TEXTS = Texts(*(numbered_text(number) for number in range(4)))
@@ -59,15 +61,19 @@ def test_the_step_is_equations_8_to_15(draw):
     assert terms.loss_cc + 0.5 * terms.loss_purecc == loss
 
 
-def test_ablations_share_equations_10_to_15_with_the_paper(draw):
-    v_complete, v_original, v_tar, v_null, v = (draw() for _ in range(5))
-    loss, terms = step(v_complete, v_original, v_tar, v_null, v, eta=2.0)
-    again, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0)
-    assert torch.equal(loss, again) and log == log_of(terms)
-    _, log = from_parts(v_original, v_complete, v_tar - v_null, batch_of(v), eta=2.0,
-                        lam=torch.full((3,), 3.0))
+def test_ablations_replace_one_part_of_the_papers_loss(draw):
+    """Equations 8 to 15 stand once, in pcc_loss; an ablation calls it with another lambda or theta."""
+    v_complete, v_original, v_tar, v_null, v, v_before = (draw() for _ in range(6))
+    theta_1, theta_2 = predicts(target=v_tar, null=v_null), predicts(complete=v_complete, base=v_original)
+    thetas = Thetas(predicts(base=v_before), theta_1, theta_2)
+    _, log = constant_lambda(3.0)(thetas, batch_of(v), 2.0)
     expected = squared_error(v_original + 3 * (v_tar - v_null), v_complete)
     assert log["lambda"] == 3 and log["loss_purecc"] == expected
+    loss, log = untouched_original(thetas, batch_of(v), 2.0)
+    again, terms = step(v_complete, v_before, v_tar, v_null, v, eta=2.0)
+    assert torch.equal(loss, again) and log == log_of(terms)
+    loss, _ = step(v_complete, v_original, v_tar, v_null, v, eta=2.0)
+    assert torch.equal(not_detached(thetas, batch_of(v), 2.0)[0], loss)
 
 
 def test_lambda_star_minimises_equation_11(draw):
@@ -116,7 +122,7 @@ def test_envelope_theorem_detaching_lambda_changes_no_gradient(draw):
 def test_v_original_and_the_extractor_receive_no_gradient(draw):
     """The paper does not say whether v_original does.
 
-    Here it does not; methods.not_detached is the other choice.
+    Here it does not; ablations.not_detached is the other choice.
     """
     predictions = [draw().requires_grad_(True) for _ in range(4)]
     loss, _ = step(*predictions, draw())
@@ -127,7 +133,9 @@ def test_v_original_and_the_extractor_receive_no_gradient(draw):
 def test_an_attached_v_original_receives_the_opposite_gradient(draw):
     v_complete, v_original = draw().requires_grad_(True), draw().requires_grad_(True)
     R_target, v = draw(), draw()
-    _, log = from_parts(v_original, v_complete, R_target, batch_of(v), eta=1.0)
+    theta_1 = predicts(target=R_target, null=torch.zeros(SHAPE, dtype=torch.float64))
+    thetas = Thetas(None, theta_1, predicts(complete=v_complete, base=v_original))
+    _, log = not_detached(thetas, batch_of(v), eta=1.0)
     on_complete, on_original = torch.autograd.grad(log["loss_purecc"], (v_complete, v_original))
     assert on_complete.abs().max() > 1e-3
     torch.testing.assert_close(on_original, -on_complete)

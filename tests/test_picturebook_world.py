@@ -181,7 +181,7 @@ def test_the_longest_caption_and_two_placeholders_fit_the_text_encoder():
     scene = Scene(things, "meadow", "moonlight", style="print")
     text = world.caption(scene, ("[V1] mushroom", "[V2] mushroom"), world.ALL_PARTS)
     assert len(text.split()) == 40
-    ids, slots = make_tiny().tokenizer([text], {"[V1]": "mushroom", "[V2]": "mushroom"})
+    ids, slots, _ = make_tiny().tokenizer([text], {"[V1]": "mushroom", "[V2]": "mushroom"})
     assert ids.shape[1] >= 32 and sorted(slots[0].tolist())[-2:] == [1, 2]
 
 

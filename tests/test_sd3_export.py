@@ -33,10 +33,10 @@ def test_any_rank_several_names_and_words_of_several_pieces_reach_diffusers(rank
     encoded = pipe.encode_text([text], {"[V]": word})
     assert (encoded.slots > 0).sum() == 2 * text.count("[V]")    # in CLIP's segment, and in T5's
     x_t, t = torch.randn(1, 16, 8, 8, generator=generator), torch.tensor([0.6])
-    _, slots = load_tokenizer(folder)([text], {"[V]": word})
+    tokens = load_tokenizer(folder)([text], {"[V]": word})
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     try:
-        with torch.no_grad(), attach_concept(pipeline.transformer, tmp_path / "concept.safetensors", slots):
+        with torch.no_grad(), attach_concept(pipeline.transformer, tmp_path / "concept.safetensors", tokens):
             theirs = pipeline.transformer(x_t, timestep=1000 * t, encoder_hidden_states=encoded.context,
                                           pooled_projections=encoded.pooled).sample
             torch.testing.assert_close(theirs, theta(x_t, t, encoded), rtol=1e-5, atol=1e-5)

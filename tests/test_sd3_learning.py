@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from purecc_min.__main__ import main
+from purecc_min.ablations import not_detached
 from purecc_min.algorithm import stage_1, stage_2
 from purecc_min.branch import Branch
 from purecc_min.commands.base_models import half_precision, open_base_model
@@ -16,7 +17,7 @@ from purecc_min.commands.export import attach_concept
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode
 from purecc_min.measure.toy import FOLDER
-from purecc_min.methods import not_detached, paper
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch
 from tests.test_commands import fails
 from tinyflow.flow import noise_for
@@ -177,14 +178,15 @@ def test_latents_are_shifted_and_scaled_and_times_shifted_alike_in_training_and_
     assert visited == [1.0, 0.8577, 0.6022, 0.0089]
 
 
-@pytest.mark.parametrize("method", [paper, not_detached])
+@pytest.mark.parametrize("method", [METHODS["paper"], replace(METHODS["paper"], loss=not_detached)],
+                         ids=["paper", "not detached"])
 def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, method):
     """Blocks are computed again in the backward pass, with the same adapters: bitwise the same training."""
     pipe, data = small
     results, config = [], TrainConfig(steps=2, batch=2)
     for name in ("off", "on"):
         pipe.mmdit.checkpointing = name == "on"
-        theta_1, rows = stage_1(pipe, data, config, tmp_path / name)
+        theta_1, rows = stage_1(pipe, data, config, tmp_path / name, METHODS["lora"])
         list(rows)
         theta_2, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, tmp_path / name, method)
         results.append(([row["loss"] for row in rows], tensor_hash(theta_2.state_dict())))
@@ -195,7 +197,7 @@ def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, m
 def test_bf16_weights_are_trained_with_fp32_adapters(sd3, tmp_path):
     pipe = open_base_model("sd3.5-medium", sd3[0], None, 64, torch.device("cpu"))
     before, data = tensor_hash(pipe.mmdit.state_dict()), encode(pipe, load_concept(ROBOT, "robot", 64))
-    theta, rows = stage_1(pipe, data, TrainConfig(steps=2, batch=2), tmp_path)
+    theta, rows = stage_1(pipe, data, TrainConfig(steps=2, batch=2), tmp_path, METHODS["lora"])
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
     assert {p.dtype for p in pipe.mmdit.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in theta.parameters()} == {torch.float32}
@@ -231,13 +233,13 @@ def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):
         return pipeline.transformer(x_t, timestep=1000 * t, encoder_hidden_states=text.context,
                                     pooled_projections=text.pooled).sample
 
-    _, slots = load_tokenizer(folder)(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
+    tokens = load_tokenizer(folder)(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
     pipeline.load_lora_weights(tmp_path)
     try:
         with torch.no_grad():
             adapters_alone, with_embeddings = branch(x_t, t, nowhere), branch(x_t, t, text)
             torch.testing.assert_close(theirs(), adapters_alone, rtol=1e-5, atol=1e-5)
-            with attach_concept(pipeline.transformer, concept, slots):
+            with attach_concept(pipeline.transformer, concept, tokens):
                 torch.testing.assert_close(theirs(), with_embeddings, rtol=1e-5, atol=1e-5)
             assert (with_embeddings - adapters_alone).abs().max() > 1e-3
             assert (pipe.velocity(x_t, t, text) - adapters_alone).abs().max() > 1e-3
@@ -246,7 +248,7 @@ def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):
 
 
 def test_the_readmes_recipe_for_diffusers_draws_our_picture(learned, sd3, tmp_path):
-    """The class word stands in [V]'s place, slots come from our tokenizers, the empty row comes first."""
+    """The class word stands in [V]'s place, tokens come from our tokenizers, the empty row comes first."""
     folder, pipeline = sd3
     concept = learned / "concept.safetensors"
     main(["export", str(concept), "--out", str(tmp_path / "pytorch_lora_weights.safetensors")])
@@ -254,10 +256,10 @@ def test_the_readmes_recipe_for_diffusers_draws_our_picture(learned, sd3, tmp_pa
     branch, _ = Branch.load(pipe, concept)
     text = pipe.encode_text(["a [V] robot"], {"[V]": "robot"})
     expected = pipe.sample(text, [5], steps=3, guidance=4.0, theta=branch)
-    _, slots = load_tokenizer(folder)(["", "a [V] robot"], {"[V]": "robot"})
+    tokens = load_tokenizer(folder)(["", "a [V] robot"], {"[V]": "robot"})
     pipeline.load_lora_weights(tmp_path)
     try:
-        with attach_concept(pipeline.transformer, concept, slots):
+        with attach_concept(pipeline.transformer, concept, tokens):
             drawn = pipeline("a robot robot", negative_prompt="", num_inference_steps=3, guidance_scale=4.0,
                              height=64, width=64, output_type="latent",
                              latents=noise_for([5], (16, 8, 8))).images

@@ -72,8 +72,8 @@ def clip(clip_folder):
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory):
     """A small Unigram tokenizer.json, built as T5's is. Its settings to cut and to pad must not matter."""
-    words = ["▁a", "▁the", "▁on", "▁dog", "▁te", "dd", "y", "▁be", "ar", "▁beach", "▁photo", "graph", "ing",
-             "s", "▁1", "▁"]
+    words = ["▁a", "▁the", "▁on", "▁and", "▁dog", "▁te", "dd", "y", "▁be", "ar", "▁beach", "▁photo", "graph",
+             "ing", "s", "▁1", "▁"]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -3.0) for word in words)]
     vocabulary += [(character, -6.0) for character in "abcdefghijklmnopqrstuvwxyz0123456789.,'![]é⁄"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=2))
@@ -97,18 +97,18 @@ def test_clip_is_transformers_id_for_id(clip_folder, pad, count):
     theirs = transformers.CLIPTokenizer.from_pretrained(clip_folder, pad_token=pad)
     expected = theirs(prompts, padding="max_length", max_length=77, truncation=True,
                       return_tensors="pt").input_ids
-    ids, slots = ClipTokenizer(clip_folder, PADS[pad])(prompts)
+    ids, slots, phrases = ClipTokenizer(clip_folder, PADS[pad])(prompts)
     wrong = [(prompts[n], ids[n].tolist(), expected[n].tolist())
              for n in (ids != expected).any(dim=1).nonzero().flatten()]
     assert not wrong, (len(wrong), wrong[0])
-    assert ids.shape == (count, 77) and ids.dtype == torch.long and not slots.any()
+    assert ids.shape == (count, 77) and ids.dtype == torch.long and not slots.any() and not phrases.any()
 
 
 def test_a_word_of_100_000_letters_takes_seconds(clip, clip_folder):
     rng = random.Random(1)
     words = ["".join(rng.choice("aeiourstlngdhp") for _ in range(100_000)), "ha" * 50_000]
     start = time.monotonic()
-    ids, _ = clip(words)
+    ids = clip(words).ids
     assert time.monotonic() - start < 20
     theirs = transformers.CLIPTokenizer.from_pretrained(clip_folder)
     assert torch.equal(ids, theirs(words, max_length=77, truncation=True, return_tensors="pt").input_ids)
@@ -145,8 +145,8 @@ def test_t5_is_transformers_id_for_id(t5_folder, name):
     for length in (256, 12):
         expected = theirs(prompts, padding="max_length", max_length=length, truncation=True,
                           return_tensors="pt").input_ids
-        ids, slots = T5Tokenizer(t5_folder, length)(prompts)
-        assert torch.equal(ids, expected) and not slots.any()
+        ids, slots, phrases = T5Tokenizer(t5_folder, length)(prompts)
+        assert torch.equal(ids, expected) and not slots.any() and not phrases.any()
         assert ids[0].tolist() == [1] + [0] * (length - 1) and ids[5, -1] == 1
 
 
@@ -181,7 +181,7 @@ def test_a_placeholder_is_its_stand_in_and_its_slot_the_last_token_of_it(both, c
                                                                          stand_ins, marked):
     """By the peers' offsets, a slot is the last token that holds the last character of the stand-in."""
     written = marked.replace("^", "")
-    ids, slots = both([text], stand_ins)
+    ids, slots, _ = both([text], stand_ins)
     assert torch.equal(ids, both([written])[0])
     if isinstance(both, ClipTokenizer):
         theirs = transformers.CLIPTokenizer.from_pretrained(clip_folder)
@@ -194,9 +194,9 @@ def test_a_placeholder_is_its_stand_in_and_its_slot_the_last_token_of_it(both, c
 
 
 def test_slots_by_hand(clip):
-    _, slots = clip(["a [V] dog on a beach", "dog", "a [V]'s [V]"], DOG)
+    slots = clip(["a [V] dog on a beach", "dog", "a [V]'s [V]"], DOG).slots
     assert [row.nonzero().flatten().tolist() for row in slots] == [[2], [], [2, 4]]
-    ids, slots = clip(["a [V]"], {"[V]": "photorealisticest teddybearish"})
+    ids, slots, _ = clip(["a [V]"], {"[V]": "photorealisticest teddybearish"})
     assert slots.sum() == 1 and ids[0, slots[0].nonzero().item() + 1] == clip.end
 
 
@@ -217,7 +217,7 @@ def test_a_placeholder_that_is_cut_off_is_an_error(both, t5_folder):
     tokenizer, room = both, 74                   # CLIP has a start token
     if isinstance(both, T5Tokenizer):
         tokenizer, room = T5Tokenizer(t5_folder, 77), 75
-    _, slots = tokenizer(["a " * room + "[V] dog"], DOG)
+    slots = tokenizer(["a " * room + "[V] dog"], DOG).slots
     assert slots.nonzero().tolist() == [[0, 75]]
     message = r"'\[V\]' in 'a a .{30,60} \.\.\. .*' is token 77, .* cut to 77"
     with pytest.raises(InputError, match=message) as error:

@@ -16,15 +16,17 @@ def tokenizer():
 def test_every_caption_the_world_can_say_is_known(tokenizer):
     rng = np.random.default_rng(0)
     texts = [world.random_caption(world.random_scene(rng), rng) for _ in range(500)]
-    ids, slots = tokenizer(texts)
-    assert ids.shape == (500, LENGTH) and not slots.any() and (ids[:, 0] == tokenizer.start).all()
+    ids, slots, phrases = tokenizer(texts)
+    assert ids.shape == (500, LENGTH) and not slots.any() and not phrases.any()
+    assert (ids[:, 0] == tokenizer.start).all()
     assert any(text == "" for text in texts) and any(" robot robot" in text for text in texts)
 
 
 def test_the_placeholder_is_read_as_its_stand_in_and_its_place_is_reported(tokenizer):
-    ids, slots = tokenizer(["a big [V] robot in the snow."], {"[V]": "robot"})
+    ids, slots, phrases = tokenizer(["a big [V] robot in the snow."], {"[V]": "robot"})
     assert torch.equal(ids, tokenizer(["a big robot robot in the snow"])[0])
     assert slots[0].nonzero().flatten().tolist() == [3]
+    assert phrases[0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
 
 
 def test_an_unknown_word_is_named_with_its_nearest_neighbours(tokenizer):
@@ -35,7 +37,7 @@ def test_an_unknown_word_is_named_with_its_nearest_neighbours(tokenizer):
 
 
 def test_pooling_is_at_the_first_end_token_and_attention_is_causal(pipe):
-    ids, _ = pipe.tokenizer(["a red robot"])
+    ids = pipe.tokenizer(["a red robot"]).ids
     context, pooled = pipe.encoder(ids)
     changed = ids.clone()
     changed[0, 6:] = 7                           # after the first end: it has no effect on the pooled vector

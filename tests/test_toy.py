@@ -91,7 +91,7 @@ def test_references_share_the_confounder_and_nothing_else(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_text_is_known_to_the_tiny_model_and_has_its_slot(name):
     toy, pipe = CONCEPTS[name], make_tiny()
-    for group, prompts in toy.prompts().items():
+    for group, prompts in (toy.prompts() | toy.forms()).items():
         slots = pipe.encode_text([p.complete for p in prompts], {"[V]": toy.class_word}).slots
         assert slots.sum(1).tolist() == [0 if group == "other" else 1] * len(prompts)
         assert not any("[V]" in p.base for p in prompts)

@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from purecc_min import methods, train
+from purecc_min import ablations, methods, train
 from purecc_min.algorithm import learn, stage_1, stage_2
 from purecc_min.branch import Branch
 from purecc_min.concept import ConceptSet, encode
 from purecc_min.methods import Thetas, l_cc, paper
+from purecc_min.measure.toy import PAIR_TEMPLATES
+from purecc_min.pairs import imagine
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.errors import InputError
 from tinyflow.weights import tensor_hash
 
+LORA, PAPER = METHODS["lora"], METHODS["paper"]
 CONFIG = TrainConfig(steps=4, batch=2, rank=2, learning_rate=1e-2)
 
 
@@ -30,7 +34,7 @@ CONFIG = TrainConfig(steps=4, batch=2, rank=2, learning_rate=1e-2)
 def trained(pipe, robot, tmp_path):
     """An extractor after a few steps, and what stage 2 needs."""
     data = encode(pipe, robot)
-    theta_1, rows = stage_1(pipe, data, CONFIG, tmp_path)
+    theta_1, rows = stage_1(pipe, data, CONFIG, tmp_path, LORA)
     list(rows)
     return pipe, data, theta_1.requires_grad_(False), tmp_path
 
@@ -97,7 +101,7 @@ def test_a_draw_holds_each_pictures_own_texts(pipe, robot):
 # ------------------------------------------------------------------------------------------------- the stages
 def test_the_base_model_is_never_written(pipe, robot, tmp_path):
     before = tensor_hash(pipe.state_dict())
-    list(learn(pipe, robot, CONFIG, tmp_path))
+    list(learn(pipe, robot, CONFIG, tmp_path, METHODS["paper"]))
     assert tensor_hash(pipe.state_dict()) == before
 
 
@@ -113,7 +117,7 @@ def test_stage_1_is_really_in_the_target_representation(trained):
 def test_stage_2_never_moves_the_extractor(trained):
     pipe, data, theta_1, folder = trained
     before = tensor_hash(theta_1.state_dict())
-    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder)
+    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)
     assert torch.equal(theta_2.embeddings.Y, theta_1.embeddings.Y)
     assert all(B.abs().max() == 0 for B in theta_2.lora.B.values())
     list(rows)
@@ -123,7 +127,7 @@ def test_stage_2_never_moves_the_extractor(trained):
 
 def test_training_lowers_the_loss_on_draws_it_never_saw(pipe, robot, tmp_path):
     data, config = encode(pipe, robot), replace(CONFIG, steps=60, batch=4)
-    theta_1, rows = stage_1(pipe, data, config, tmp_path)
+    theta_1, rows = stage_1(pipe, data, config, tmp_path, LORA)
     unseen = [draw_batch(data, config, 9, n, pipe.shift) for n in range(10)]
 
     def mean_loss():
@@ -153,7 +157,7 @@ def test_without_eta_the_loss_is_plain_LoRA_on_the_same_draws(trained):
 
 def test_detaching_v_original_changes_the_gradient_and_nothing_else(trained):
     _, detached, theta_a = try_method(trained, paper)
-    _, attached, theta_b = try_method(trained, methods.not_detached)
+    _, attached, theta_b = try_method(trained, ablations.not_detached)
     gradients = []
     for log, theta in ((detached, theta_a), (attached, theta_b)):
         log["loss_purecc"].backward()
@@ -164,22 +168,13 @@ def test_detaching_v_original_changes_the_gradient_and_nothing_else(trained):
 
 
 def test_v_original_from_the_base_model_ignores_theta_2(trained):
-    from_theta_2, from_base = (try_method(trained, m)[1] for m in (paper, methods.untouched_original))
+    from_theta_2, from_base = (try_method(trained, m)[1] for m in (paper, ablations.untouched_original))
     assert (from_theta_2["norm_R_complete"] - from_base["norm_R_complete"]).abs() > 1e-3
     torch.testing.assert_close(from_theta_2["loss_cc"], from_base["loss_cc"])
 
 
 def test_a_constant_lambda_is_used(trained):
-    assert try_method(trained, methods.constant_lambda(3.0))[1]["lambda"] == 3.0
-
-
-def test_another_direction_is_used(trained):
-    def twice(thetas, batch):
-        return 2 * methods.target_direction(thetas.theta_1, batch)
-
-    log, doubled = try_method(trained, paper)[1], try_method(trained, methods.another_direction(twice))[1]
-    torch.testing.assert_close(doubled["lambda"], log["lambda"] / 2)
-    torch.testing.assert_close(doubled["loss_purecc"], log["loss_purecc"])
+    assert try_method(trained, ablations.constant_lambda(3.0))[1]["lambda"] == 3.0
 
 
 def test_the_anchor_asks_the_base_text_to_stay(trained):
@@ -197,7 +192,7 @@ def test_the_anchor_asks_the_base_text_to_stay(trained):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, monkeypatch):
     pipe, data, theta_1, folder = trained
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
-    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder)
+    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)
     next(rows), next(rows)
     good = (folder / "stage2.safetensors").read_bytes()
     with torch.no_grad():
@@ -210,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, 
 def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint(trained, tmp_path):
     """The message once named a file "with the last good state" that did not exist."""
     pipe, data, theta_1, _ = trained
-    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, tmp_path / "new")
+    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, tmp_path / "new", PAPER)
     with torch.no_grad():
         theta_2.embeddings.Y.fill_(float("nan"))
     with pytest.raises(InputError, match="lower learning rate$"):
@@ -222,10 +217,10 @@ def test_another_runs_folder_is_refused(trained):
     brighter = data._replace(variants=data.variants + 1)
     for other_data, other_config in ((data, replace(CONFIG, seed=1)), (brighter, CONFIG)):
         with pytest.raises(InputError, match="holds another run"):
-            list(stage_1(pipe, other_data, other_config, folder)[1])
-    list(stage_2(pipe, theta_1, data, CONFIG, folder)[1])
+            list(stage_1(pipe, other_data, other_config, folder, LORA)[1])
+    list(stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)[1])
     with pytest.raises(InputError, match="holds another run"):
-        list(stage_2(pipe, theta_1, data, CONFIG, folder, loss=l_cc)[1])
+        list(stage_2(pipe, theta_1, data, CONFIG, folder, replace(PAPER, loss=l_cc))[1])
 
 
 CHILD = """
@@ -236,11 +231,12 @@ from purecc_min import train
 from purecc_min.algorithm import learn
 from purecc_min.commands.folder import load_concept
 from purecc_min.measure.toy import FOLDER
+from purecc_min.registry import METHODS
 from tests.conftest import make_pipe
 train.SAVE_EVERY = 3
 config = train.TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
 robot = load_concept(FOLDER / "checked_robot", "robot", 64)
-for stage, _, row in learn(make_pipe(), robot, config, Path(sys.argv[1])):
+for stage, _, row in learn(make_pipe(), robot, config, Path(sys.argv[1]), METHODS["paper"]):
     print(stage, row["step"], flush=True)
     sys.stdin.readline()                                         # a step is taken only when it is asked for
 """
@@ -279,16 +275,19 @@ def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_p
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("name", list(methods.METHODS))
+@pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_goes_on_where_it_stopped(pipe, robot, tmp_path, monkeypatch, name):
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
-    rows = list(learn(pipe, robot, CONFIG, tmp_path / "whole", name))
+    method, imagined = METHODS[name], None
+    if method.imagines:
+        imagined = imagine(pipe, robot, PAIR_TEMPLATES, seed=0, count=2, steps=1)
+    rows = list(learn(pipe, robot, CONFIG, tmp_path / "whole", method, imagined=imagined))
     for stopped_after in (2, 1):
-        started = learn(pipe, robot, CONFIG, tmp_path / "cut", name)
+        started = learn(pipe, robot, CONFIG, tmp_path / "cut", method, imagined=imagined)
         for _ in range(stopped_after):
             next(started)
         started.close()
-    assert len(list(learn(pipe, robot, CONFIG, tmp_path / "cut", name))) < len(rows)
+    assert len(list(learn(pipe, robot, CONFIG, tmp_path / "cut", method, imagined=imagined))) < len(rows)
     whole, cut = (tmp_path / run / "concept.safetensors" for run in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
 
@@ -309,7 +308,8 @@ def test_small_gradients_survive_in_fp16(pipe, robot, tmp_path, monkeypatch, sca
     gradients = []
     for dtype in (torch.float32, torch.float16):
         pipe.mmdit.to(dtype)
-        theta, rows = stage_1(pipe, encode(pipe, robot), replace(CONFIG, steps=1), tmp_path / str(dtype))
+        config = replace(CONFIG, steps=1)
+        theta, rows = stage_1(pipe, encode(pipe, robot), config, tmp_path / str(dtype), LORA)
         list(rows)
         gradients.append(torch.cat([p.grad.flatten() for p in theta.parameters()]))
     exact, half = gradients

@@ -1,6 +1,6 @@
 """The pipeline: tokenizer, text encoder, MMDiT and codec behind four calls.
 
-    encode_text     texts -> Text(context, pooled, slots)
+    encode_text     texts -> Text(context, pooled, slots, phrases)
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
 
@@ -24,16 +24,14 @@ from tinyflow.mmdit import MMDiT, Visit
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded texts, one a row.
-
-    `slots` is n at the positions of the n-th placeholder, such as "[V]", else 0.
-    """
+    """Encoded texts, one a row. What slots and phrases are, phrase.py says."""
     context: Tensor                              # [B, T, context_width]
     pooled: Tensor                               # [B, pooled_width]
-    slots: Tensor                                # [B, T] integers
+    slots: Tensor                                # [B, T] n where the n-th placeholder stands, else 0
+    phrases: Tensor                              # [B, T] n at the tokens of its phrase, else 0
 
     def __getitem__(self, rows) -> "Text":
-        return Text(self.context[rows], self.pooled[rows], self.slots[rows])
+        return Text(*(getattr(self, part.name)[rows] for part in fields(Text)))
 
     @staticmethod
     def cat(texts: list["Text"]) -> "Text":
@@ -47,15 +45,6 @@ def in_one_batch(theta: Velocity, x_t: Tensor, t: Tensor, *texts: Text) -> tuple
     """theta(x_t, t, text) for each text, as one larger batch, which is faster than one after the other."""
     count = len(texts)
     return theta(torch.cat([x_t] * count), torch.cat([t] * count), Text.cat(list(texts))).chunk(count)
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """A device by its name; "auto" takes CUDA, then MPS, then the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
@@ -73,7 +62,7 @@ class Pipeline(nn.Module):
     """A text-to-image model: everything that a prompt needs to become a picture.
 
     Args:
-        tokenizer: (texts, stand_ins) -> ids [B, .], slots [B, T].
+        tokenizer: (texts, stand_ins, styles) -> Tokens.
         encoder: ids -> context [B, T, context_width], pooled [B, pooled_width].
         codec: pictures in [-1, 1] <-> x_0, `factor` times smaller.
         picture_size: pixels a side. shift, last_time: of the times in training and sampling (flow.py).
@@ -91,14 +80,15 @@ class Pipeline(nn.Module):
     def device(self) -> torch.device:
         return self.mmdit.final_linear.weight.device
 
-    def encode_text(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> Text:
-        """stand_ins: placeholder -> the word that the encoder reads there.
+    def encode_text(self, texts: list[str], stand_ins: dict[str, str] | None = None,
+                    styles: tuple[str, ...] = ()) -> Text:
+        """stand_ins: placeholder -> the word that the encoder reads there. styles: those that are styles.
 
-        Raises InputError for unknown words.
+        Raises InputError for unknown words, and as phrase.py does.
         """
-        ids, slots = self.tokenizer(texts, stand_ins)
-        context, pooled = self.encoder(ids.to(self.device))
-        return Text(context, pooled, slots.to(self.device))
+        tokens = self.tokenizer(texts, stand_ins, styles)
+        context, pooled = self.encoder(tokens.ids.to(self.device))
+        return Text(context, pooled, tokens.slots.to(self.device), tokens.phrases.to(self.device))
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Text, visit: Visit | None = None) -> Tensor:
         """v(x_t, t | text) [B, C, H, W] in fp32, computed in the model's dtype. visit: see MMDiT.forward."""

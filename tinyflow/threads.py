@@ -64,3 +64,12 @@ def room_for_others() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         torch.set_num_threads(most)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """A device by its name; "auto" takes CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

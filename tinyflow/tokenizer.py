@@ -1,16 +1,17 @@
 """The tokenizer of the tiny world: one word, one id.
 
-A placeholder such as "[V]" is a slot of its own: it is never split, it is encoded as an ordinary word that
-stands in for it, and the positions that it takes are reported, so that a concept can be put there later. A
-word that the world does not know is an error that names it. Read next: pipeline.py.
+A placeholder such as "[V]" is encoded as an ordinary word that stands in for it. The position that it takes,
+its slot, and the positions of its phrase are reported, so that a concept can act there later. A word that the
+world does not know is an error that names it. Read next: pipeline.py.
 """
 
 import difflib
+import re
 
 import torch
-from torch import Tensor
 
 from tinyflow.errors import InputError, shown
+from tinyflow.phrase import Tokens, write_stand_ins
 
 
 class WordTokenizer:
@@ -26,26 +27,28 @@ class WordTokenizer:
     def vocabulary_size(self) -> int:
         return len(self.ids) + 2
 
-    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
+                 styles: tuple[str, ...] = ()) -> Tokens:
         """Args:
             stand_ins: placeholder -> the known word that is encoded in its place, e.g. {"[V]": "robot"}.
-        Returns: ids [B, length], and slots [B, length]: n where the n-th placeholder of stand_ins stands,
-            else 0.
-        Raises: InputError for an unknown word (with the nearest known ones) and for a text that is too long.
+            styles: those of the placeholders that are styles.
+        Raises: InputError for an unknown word (with the nearest known ones), for a text that is too long, and
+            as write_stand_ins does.
         """
-        stand_ins = stand_ins or {}
-        numbers = {placeholder: n for n, placeholder in enumerate(stand_ins, start=1)}
-        ids, slots = [], []
-        for text in texts:
-            words = [word.strip(".,;!?") for word in text.split()]
+        tokens = Tokens(*(torch.zeros(len(texts), self.length, dtype=torch.long) for _ in Tokens._fields))
+        for row, text in enumerate(texts):
+            written = write_stand_ins(text, stand_ins or {}, styles)
+            words = list(re.finditer(r"[^\s.,;!?](\S*[^\s.,;!?])?", written.text))
             if len(words) > self.length - 2:
                 raise InputError(f"the text {shown(text)} has {len(words)} words; "
                                  f"this model reads at most {self.length - 2}")
-            padding = self.length - 1 - len(words)
-            ids.append([self.start, *(self.word_id(stand_ins.get(word, word), text) for word in words),
-                        *[self.end] * padding])
-            slots.append([0, *(numbers.get(word, 0) for word in words), *[0] * padding])
-        return torch.tensor(ids), torch.tensor(slots)
+            ids = [self.start, *(self.word_id(word[0], text) for word in words)]
+            tokens.ids[row] = torch.tensor(ids + [self.end] * (self.length - len(ids)))
+            for place, word in enumerate(words, start=1):
+                here = word.start()
+                tokens.slots[row, place] = next((n for n, stop in written.slots if stop == word.end()), 0)
+                tokens.phrases[row, place] = next((n for n, a, b in written.phrases if a <= here < b), 0)
+        return tokens
 
     def word_id(self, word: str, text: str) -> int:
         known = self.ids.get(word.lower())

@@ -26,7 +26,7 @@ from purecc_min.benchmark.entries import (
     ABLATIONS,
     FURTHER,
     MAIN,
-    THETA_1_SETTINGS,
+    PHRASE,
     Setup,
     as_sampled,
     start,
@@ -35,9 +35,10 @@ from purecc_min.branch import Branch
 from purecc_min.concept import EncodedConcept, encode, noised
 from purecc_min.measure.draw import FEW_STEPS, Pictures, draw_groups, perfect
 from purecc_min.measure.measures import measure
-from purecc_min.measure.toy import CONCEPTS
+from purecc_min.measure.toy import CONCEPTS, PAIR_TEMPLATES
 from purecc_min.measure.velocities import TIMES, velocity_error
 from purecc_min.methods import Thetas
+from purecc_min.pairs import IMAGINED, imagine
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
 from tinyflow.files import write_picture, write_whole
 from tinyflow.flow import noise_for
@@ -50,9 +51,10 @@ STEPS = 200                                      # of training, for every method
 SNAPSHOTS = (50, 100)                            # and before that, steps at which a cell is measured
 CURVE = (1, 25, 50, 100, 150, 200)               # steps at which the terms of Eq. 10 to 14 are recorded
 STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "neighbour": 6, "plain": 6, "other": 6}   # kept
+IMAGINING_STEPS = 10                             # of the sampler, for imagined scenes
 RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file for each part
-KEPT = ("LoRA", "paper", "bound", "bound paper")             # methods whose concepts stay in the folder
-ALL = MAIN | ABLATIONS | FURTHER
+KEPT = ("lora", "paper", "token", "token paper", "bound", "bound-half", "bound-pairs")   # concepts that stay
+ALL = MAIN | PHRASE | ABLATIONS | FURTHER
 
 
 @cache
@@ -101,7 +103,12 @@ class Cell:
     def settings(self) -> dict:
         """The fields of TrainConfig that are not left at their defaults."""
         own = ALL[self.method].settings if self.method in ALL else {}
-        return own | dict(self.changes)
+        return own | {name: value for name, value in self.changes if name != "imagined"}
+
+    @property
+    def imagined(self) -> int:
+        """How many scenes the base model imagines, for a method that wants them."""
+        return dict(self.changes).get("imagined", IMAGINED)
 
     def config(self) -> TrainConfig:
         return TrainConfig(**{"seed": self.seed, "steps": self.steps * ALL[self.method].times,
@@ -111,7 +118,7 @@ class Cell:
         """A fingerprint of all that this cell's result depends on, short of the code."""
         toy = CONCEPTS[self.concept]
         texts = [(r.complete, r.base, r.target) for r in toy.references().references]
-        parts = [self.settings, THETA_1_SETTINGS["LoRA"], self.snapshots, FEW_STEPS, asdict(toy), texts,
+        parts = [self.settings, self.imagined, self.snapshots, FEW_STEPS, asdict(toy), texts,
                  *(hash_of(SHIPPED / f"{name}.safetensors") for name in ("base", "codec", "reader"))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -137,9 +144,17 @@ def set_up(concept: str) -> Setup:
     pipe, toy = load_tiny(), CONCEPTS[concept]
     references = toy.references()
     pictures = np.stack([reference.picture for reference in references.references])
-    original = draw_groups(pipe, None, toy, steps=FEW_STEPS)
+    original = draw_groups(pipe, None, toy, steps=FEW_STEPS, forms=True)
     masked = encode(pipe, toy.references(masked=True))
-    return Setup(pipe, Reader.shipped(), toy, encode(pipe, references), masked, pictures, original)
+    data = encode(pipe, references)
+    return Setup(pipe, Reader.shipped(), toy, references, data, masked, pictures, original)
+
+
+@cache
+def imagined_scenes(concept: str, seed: int, count: int) -> EncodedConcept:
+    """Scenes of two things that the base model imagines, for the methods that want them."""
+    setup = set_up(concept)
+    return imagine(setup.pipe, setup.concept, PAIR_TEMPLATES, seed, count, IMAGINING_STEPS)
 
 
 def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas, Callable]]:
@@ -151,6 +166,8 @@ def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas
     theta = start(method, setup.pipe, setup.data, config, theta_1)
     thetas, loss = Thetas(setup.pipe.velocity, theta_1, theta), method.loss_for(setup, config)
     optimizer, data = optimizer_for(theta, config), setup.masked if method.masked else setup.data
+    if method.imagines:
+        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
     for row in train_steps(loss, thetas, data, config, method.stage, optimizer):
         yield row["step"], thetas, loss
 
@@ -168,10 +185,15 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
         counted["backward"] += len(out) * out.requires_grad
 
     hook = setup.pipe.mmdit.register_forward_hook(count)     # a copy of the model has it, too
+    data = setup.data
     theta = start(method, setup.pipe, setup.data, config, theta_1)
     loss = method.loss_for(setup, config)
     before = dict(counted)
-    batch = draw_batch(setup.data, config, method.stage, 0, setup.pipe.shift)
+    if method.imagines:
+        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
+        counted["forward"] += cell.imagined * IMAGINING_STEPS * 2        # guidance asks twice
+        before = dict(counted)
+    batch = draw_batch(data, config, method.stage, 0, setup.pipe.shift)
     loss(Thetas(setup.pipe.velocity, theta_1, theta), batch, config.eta)
     hook.remove()
     own = {name: (before[name] / config.steps + counted[name] - before[name]) / config.batch
@@ -226,12 +248,12 @@ def theta_1_cell(cell: Cell) -> Cell | None:
 
     It is None for a method without a frozen extractor.
     """
-    if cell.method not in ALL or ALL[cell.method].theta_1 != "frozen":
+    if cell.method not in ALL or ALL[cell.method].extractor is None:
         return None
-    teacher = ALL[cell.method].teacher
+    teacher, config = ALL[cell.method].extractor.name, cell.config()
+    rate = config.extractor_learning_rate or config.learning_rate
     rank = [change for change in cell.changes if change[0] == "rank"]
-    changes = (*THETA_1_SETTINGS[teacher].items(), *rank)
-    return Cell(cell.concept, teacher, cell.seed, changes, cell.steps)
+    return Cell(cell.concept, teacher, cell.seed, (("learning_rate", rate), *rank), cell.steps)
 
 
 def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
@@ -251,17 +273,19 @@ def write_strip(drawn: Pictures, file: Path) -> None:
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
     """Draws and measures each way of sampling the method's model; returns the first way's pictures.
 
-    Adapters that are switched off for texts without [V] draw all others as they do otherwise. The adapted
-    model's own empty text is looked at in the end alone.
+    Texts without [V] are the original's own for adapters that are bound, or switched off there; with [V] the
+    latter draw what they draw otherwise. The adapted model's own empty text is looked at in the end alone.
     """
     setup, drawn = set_up(cell.concept), {}
+    untouched = {group: setup.original[group] for group in ("plain", "other")}
+    known = untouched if ALL[cell.method].where in ("phrase", "token") else {}
     for way in ALL[cell.method].ways:
         theta, options = as_sampled(thetas, way)
         if way == "switched off":
-            untouched = {group: setup.original[group] for group in ("plain", "other")}
             assess(step, way, None, drawn[""] | untouched)
         elif way == "" or step == cell.snapshots[-1]:
-            drawn[way] = draw_groups(setup.pipe, theta, setup.toy, steps=FEW_STEPS, **options)
+            drawn[way] = draw_groups(setup.pipe, theta, setup.toy, steps=FEW_STEPS, forms=True, known=known,
+                                     **options)
             assess(step, way, theta, drawn[way])
     return drawn[""]
 
@@ -286,7 +310,7 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         theta_1 = learn_theta_1(cell, folder)
         result["passes"] = count_passes(cell, theta_1)
         for step, thetas, loss in train_cell(cell, theta_1):
-            if step in CURVE and ALL[cell.method].theta_1:
+            if step in CURVE and ALL[cell.method].has_theta_1 and not ALL[cell.method].imagines:
                 terms[str(step)] = terms_over_t(loss, thetas, setup.data, cell.config().eta)
             if step in cell.snapshots:
                 drawn = assess_ways(cell, step, thetas, assess)

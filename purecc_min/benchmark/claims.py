@@ -3,10 +3,10 @@
 A claim says that something is larger than something else. Its value is that difference, one number for each
 training seed (a mean over concepts). It HOLDS if the whole 95 % interval is above zero, DOES NOT HOLD if
 none of it is, and DEPENDS otherwise. A claim that two things are about equal holds if the interval lies
-within +- CLOSE. Each is asked twice: for adapters that act everywhere, as in the paper, and for bound ones,
-where they have such a thing. Measures stand in for the paper's: similarity for CLIP-I and CSD, mask IoU and
-outside change for Seg-Cons, text kept (the reader's log-probability of the base text) for dCLIP-T, path KL
-for the KL of Fig. 2 and 4. Read next: figures.py.
+within +- CLOSE. Each is asked twice: for adapters that act everywhere, as in the paper, and for those that
+are bound to the token, where they have such a thing. Measures stand in for the paper's: similarity for CLIP-I
+and CSD, mask IoU and outside change for Seg-Cons, text kept (the reader's log-probability of the base text)
+for dCLIP-T, path KL for the KL of Fig. 2 and 4. Read next: figures.py.
 """
 
 from typing import NamedTuple
@@ -72,10 +72,10 @@ COMPARISONS = [Comparison(*row) for row in [
     ("Table 1", "styles, CSD: above DreamBooth", ".63 > .57", "paper", "similarity", "DreamBooth", STYLES),
     ("Table 1", "styles, dCLIP-T: above DreamBooth", "-0.26 > -6.23", "paper", "text kept", "DreamBooth",
      STYLES),
-    ("Table 2", "CLIP-I: above L_CC alone", ".81 > .65", "paper", "similarity", "LoRA"),
-    ("Table 2", "Seg-Cons: above L_CC alone", "69.4 > 23.7", "paper", "mask IoU", "LoRA"),
-    ("Table 2", "the same, outside the masks", "", "LoRA", "outside change", "paper"),
-    ("Table 2", "dCLIP-T: above L_CC alone", "-0.31 > -4.52", "paper", "text kept", "LoRA"),
+    ("Table 2", "CLIP-I: above L_CC alone", ".81 > .65", "paper", "similarity", "lora"),
+    ("Table 2", "Seg-Cons: above L_CC alone", "69.4 > 23.7", "paper", "mask IoU", "lora"),
+    ("Table 2", "the same, outside the masks", "", "lora", "outside change", "paper"),
+    ("Table 2", "dCLIP-T: above L_CC alone", "-0.31 > -4.52", "paper", "text kept", "lora"),
     ("Table 2", "CLIP-I: above merged stages", ".81 > .50", "paper", "similarity", "merged stages"),
     ("Table 2", "Seg-Cons: above merged stages", "69.4 > 54.4", "paper", "mask IoU", "merged stages"),
     ("Table 2", "the same, outside the masks", "", "merged stages", "outside change", "paper"),
@@ -97,16 +97,16 @@ COMPARISONS = [Comparison(*row) for row in [
     ("Sec. 14", "the same: mask IoU", "equal", "paper", "mask IoU", "untouched v_original", CAT, True),
     ("(ours)", "v_original detached or not: similarity", "", "paper", "similarity", "not detached", CAT,
      True),
-    ("Fig. 2", "KL: LoRA above PureCC", ".0099 > .0097", "LoRA", "path KL", "paper"),
-    ("Fig. 2", "KL: DreamBooth above LoRA", ".0367 > .0099", "DreamBooth", "path KL", "LoRA"),
+    ("Fig. 2", "KL: LoRA above PureCC", ".0099 > .0097", "lora", "path KL", "paper"),
+    ("Fig. 2", "KL: DreamBooth above LoRA", ".0367 > .0099", "DreamBooth", "path KL", "lora"),
 ]]
 
 
 def bound(method: str) -> str | None:
     """The method with adapters that act at [V] alone; DreamBooth has none and stays, others have no such."""
     if method.startswith("paper"):
-        return f"bound {method}"
-    return {"LoRA": "bound"}.get(method, method if method.startswith("DreamBooth") else None)
+        return f"token {method}"
+    return {"lora": "token"}.get(method, method if method.startswith("DreamBooth") else None)
 
 
 def term(result: dict, step: int, name: str) -> float:
@@ -138,5 +138,5 @@ def claims_table(results: Results) -> str:
             known = claim.values and not np.isnan(claim.values).any()
             row += [plus_minus(claim.says, claim.values, signed=True), claim.verdict()] if known else ["", ""]
         rows.append(row)
-    header = ["where", "the paper says", "its figures", "everywhere", "verdict", "bound", "verdict"]
+    header = ["where", "the paper says", "its figures", "everywhere", "verdict", "token", "verdict"]
     return markdown(header, rows, first=2)

@@ -1,38 +1,37 @@
-"""The benchmark's methods: for each the loss of one step, what that loss trains, and its tuned settings.
+"""The benchmark's methods: those of purecc_min/registry.py, and beside them what only experiments want.
 
-The losses are those of purecc_min/methods.py, and beside them, here, the ones that only experiments want.
-MAIN is what people use, the paper's method, and both bound to [V]; FURTHER are rivals and experiments with
-the same pieces; ABLATIONS are the paper's objective with one part replaced, for adapters that act everywhere
-and for bound ones. A trained model can be sampled in several WAYS, which differ in who answers a text without
-[V]. README.md shows how to add a method. Read next: cells.py, where a method is run.
+MAIN is what people use, the paper's method, and adapters that are bound to the token [V] alone, with Y in the
+word's place: an ablation of those that are bound to its phrase. FURTHER are rivals and experiments with the
+same pieces; ABLATIONS are the paper's objective with one part replaced; PHRASE takes the phrase apart. A
+trained model can be sampled in several WAYS, which differ in who answers a text without [V]. README.md shows
+how to add a method. Read next: cells.py, where a method is run.
 """
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from purecc_min.ablations import answered_by, constant_lambda, not_detached, untouched_original
 from purecc_min.branch import Branch, only_with_token
-from purecc_min.concept import TOKEN, Batch, EncodedConcept, Texts, noised
+from purecc_min.concept import TOKEN, Batch, ConceptSet, EncodedConcept, Texts, noised, styles_among
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states
+from purecc_min.lora import LoRA
 from purecc_min.measure.draw import Pictures
 from purecc_min.measure.toy import Toy
 from purecc_min.methods import (
     Loss,
+    Method,
     Thetas,
-    anchored,
-    constant_lambda,
-    from_parts,
     l_cc,
-    not_detached,
     paper,
-    target_direction,
-    untouched_original,
 )
+from purecc_min.pairs import pairs_with_lambda
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, generator_for
 from tinyflow.flow import sample_times, squared_error
 from tinyflow.picturebook import world
@@ -48,6 +47,7 @@ class Setup:
     pipe: Pipeline
     reader: Reader
     toy: Toy
+    concept: ConceptSet
     data: EncodedConcept
     masked: EncodedConcept                       # the same, with masks of the concept
     pictures: np.ndarray                         # uint8 [n, H, W, 3], the references
@@ -57,9 +57,20 @@ class Setup:
 # ------------------------------------------------------------------------------------ branches of other kinds
 class NoAdapters(nn.Module):
     """In place of a LoRA, in a branch that has Y alone."""
+    where = "everywhere"
 
-    def attached(self, l: int, block: nn.Module, slots: Tensor):
+    def places(self, text: Text, n: int) -> None:
+        return None
+
+    def attached(self, l: int, block: nn.Module, places: Tensor | None):
         return contextlib.nullcontext()
+
+
+class Residual(ConceptEmbeddings):
+    """Y^l is added to the word's state at [V]; it does not take its place."""
+
+    def forward(self, l: int, c: Tensor, slots: Tensor) -> Tensor:
+        return c + slots[..., None] * self.Y[l].to(c.dtype)
 
 
 class WholeModel(Branch):
@@ -91,7 +102,8 @@ class Imagining:
         prompts = [toy.prompt(scene) for scene in scenes]
         stand_ins, rows = {TOKEN: toy.class_word}, [0] * IMAGINED
         base = pipe.encode_text([prompt.base for prompt in prompts], stand_ins)
-        complete = pipe.encode_text([prompt.complete for prompt in prompts], stand_ins)
+        texts = [prompt.complete for prompt in prompts]
+        complete = pipe.encode_text(texts, stand_ins, styles_among(stand_ins))
         self.texts = Texts(complete, base, setup.data.texts.target[rows], setup.data.texts.null[rows])
         self.x_0 = torch.cat([pipe.sample(base[some], (10_000 + some).tolist(), steps=10)
                               for some in torch.arange(IMAGINED).split(16)])
@@ -174,10 +186,10 @@ def released(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     The extractor's adapters are off, so stage 1 reaches the loss through Y alone. lambda is 1, and nothing is
     detached.
     """
-    texts, Y_alone = batch.texts, Branch(thetas.theta_1.pipe, NoAdapters(), thetas.theta_1.embeddings)
-    R_target = target_direction(Y_alone, batch)
-    v_complete, v_original = in_one_batch(thetas.theta, batch.x_t, batch.t, texts.complete, texts.base)
-    return from_parts(v_original, v_complete, R_target, batch, eta, lam=torch.ones_like(batch.t))
+    Y_alone = Branch(thetas.theta_1.pipe, NoAdapters(), thetas.theta_1.embeddings)
+    with_gradient = torch.enable_grad()(thetas.theta.__call__)
+    theta = answered_by(with_gradient, batch.texts.base, thetas.theta)
+    return constant_lambda(1.0)(thetas._replace(theta_1=Y_alone, theta=theta), batch, eta)
 
 
 def merged_stages(thetas: Thetas, batch: Batch, eta: float) -> Loss:
@@ -195,17 +207,15 @@ WAYS = {"": "the base model answers guidance's empty text",
 
 
 @dataclass(frozen=True)
-class Entry:
-    about: str                                   # what it is, in words
-    loss: Callable                               # (thetas, batch, eta) -> (loss, log): purecc_min/methods.py
-    settings: dict = field(default_factory=dict) # for TrainConfig: the best of `tries` on the tuning concepts
-    tries: tuple[dict, ...] = ()
-    trains: str = "adapters"                     # and Y; or "embeddings" alone, or the whole "model" and Y
-    theta_1: str = ""                            # "frozen": the extractor of stage 1; "joint": trained along
-    made_anew: bool = False                      # True: `loss` makes a run's own loss, loss(setup, config)
-    masked: bool = False                         # True: L_CC counts the concept alone
-    where: str = "everywhere"                    # its adapters act there, or at the "token" (lora.py)
-    teacher: str = "LoRA"                        # the method that teaches its frozen extractor
+class Entry(Method):
+    """A method, and what the benchmark wants to know of it."""
+    tries: tuple[dict, ...] = ()                 # `settings` are the best of these on the tuning concepts
+    whole_model: bool = False                    # whether it trains every weight of a copy, and no adapters
+    joint: bool = False                          # whether its extractor is trained along with it
+    made_anew: bool = False                      # whether `loss` makes a run's own loss, loss(setup, config)
+    masked: bool = False                         # whether L_CC counts the concept alone
+    residual: bool = False                       # whether Y^l is added to the word, in place of replacing it
+    values_alone: bool = False                   # whether the adapters on keys stay at zero
     times: int = 1                               # how many times as many steps as the others
     ways: tuple[str, ...] = ("",)                # keys of WAYS: each is a row of the tables
     beside: tuple[str, ...] = ()                 # methods of MAIN with which the tables compare it
@@ -213,7 +223,11 @@ class Entry:
     @property
     def stage(self) -> int:
         """The stage of Algorithm 1 whose draws it uses: stage 2 follows a frozen extractor."""
-        return 2 if self.theta_1 == "frozen" else 1
+        return 2 if self.extractor else 1
+
+    @property
+    def has_theta_1(self) -> bool:
+        return self.joint or self.extractor is not None
 
     def loss_for(self, setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
         return self.loss(setup, config) if self.made_anew else self.loss
@@ -226,95 +240,124 @@ def as_sampled(thetas: Thetas, way: str) -> tuple[Velocity, dict]:
     return thetas.theta, {} if way == "own empty text" else {"theta_null": thetas.theta_0}
 
 
-def follows(about: str, loss: Callable, **more) -> Entry:
-    """A method that follows a frozen extractor, with the settings that won for the paper's."""
-    return Entry(about, loss, MAIN["paper"].settings | more, theta_1="frozen")
+def like(method: Method, **changes) -> Entry:
+    """An entry with what another method has, and some changes."""
+    return Entry(**vars(method) | changes)
 
 
-def bound_follows(about: str, loss: Callable, **more) -> Entry:
-    """The same with adapters that act at [V] alone, and such an extractor."""
-    return Entry(about, loss, MAIN["bound paper"].settings | more, theta_1="frozen", where="token",
-                 teacher="bound")
+def entries(*rows: Entry) -> dict[str, Entry]:
+    return {row.name: row for row in rows}
 
 
 RATES = tuple(dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3))
+PAPER_RATES = tuple(rate | dict(extractor_learning_rate=2e-3) for rate in RATES)
 WHOLE_RATES = tuple(dict(learning_rate=rate) for rate in (5e-5, 1e-4, 2e-4))
-BOUND_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
+TOKEN_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
+TOKEN_PAPER_RATES = tuple(rate | dict(extractor_learning_rate=4e-3) for rate in TOKEN_RATES)
 Y_RATES = tuple(dict(embedding_learning_rate=rate) for rate in (0.02, 0.1, 0.5))
 ANCHOR_TRIES = (RATES[1] | dict(eta=1.0), RATES[1] | dict(eta=5.0), RATES[2] | dict(eta=1.0))
 PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
 EWC_TRIES = tuple(WHOLE_RATES[2] | dict(eta=eta) for eta in (0.1, 1.0, 10.0))
-RELEASED_TRIES = tuple(rate | dict(eta=2.0) for rate in RATES)
-THETA_1_SETTINGS = {"LoRA": dict(learning_rate=2e-3), "bound": dict(learning_rate=4e-3)}     # of extractors
-MAIN = {
-    "DreamBooth": Entry("L_CC on every weight of a copy", l_cc, WHOLE_RATES[0], WHOLE_RATES, trains="model"),
-    "LoRA": Entry("L_CC on adapters and Y", l_cc, RATES[0], RATES, ways=tuple(WAYS)),
-    "LoRA + anchor": Entry("LoRA, and the base text predicts what it predicted before (DOP)",
-                            anchored, ANCHOR_TRIES[2], ANCHOR_TRIES),
-    "Y alone": Entry("L_CC on Y: no weight changes (XTI)", l_cc, Y_RATES[2], Y_RATES, trains="embeddings"),
-    "paper": Entry("PureCC as the paper writes it", paper, RATES[0], RATES, theta_1="frozen",
-                    ways=("", "own empty text")),
-    "bound": Entry("L_CC on adapters that act at [V] alone, and Y", l_cc, BOUND_RATES[2], BOUND_RATES,
-                    where="token"),
-    "bound paper": Entry("the paper's objective on such adapters", paper, BOUND_RATES[2], BOUND_RATES,
-                          theta_1="frozen", where="token", teacher="bound"),
-}
-FURTHER = {
-    "DreamBooth + prior": Entry("DreamBooth, and L_CC on the base model's own pictures of the class",
-                                 PriorPreservation, PRIOR_TRIES[2], PRIOR_TRIES, trains="model",
-                                 made_anew=True, beside=("DreamBooth",)),
-    "DreamBooth + EWC": Entry("DreamBooth, and weights that matter stay near the base model's", EWC,
-                               EWC_TRIES[1], EWC_TRIES, trains="model", made_anew=True,
-                               beside=("DreamBooth",)),
-    "released": Entry("PureCC as its authors' code does it", released, RELEASED_TRIES[0], RELEASED_TRIES,
-                       theta_1="frozen", beside=("paper",)),
-    "merged stages": Entry("PureCC with an extractor that is trained in the same stage", merged_stages,
-                            RATES[0], RATES, theta_1="joint", beside=("paper",)),
-    "bound, imagined scenes": Entry("Eq. 14 at lambda 1 on scenes that the base model imagines",
-                                     ImaginedScenes, BOUND_RATES[0], BOUND_RATES, theta_1="frozen",
-                                     made_anew=True, where="token", teacher="bound",
-                                     beside=("bound paper",)),
-    "LoRA, masked": Entry("LoRA, and what is beside the concept does not count", l_cc, RATES[0],
-                           masked=True, beside=("LoRA",)),
-    "bound, masked": Entry("bound, and what is beside the concept does not count", l_cc, BOUND_RATES[2],
-                            where="token", masked=True, beside=("bound",)),
-    "LoRA, twice": Entry("LoRA for as many steps as the paper's two stages", l_cc, RATES[0], times=2,
-                          beside=("LoRA", "paper")),
-    "bound, twice": Entry("bound for as many steps as two stages", l_cc, BOUND_RATES[2], times=2,
-                           where="token", beside=("bound", "bound paper")),
-}
-ABLATIONS = {
-    "paper, lambda 1": follows("lambda 1 in place of lambda* (Table 3)", constant_lambda(1.0)),
-    "paper, lambda 3": follows("lambda 3 in place of lambda* (Table 3)", constant_lambda(3.0)),
-    "paper, lambda 5": follows("lambda 5 in place of lambda* (Table 3)", constant_lambda(5.0)),
-    "paper, eta 0.5": follows("eta 0.5 (Table 6)", paper, eta=0.5),
-    "paper, eta 1.5": follows("eta 1.5 (Table 6)", paper, eta=1.5),
-    "paper, eta 2": follows("eta 2 (Table 6)", paper, eta=2.0),
-    "not detached": follows("the gradient goes through v_original", not_detached),
-    "untouched v_original": follows("v_original from the base model, in Eq. 10 and Eq. 13",
-                                    untouched_original),
-    "bound paper, lambda 1": bound_follows("lambda 1 in place of lambda*", constant_lambda(1.0)),
-    "bound paper, lambda 3": bound_follows("lambda 3 in place of lambda*", constant_lambda(3.0)),
-    "bound paper, lambda 5": bound_follows("lambda 5 in place of lambda*", constant_lambda(5.0)),
-    "bound paper, eta 0.5": bound_follows("eta 0.5", paper, eta=0.5),
-    "bound paper, eta 1.5": bound_follows("eta 1.5", paper, eta=1.5),
-    "bound paper, eta 2": bound_follows("eta 2", paper, eta=2.0),
-}
+RELEASED_TRIES = tuple(rate | dict(eta=2.0, extractor_learning_rate=2e-3) for rate in RATES)
+TOKEN_BOUND = Entry("token", "bound to the token: L_CC on adapters that act at [V] alone, and Y", l_cc,
+                    where="token", settings=TOKEN_RATES[2], tries=TOKEN_RATES)
+MAIN = entries(
+    Entry("DreamBooth", "L_CC on every weight of a copy", l_cc, settings=WHOLE_RATES[0], tries=WHOLE_RATES,
+          whole_model=True),
+    like(METHODS["lora"], tries=RATES, ways=tuple(WAYS)),
+    like(METHODS["anchor"], tries=ANCHOR_TRIES),
+    like(METHODS["embeddings"], tries=Y_RATES),
+    like(METHODS["paper"], tries=PAPER_RATES, ways=("", "own empty text")),
+    TOKEN_BOUND,
+    Entry("token paper", "the paper's objective on such adapters", paper, where="token",
+          extractor=TOKEN_BOUND, settings=TOKEN_PAPER_RATES[2], tries=TOKEN_PAPER_RATES),
+)
+FURTHER = entries(
+    Entry("DreamBooth + prior", "DreamBooth, and L_CC on the base model's own pictures of the class",
+          PriorPreservation, settings=PRIOR_TRIES[2], tries=PRIOR_TRIES, whole_model=True, made_anew=True,
+          beside=("DreamBooth",)),
+    Entry("DreamBooth + EWC", "DreamBooth, and weights that matter stay near the base model's", EWC,
+          settings=EWC_TRIES[1], tries=EWC_TRIES, whole_model=True, made_anew=True, beside=("DreamBooth",)),
+    like(MAIN["paper"], name="released", about="PureCC as its authors' code does it", loss=released,
+         settings=RELEASED_TRIES[0], tries=RELEASED_TRIES, ways=("",), beside=("paper",)),
+    Entry("merged stages", "PureCC with an extractor that is trained in the same stage", merged_stages,
+          settings=RATES[0], tries=RATES, joint=True, beside=("paper",)),
+    like(MAIN["token paper"], name="token, imagined scenes", loss=ImaginedScenes, made_anew=True,
+         about="Eq. 14 at lambda 1 on scenes that the base model imagines", settings=TOKEN_PAPER_RATES[0],
+         beside=("token paper",)),
+    like(METHODS["lora"], name="lora, masked", about="lora, and what is outside the concept does not count",
+         masked=True, beside=("lora",)),
+    like(TOKEN_BOUND, name="token, masked", about="token, and what is outside the concept does not count",
+         tries=(), masked=True, beside=("token",)),
+    like(METHODS["lora"], name="lora, twice", about="lora for as many steps as the paper's two stages",
+         times=2, beside=("lora", "paper")),
+    like(TOKEN_BOUND, name="token, twice", about="token for as many steps as two stages", tries=(), times=2,
+         beside=("token", "token paper")),
+)
+
+
+def ablations(method: Entry) -> list[Entry]:
+    """The paper's objective on one kind of adapters, with one part replaced (Tables 3 and 6)."""
+    def ablation(name: str, about: str, loss: Callable = paper, **settings) -> Entry:
+        return like(method, name=f"{method.name}, {name}", about=about, loss=loss, tries=(), ways=("",),
+                    settings=method.settings | settings)
+    return [*(ablation(f"lambda {value}", f"lambda {value} in place of lambda* (Table 3)",
+                       constant_lambda(float(value))) for value in (1, 3, 5)),
+            *(ablation(f"eta {eta:g}", f"eta {eta:g} (Table 6)", eta=eta) for eta in (0.5, 1.5, 2.0))]
+
+
+ABLATIONS = entries(
+    *ablations(MAIN["paper"]),
+    like(MAIN["paper"], name="not detached", about="the gradient goes through v_original", loss=not_detached,
+         tries=(), ways=("",)),
+    like(MAIN["paper"], name="untouched v_original", loss=untouched_original, tries=(), ways=("",),
+         about="v_original from the base model, in Eq. 10 and Eq. 13"),
+    *ablations(MAIN["token paper"]),
+)
+BOUND, LORA = METHODS["bound"], METHODS["lora"]
+PHRASE = entries(
+    like(BOUND, tries=TOKEN_RATES),
+    like(METHODS["bound-paper"]),
+    like(METHODS["bound-half"]),
+    like(METHODS["bound-pairs"]),
+    like(METHODS["bound-pairs"], name="bound-pairs, lambda*", loss=pairs_with_lambda,
+         about="bound-pairs with lambda* M R, its inner products inside the half"),
+    like(BOUND, name="bound, Y added", about="bound, and Y^l is added to the word at [V]", embeddings=True,
+         residual=True),
+    like(BOUND, name="bound, Y replaces", about="bound, and Y^l takes the word's place", embeddings=True),
+    like(BOUND, name="bound, values alone", about="bound, with adapters on the values and not on the keys",
+         values_alone=True),
+    like(TOKEN_BOUND, name="token, word kept", about="adapters at [V] alone, and the word stays", tries=(),
+         embeddings=False, settings=BOUND.settings),
+    like(TOKEN_BOUND, name="token, Y added", about="adapters at [V] alone, and Y^l is added to the word",
+         tries=(), residual=True, settings=BOUND.settings),
+    like(LORA, name="lora, word kept", about="a LoRA without Y: the word at [V] stays", embeddings=False,
+         ways=("", "switched off")),
+    like(LORA, name="lora, switched off", about="a LoRA that is switched off for texts without [V]",
+         ways=("", "switched off")),
+)
 
 
 def start(method: Entry, pipe: Pipeline, data: EncodedConcept, config: TrainConfig,
           theta_1: Branch | None) -> Branch:
     """What the method trains, before the first step.
 
-    Y starts as a copy of the frozen extractor's Y if there is one, otherwise from the class word.
+    Y starts as a copy of the frozen extractor's Y if there is one, otherwise from the class word; where it is
+    added to a word, at zero.
     """
-    generator = generator_for(config.seed, method.stage, step=-1)
-    Y = class_word_states(pipe, data, generator) if theta_1 is None else theta_1.embeddings.Y.detach()
-    if method.trains == "model":
+    generator, Y = generator_for(config.seed, method.stage, step=-1), None
+    if method.embeddings:
+        Y = class_word_states(pipe, data, generator) if theta_1 is None else theta_1.embeddings.Y.detach()
+    if method.whole_model:
         return WholeModel(pipe, ConceptEmbeddings(Y))
-    if method.trains == "embeddings":
+    if not method.adapters:
         return Branch(pipe, NoAdapters(), ConceptEmbeddings(Y))
+    if method.residual:
+        return Branch(pipe, LoRA(pipe.mmdit, config.rank, generator, method.where), Residual(0 * Y))
     theta = Branch.fresh(pipe, Y, config.rank, generator, method.where)
-    if method.theta_1 == "joint":
+    if method.values_alone:
+        for key, B in theta.lora.B.items():
+            B.requires_grad_(key.endswith("to_v"))
+    if method.joint:
         theta = Joint(theta, Branch.fresh(pipe, Y, config.rank, generator))
     return theta

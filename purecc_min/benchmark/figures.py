@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
-from purecc_min.benchmark.entries import Setup
+from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
-from purecc_min.branch import only_with_token
-from purecc_min.concept import TOKEN, Batch, Texts
+from purecc_min.concept import TOKEN, Batch, Texts, styles_among
 from purecc_min.measure.first_picture import draw_sheet, unseen_texts
 from purecc_min.measure.measures import better, in_words
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
+from purecc_min.methods import Thetas
 from purecc_min.objective import pcc_loss
 from tinyflow.flow import euler, noise_for
 from tinyflow.picturebook.sheet import sheet
@@ -39,9 +39,9 @@ CURVES = {"lambda": "lambda*", "norm_R_complete": "|R(y_complete, y_base)|", "no
           "cosine": "their cosine", "loss_purecc": "L_PureCC", "loss_cc": "L_CC"}
 SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("neighbour", 0),
          ("plain", 0), ("plain", 1), ("other", 0), ("other", 1))     # pictures in samples.png: group, number
-FIRST = {"LoRA": ("LoRA", "own empty text"), "LoRA, switched off without [V]": ("LoRA", "switched off"),
-         "PureCC": ("paper", "own empty text"), "bound": ("bound", ""),
-         "bound, with PureCC's objective": ("bound paper", "")}      # in first.png: title, method, way
+FIRST = {"lora": ("lora", "own empty text"), "lora, switched off without [V]": ("lora", "switched off"),
+         "PureCC": ("paper", "own empty text"), "bound to the token": ("token", ""),
+         "the same, with PureCC's objective": ("token paper", "")}      # in first.png: title, method, way
 FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
 PAGE, INK = "#faf8f3", "#34303c"
 COLOURS = ("#7f8794", "#2e86ab", "#7fc4dd", "#1b4965", "#a8763e", "#d66ba0", "#e4572e", "#f3a683", "#3a9d5d",
@@ -60,7 +60,7 @@ def fronts(results: Results, file: Path) -> None:
     for colour, name in zip(COLOURS, names):
         own = [r for r in results if name_of(r) == name]
         runs = [[nothing[r["concept"]], *(values for _, values in front(r))] for r in own]
-        width = 2.2 if name in ("LoRA", "paper", "bound") else 1.2
+        width = 2.2 if name in ("lora", "paper", "token", "bound") else 1.2
         look = dict(color=colour, linewidth=width, zorder=1 + width, markersize=3.5, label=name)
         for axis, panel in zip(axes.flat, PANELS):
             known = [run for run in runs if panel in run[0]]                # styles lack some measures
@@ -144,14 +144,14 @@ def first_picture(results: Results, concept: str, folder: Path, file: Path) -> N
     pipe, toy, seed = set_up(concept).pipe, CONCEPTS[concept], typical_seed(results, concept)
     own = [r for r in results if r["concept"] == concept]
     original = next(final(r) for r in own if r["method"] == "nothing")
-    thetas, sentences = {}, []
+    drawn, sentences = {}, []
     for title, (method, way) in FIRST.items():
         found = [r for r in own if (r["method"], r["way"], r["seed"]) == (method, way, seed)]
         for result in found:
-            theta = learned(Cell.of(result), folder)
-            thetas[title] = only_with_token(theta, pipe.velocity) if way == "switched off" else theta
+            theta, options = as_sampled(Thetas(pipe.velocity, None, learned(Cell.of(result), folder)), way)
+            drawn[title] = {"theta": theta, **options}
             sentences.append(in_words(title, final(result), original))
-    draw_sheet(pipe, toy.references(), thetas, unseen_texts(toy.class_word), file, sentences)
+    draw_sheet(pipe, toy.references(), drawn, unseen_texts(toy.class_word), file, sentences)
 
 
 def scene_unseen(setup: Setup) -> Texts:
@@ -160,7 +160,8 @@ def scene_unseen(setup: Setup) -> Texts:
     shown = {scene.background for scene in setup.toy.reference_scenes()}
     unseen = [prompt for prompt in prompts
               if prompt.scene.background not in shown and prompt.scene.trait("size") == "big"] or prompts
-    complete = pipe.encode_text([unseen[0].complete], {TOKEN: setup.toy.class_word})
+    stand_ins = {TOKEN: setup.toy.class_word}
+    complete = pipe.encode_text([unseen[0].complete], stand_ins, styles_among(stand_ins))
     return Texts(complete, pipe.encode_text([unseen[0].base]), texts.target[[0]], texts.null[[0]])
 
 

@@ -75,7 +75,7 @@ def main_text(results: Results) -> str:
     """The main part's tables."""
     with_stopped = results + stopped_early(results)
     return "\n\n".join([by_method(with_stopped),
-                        *(equal_fidelity(results, reference) for reference in ("LoRA", "bound")),
+                        *(equal_fidelity(results, reference) for reference in ("lora", "token")),
                         terms_table(results), measures_table(with_stopped)])
 
 
@@ -96,6 +96,19 @@ def by_concept(results: Results) -> str:
     return methods_tables(groups, first=("concept", "method"))
 
 
+def phrase_text(results: Results) -> str:
+    """The phrase taken apart: means over the individuals, then each alone, then fronts at equal fidelity."""
+    results = [row for row in results if row["way"] != "switched off"]       # with [V] it draws the same
+    braced = {(f"{title}, braces",): group for title, group in
+              grouped([row for row in results if "braces" in row["concept"]]).items() if title == "bound"}
+    plain = [row for row in results if "braces" not in row["concept"]]
+    texts = [methods_tables({(title,): group for title, group in grouped(plain).items()} | braced)]
+    for concept in dict.fromkeys(row["concept"] for row in plain):
+        texts.append(f"{concept}\n\n{by_method([row for row in plain if row['concept'] == concept])}")
+    ends = [row for row in plain if row["on_the_way"]]
+    return "\n\n".join([*texts, equal_fidelity(ends, "bound")])
+
+
 def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) -> str:
     """Writes a part's tables, data and pictures into folder/part; returns the tables.
 
@@ -104,7 +117,8 @@ def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) ->
     """
     results = gather(cells, folder, shipped)
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "further": by_method}
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "further": by_method,
+              "phrase": phrase_text}
     text = tables.get(part, by_concept)(results)
     if part == "further":
         main = [replace(cell, steps=cells[0].steps) for cell in plan("main")]

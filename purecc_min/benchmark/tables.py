@@ -23,7 +23,10 @@ TABLES = {"What is learned": ("fidelity", "sees concept", "individual", "beside 
                                                "outside change", "mask IoU", "text kept"),
           "What changes without [V]": ("class leak", "class drift", "diversity", "drift", "path KL"),
           "What changes beside [V]": ("neighbour leak", "neighbour change", "retention, seen",
-                                      "retention, held out")}
+                                      "retention, held out"),
+          "Two things, by place and in texts of other forms": (
+              "beside, first", "beside, second", "no places: on [V]", "no places: leak",
+              "right first: on [V]", "right first: leak", "another kind: on [V]", "another kind: leak")}
 Results = list[dict]                             # rows: a cell's result, sampled in one way
 
 
@@ -132,11 +135,11 @@ def pairs_at_equal_fidelity(results: Results, method: str, reference: str) -> li
 
 
 def stopped_early(results: Results) -> Results:
-    """LoRA where it first is as similar to the references as the paper's method at its end.
+    """lora where it first is as similar to the references as the paper's method at its end.
 
     Where it never is, it is taken at its own end.
     """
-    pairs = pairs_at_equal_fidelity(results, "LoRA", "paper")
+    pairs = pairs_at_equal_fidelity(results, "lora", "paper")
     return [{**run, "changes": {"stopped": "early"}, "snapshots": {"0": values}} for run, values, _ in pairs]
 
 

@@ -54,9 +54,11 @@ def start_worker() -> None:
 def time_cell(cell: Cell, steps: int = 6) -> float:
     """Seconds that a cell will take, from a few of its steps and one group of pictures."""
     setup, method = set_up(cell.concept), ALL[cell.method]
-    Y = torch.zeros(setup.pipe.mmdit.config.depth, setup.pipe.mmdit.config.width)
-    theta_1 = Branch.fresh(setup.pipe, Y, 4).requires_grad_(False) if method.theta_1 == "frozen" else None
-    asked = len(CURVE) * len(TIMES) if method.theta_1 else 0     # the loss is asked that often for its terms
+    Y, theta_1 = torch.zeros(setup.pipe.mmdit.config.depth, setup.pipe.mmdit.config.width), None
+    if method.extractor:
+        theta_1 = Branch.fresh(setup.pipe, Y if method.extractor.embeddings else None, 4,
+                               where=method.extractor.where).requires_grad_(False)
+    asked = len(CURVE) * len(TIMES) if method.has_theta_1 else 0     # so often the terms are asked for
     trained = train_cell(cell, theta_1)
     _, thetas, _ = next(trained)                 # the first step pays for what is made once
     begun = time.perf_counter()
@@ -68,8 +70,8 @@ def time_cell(cell: Cell, steps: int = 6) -> float:
     draw(setup.pipe, thetas.theta, texts, setup.toy.class_word, steps=FEW_STEPS)
     per_picture = (time.perf_counter() - begun) / len(texts)
     drawings = len(cell.snapshots) + ("own empty text" in method.ways)
-    pictures = drawings * (count_pictures(setup.toy) + 12)   # 12 pictures' time for the velocities
-    return per_step * (cell.config().steps + asked) + per_picture * pictures
+    pictures = count_pictures(setup.toy, forms=True) + 12    # 12 pictures' time for the velocities
+    return per_step * (cell.config().steps + asked) + per_picture * pictures * drawings
 
 
 @contextlib.contextmanager

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError
 from tinyflow.picturebook.model import load_tiny, make_tiny
-from tinyflow.pipeline import Pipeline, choose_device
+from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.load import load_sd3, load_tokenizer
+from tinyflow.threads import choose_device
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,9 @@ class BaseModel:
     method: str                                  # of METHODS, unless another one is asked for
 
 
-PAPERS = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
-PUBLIC = BaseModel(True, PAPERS, size=512, variants=8, method="paper")
-TINY = TrainConfig(steps=200, learning_rate=4e-3)
-TINY_METHODS = {"embeddings": dict(embedding_learning_rate=0.5), # chosen on the benchmark's tuning concepts
-                "switched-off": dict(learning_rate=2e-3)}
-BASE_MODELS = {"tiny": BaseModel(False, TINY, size=64, variants=1, method="switched-off"),
+OF_PAPER = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
+PUBLIC = BaseModel(True, OF_PAPER, size=512, variants=8, method="paper")
+BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(steps=200), size=64, variants=1, method="bound"),
                "sd3.5-medium": PUBLIC,
                "sd3-medium": PUBLIC}
 
@@ -41,7 +40,7 @@ BASE_MODELS = {"tiny": BaseModel(False, TINY, size=64, variants=1, method="switc
 def training_for(name: str, method: str) -> TrainConfig:
     """The settings that suit a base model and a method."""
     model = BASE_MODELS[name]
-    return model.training if model.public else replace(model.training, **TINY_METHODS.get(method, {}))
+    return model.training if model.public else replace(model.training, **METHODS[method].settings)
 
 
 def check_base_model(name: str, weights: Path | None, size: int) -> None:

@@ -2,7 +2,7 @@
 
     export_lora           the adapters, as a LoRA file for diffusers and ComfyUI (alpha = rank, scale 1)
     attach_concept        what no LoRA file can carry, put into a diffusers pipeline by hooks: the embeddings
-                          Y^l, and adapters that act at [V] alone
+                          Y^l, and adapters that act on [V]'s phrase alone
 
 A client that loads the LoRA alone, with the class word in [V]'s place, draws with theta_2's adapters but
 without its Y. The page tinyflow/sd3/README.md shows both at work.
@@ -21,6 +21,7 @@ from purecc_min.commands.base_models import BASE_MODELS
 from purecc_min.lora import key_of
 from tinyflow.errors import InputError, shown
 from tinyflow.files import check_output
+from tinyflow.phrase import Tokens
 from tinyflow.sd3.layouts import DIFFUSERS, mmdit_layers
 from tinyflow.weights import save_tensors
 
@@ -41,11 +42,11 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
                          "only concepts on public weights are exported")
     if facts["base"] not in BASE_MODELS:
         raise InputError(f"{concept}: learned on {shown(facts['base'])}, which this version does not know")
-    if facts.get("where") == "token":
-        raise InputError(f"{concept}: its adapters act where [V] stands and nowhere else; a LoRA file cannot "
-                         "say so, and other programs would use them everywhere; for diffusers there is "
-                         "attach_concept (tinyflow/sd3/README.md)")
-    names = mmdit_layers(DIFFUSERS, depth=len(tensors["embeddings.Y"]))
+    if facts.get("where", "everywhere") != "everywhere":
+        raise InputError(f"{concept}: its adapters act on [V]'s {facts['where']} and nowhere else; a LoRA "
+                         "file cannot say so, and other programs would use them everywhere; for diffusers "
+                         "there is attach_concept (tinyflow/sd3/README.md)")
+    names = mmdit_layers(DIFFUSERS, depth_of(tensors))
     exported, targets = {}, set()
     for name, tensor in tensors.items():
         if name.startswith("lora."):
@@ -59,57 +60,77 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
     return len(exported)
 
 
+def depth_of(tensors: dict[str, Tensor]) -> int:
+    """The number of blocks that a concept was learned on."""
+    keys = [name.split(".")[2] for name in tensors if name.startswith("lora.A.")]
+    return 1 + max(int(key.split("/")[1]) for key in keys)
+
+
+def put_Y(Y: Tensor | None, slots: Tensor):
+    """A hook before a block of diffusers: Y [D] at the slots [B, T, 1] (Eq. 7), if there is one.
+
+    It also raises InputError if the texts that the block is given are not those of the slots.
+    """
+    def replace(block: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        c = named["encoder_hidden_states"]                                              # [B, T, D]
+        if c.shape[:2] != slots.shape[:2]:
+            raise InputError(f"tokens: the transformer was given {c.shape[0]} texts of {c.shape[1]} "
+                             f"tokens, and here are {slots.shape[0]} texts of {slots.shape[1]}; give one "
+                             "row for each text of a batch, the empty one for guidance first, and "
+                             "copies=num_images_per_prompt")
+        c = c if Y is None else torch.where(slots.to(c.device), Y.to(c), c)
+        return inputs, {**named, "encoder_hidden_states": c}
+    return replace
+
+
+def add_adapter(A: Tensor, B: Tensor, places: Tensor):
+    """A hook after a layer of diffusers: B A x at the places [B, T, 1]."""
+    def add(layer: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        x = inputs[0]
+        return output + places.to(x.device) * F.linear(F.linear(x, A.to(x)), B.to(x))
+    return add
+
+
 @contextlib.contextmanager
-def attach_concept(transformer: torch.nn.Module, concept: str | Path, slots: Tensor, copies: int = 1):
+def attach_concept(transformer: torch.nn.Module, concept: str | Path, tokens: Tokens, copies: int = 1):
     """Within this context diffusers' SD3Transformer2DModel knows the concept.
 
-    At the slots, Y^l stands at the input of every block l (Eq. 7), and bound adapters change the keys and
-    values. (Adapters that act everywhere are loaded by load_lora_weights.)
+    A concept with embeddings has Y^l in [V]'s place at the input of every block l (Eq. 7), and bound adapters
+    change keys and values where they act. (Adapters that act everywhere are loaded by load_lora_weights.)
 
     Args:
-        slots: [R, T], not 0 at [V]'s positions among the text tokens, as tinyflow.sd3.load.load_tokenizer
-            reports them for the R texts of a batch. With guidance the empty text is the first of them.
+        tokens: what tinyflow.sd3.load.load_tokenizer makes of the R texts of a batch, with [V] in them. With
+            guidance the empty text is the first of them. What the pipeline itself is given has the class word
+            in [V]'s place, and no braces.
         copies: pictures of each text in a batch (num_images_per_prompt).
-    Raises: InputError if concept, slots and transformer do not go together; at once where that can be seen,
+    Raises: InputError if concept, tokens and transformer do not go together; at once where that can be seen,
         otherwise when the transformer is called.
     """
     tensors, facts = load_concept_file(concept)
-    Y, blocks = tensors["embeddings.Y"], transformer.transformer_blocks
-    if len(Y) != len(blocks):
-        raise InputError(f"{concept}: learned on {len(Y)} blocks, and this transformer has {len(blocks)}; "
+    depth, blocks = depth_of(tensors), transformer.transformer_blocks
+    if depth != len(blocks):
+        raise InputError(f"{concept}: learned on {depth} blocks, and this transformer has {len(blocks)}; "
                          "use the base model that it was learned on")
-    named = (slots > 0).any(1)                                                          # [R]
+    named = (tokens.slots > 0).any(1)                                                   # [R]
+    if not named.any():
+        raise InputError("tokens: no text names the concept; give load_tokenizer(...) the texts with "
+                         f"{facts['token']} in them, and what is read there: {{'{facts['token']}': "
+                         f"'{facts['class_word']}'}}")
     if named[0] and not named.all():
-        raise InputError("slots: the first text names the concept and another does not; with guidance the "
+        raise InputError("tokens: the first text names the concept and another does not; with guidance the "
                          "empty text comes first")
-    mask = (slots > 0).repeat_interleave(copies, dim=0)[..., None]                      # [B, T, 1]
+    slots, phrases = ((places > 0).repeat_interleave(copies, dim=0)[..., None]          # [B, T, 1]
+                      for places in (tokens.slots, tokens.phrases))
+    where = facts.get("where", "everywhere")
+    acting = phrases if where == "phrase" else slots
 
-    def check(c: Tensor) -> None:
-        if c.shape[:2] != mask.shape[:2]:
-            raise InputError(f"slots: the transformer was given {c.shape[0]} texts of {c.shape[1]} tokens, "
-                             f"and the slots are of {mask.shape[0]} texts of {mask.shape[1]}; give one row "
-                             "for each text of a batch, the empty one for guidance first, and "
-                             "copies=num_images_per_prompt")
-
-    def put_Y(l: int):
-        def replace(block: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-            c = named["encoder_hidden_states"]                                          # [B, T, D]
-            check(c)
-            return inputs, {**named, "encoder_hidden_states": torch.where(mask.to(c.device), Y[l].to(c), c)}
-        return replace
-
-    def add_adapter(A: Tensor, B: Tensor):
-        def add(layer: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            x = inputs[0]
-            return output + mask.to(x.device) * F.linear(F.linear(x, A.to(x)), B.to(x))
-        return add
-
-    hooks = [block.register_forward_pre_hook(put_Y(l), with_kwargs=True) for l, block in enumerate(blocks)]
-    if facts.get("where") == "token":
-        for l, block in enumerate(blocks):
-            for ours, theirs in (("to_k", block.attn.add_k_proj), ("to_v", block.attn.add_v_proj)):
+    Y, hooks = tensors.get("embeddings.Y", [None] * depth), []
+    for l, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(put_Y(Y[l], slots), with_kwargs=True))
+        for ours, theirs in (("to_k", block.attn.add_k_proj), ("to_v", block.attn.add_v_proj)):
+            if where != "everywhere":
                 key = key_of(l, f"attention.text.{ours}")
-                adapter = add_adapter(tensors[f"lora.A.{key}"], tensors[f"lora.B.{key}"])
+                adapter = add_adapter(tensors[f"lora.A.{key}"], tensors[f"lora.B.{key}"], acting)
                 hooks.append(theirs.register_forward_hook(adapter))
     try:
         yield

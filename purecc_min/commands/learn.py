@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Iterator
 
 from purecc_min.algorithm import learn
-from purecc_min.branch import Branch, only_with_token
+from purecc_min.branch import Branch
 from purecc_min.commands.base_models import (
     BASE_MODELS,
+    BaseModel,
     check_base_model,
     open_base_model,
     open_tokenizer,
@@ -16,15 +17,20 @@ from purecc_min.commands.demo import assess
 from purecc_min.commands.folder import load_concept
 from purecc_min.commands.memory import plan
 from purecc_min.commands.run import check_run_folder, follow, run_folder
-from purecc_min.concept import TOKEN, ConceptSet
+from purecc_min.concept import TOKEN, ConceptSet, EncodedConcept, styles_among
 from purecc_min.measure.first_picture import draw_sheet, unseen_texts
+from purecc_min.measure.judge import one_in_each_half
 from purecc_min.measure.measures import table
-from purecc_min.measure.toy import STYLE_WORD, Toy
-from purecc_min.methods import METHODS
+from purecc_min.measure.toy import PAIR_TEMPLATES, STYLE_WORD, Toy
+from purecc_min.pairs import ON_PUBLIC_WEIGHTS, check_has_halves, imagine_resumably
+from purecc_min.registry import METHODS, as_sampled
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError, shown
+from tinyflow.files import write_picture
+from tinyflow.picturebook.reader import Reader
+from tinyflow.picturebook.sheet import sheet
 from tinyflow.picturebook.world import OBJECTS
-from tinyflow.pipeline import Velocity
+from tinyflow.pipeline import Pipeline, to_pictures
 from tinyflow.sd3.load import read_config
 
 
@@ -50,8 +56,10 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
     if concept.references[0].masks is not None:
         print("masks: only what is white in them counts in L_CC")
     check_texts(open_tokenizer(base_model, weights, text), concept, folder)
-    checkpointing = model.public and plan(read_config(weights, text, size), config, size, METHODS[method],
-                                          device)
+    way = METHODS[method]
+    if way.imagines:
+        check_has_halves(concept)
+    checkpointing = model.public and plan(read_config(weights, text, size), config, size, way, device)
     pipe = open_base_model(base_model, weights, text, size, device)
     pipe.mmdit.checkpointing = checkpointing
     with run_folder(out, concept, config, method, f"{base_model} at {size} px"):
@@ -59,25 +67,47 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
         if not model.public:
             texts = unseen_texts(concept.class_word)
 
-        def as_drawn(theta: Branch) -> Velocity:
-            return only_with_token(theta, pipe.velocity) if METHODS[method].named_only else theta
+        imagined = imagine_for(pipe, concept, config, out, model) if way.imagines else None
 
         def rows() -> Iterator[dict]:
-            for stage, theta, row in learn(pipe, concept, config, out, method, base_model):
+            for stage, theta, row in learn(pipe, concept, config, out, way, base_model, imagined):
                 if samples_every and row["step"] % samples_every == 0:
                     file = out / f"samples-{stage}-{row['step']:06d}.png"
                     title = f"stage {stage}, step {row['step']}"
-                    draw_sheet(pipe, concept, {title: as_drawn(theta)}, texts, file)
+                    draw_sheet(pipe, concept, {title: as_sampled(way, theta, pipe.velocity)}, texts, file)
                 yield {**row, "step": row["step"] + (stage - 1) * config.steps}
 
-        follow(f"learning: {method}", rows(), (2 if METHODS[method].extractor else 1) * config.steps)
-        theta = as_drawn(Branch.load(pipe, out / "concept.safetensors")[0])
-        draw_sheet(pipe, concept, {method: theta}, texts, out / "comparison.png")
-        if not model.public:                     # the reader knows the tiny world alone
-            toy = Toy(dict(object=concept.class_word), {})
-            results, sentences = assess(pipe, toy, concept, {method: theta})
+        follow(f"learning: {method}", rows(), (2 if way.extractor else 1) * config.steps)
+        theta = Branch.load(pipe, out / "concept.safetensors")[0]
+        drawn = {method: as_sampled(way, theta, pipe.velocity)}
+        draw_sheet(pipe, concept, drawn, texts, out / "comparison.png")
+        if not model.public and concept.class_word.lower() in OBJECTS:   # the reader knows these by name
+            toy = Toy(dict(object=concept.class_word.lower()), {})
+            results, sentences = assess(pipe, toy, concept, drawn)
             print("\n".join(["", table(results), "", *sentences]))
     print(f"\nlearned: {out}/concept.safetensors; {out}/comparison.png shows it")
+
+
+def imagine_for(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, out: Path,
+                model: BaseModel) -> EncodedConcept:
+    """The scenes of two things that the base model imagines. They are kept in `out`, with a sheet to look at.
+
+    On the tiny model the reader says how many are what the text asked for.
+    """
+    templates, steps = (ON_PUBLIC_WEIGHTS, 28) if model.public else (PAIR_TEMPLATES, 10)
+    imagined = imagine_resumably(pipe, concept, templates, config.seed, out / "imagined.safetensors", steps)
+    pixels = pipe.decode(imagined.x_0[:len(imagined.x_0) // 2])
+    pictures = to_pictures(pixels)
+    rows = [("", list(pictures[n:n + 8])) for n in range(0, len(pictures), 8)]
+    write_picture(out / "imagined.png", sheet(rows, [], side=max(128, pipe.picture_size) // 2))
+    if model.public:
+        print(f"imagined: {len(pictures)} scenes; {out}/imagined.png should show one {concept.class_word} in "
+              "each half")
+    else:
+        share = one_in_each_half(Reader.shipped()(pixels), concept.class_word.lower())
+        print(f"imagined: {len(pictures)} scenes, {share:.0%} of them with one {concept.class_word} in each "
+              f"half ({out}/imagined.png)")
+    return imagined
 
 
 def check_texts(tokenizer, concept: ConceptSet, folder: Path) -> None:
@@ -85,7 +115,8 @@ def check_texts(tokenizer, concept: ConceptSet, folder: Path) -> None:
     word = concept.class_word
     for reference in concept.references:
         try:
-            tokenizer([reference.complete, reference.base, reference.target], {TOKEN: word})
+            tokenizer([reference.complete, reference.base, reference.target], {TOKEN: word},
+                      styles_among({TOKEN: word}))
             tokenizer([reference.base, word], {word: word})      # where Y starts from
         except InputError as error:
             raise InputError(f"{folder / reference.id}: {error}") from None

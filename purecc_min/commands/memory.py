@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, Texts, noised
-from purecc_min.methods import METHODS, Method, Thetas, l_cc
+from purecc_min.methods import Method, Thetas
+from purecc_min.pairs import IMAGINED
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, optimizer_for
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
@@ -155,7 +157,6 @@ def encoding_memory(texts: int = REFERENCES) -> int:
     return memory.peak
 
 
-@cache
 def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, checkpointing: bool = False,
             tokens: int = TOKENS, autoencoder: VAEConfig = VAEConfig(), dtype: torch.dtype = torch.bfloat16,
             device: str = "meta", method: Method = METHODS["paper"]) -> Memory:
@@ -178,9 +179,10 @@ def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, 
             pictures = memory.peak - weights
 
             pipe = Pipeline(None, None, mmdit, codec, size)                        # it encodes no texts
-            branches = [Branch.fresh(pipe, torch.zeros(config.depth, config.width), train.rank,
-                                     where=method.where) for _ in range(stage)]
-            branches[-1].lora.requires_grad_(method.adapters)
+            trained = method if stage == 2 else method.extractor or method
+            branches = [empty_branch(pipe, each, train.rank)
+                        for each in ([method.extractor, method] if stage == 2 else [trained])]
+            branches[-1].lora.requires_grad_(trained.adapters)
             adapters = memory.now - weights
         theta_1, theta = branches[0], branches[-1]
         optimizer = optimizer_for(theta, train)
@@ -190,31 +192,44 @@ def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, 
         before = memory.peak = memory.now
 
         data, batch = empty_data(config, train, latent, tokens, device)            # data stays on the card
-        loss_of_step = l_cc if stage == 1 and method.extractor else method.loss
-        loss, _ = loss_of_step(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
+        without = memory.now
+        if trained.imagines:
+            imagined, scene = empty_data(config, train, latent, tokens, device, imagined=True)
+            batch = batch._replace(imagined=scene)
+        scenes = memory.now - without                          # they are there while other things are encoded
+        loss, _ = trained.loss(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
         optimizer.zero_grad()
         loss.backward()
-    return Memory(weights, adapters, before - weights - adapters, memory.peak - before, pictures,
-                  encoding_memory())
+    texts = encoding_memory(2 * IMAGINED if trained.imagines else REFERENCES)
+    return Memory(weights, adapters, before - weights - adapters, memory.peak - before, pictures + scenes,
+                  texts + scenes)
 
 
-def empty_data(config: MMDiTConfig, train: TrainConfig, latent: int, tokens: int,
-               device: str) -> tuple[EncodedConcept, Batch]:
-    """A custom set and a step's draw from it, all zeros."""
-    count = max(REFERENCES, train.batch)
+def empty_branch(pipe: Pipeline, method: Method, rank: int) -> Branch:
+    Y = torch.zeros(pipe.mmdit.config.depth, pipe.mmdit.config.width) if method.embeddings else None
+    return Branch.fresh(pipe, Y, rank, where=method.where)
+
+
+def empty_data(config: MMDiTConfig, train: TrainConfig, latent: int, tokens: int, device: str,
+               imagined: bool = False) -> tuple[EncodedConcept, Batch]:
+    """A custom set, or the imagined scenes of pairs.py, and a step's draw from it, all zeros."""
+    count = max(2 * IMAGINED if imagined else REFERENCES, train.batch)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device)
 
     def text() -> Text:
         context, pooled = zeros(count, tokens, config.context_width), zeros(count, config.pooled_width)
-        return Text(context, pooled, zeros(count, tokens).bool())
+        return Text(context, pooled, *torch.zeros(2, count, tokens, dtype=torch.long, device=device))
 
     variants = zeros(count, 1, config.channels, latent, latent)
-    data = EncodedConcept([], variants, Texts(text(), text(), text(), text()), text())
+    texts = Texts(text(), text(), text(), text())
+    data = EncodedConcept([], variants, texts, texts.base if imagined else text(),
+                          zeros(count, 1, 1, latent, latent) if imagined else None)
     rows = torch.arange(train.batch)
     x_0, x_1 = data.x_0[rows], zeros(train.batch, config.channels, latent, latent)
-    return data, noised(x_0, x_1, zeros(train.batch), data.texts.rows(rows))
+    mask = data.masks[rows, 0] if imagined else None
+    return data, noised(x_0, x_1, zeros(train.batch), data.texts.rows(rows), mask)
 
 
 def gigabytes(size: int) -> str:
@@ -222,17 +237,20 @@ def gigabytes(size: int) -> str:
 
 
 def memory_table(config: MMDiTConfig) -> str:
-    """What SD3.5 needs, in Markdown: the paper's second stage, and the same bound to [V]."""
+    """What SD3.5 needs, in Markdown, for the last stage of three methods."""
     names = " | ".join(Memory._fields)
     lines = [f"| method | px | batch | gradient checkpointing | {names} | total (GB) |", "|" + "---|" * 11]
-    cases = list(product(("paper", "bound-paper"), (512, 1024), (1, 2), (False, True)))
+    cases = list(product(("paper", "bound", "bound-pairs"), (512, 1024), (1, 2), (False, True)))
     for name, size, batch, checkpointing in tqdm(cases, desc="dry runs", leave=False):
-        memory = dry_run(config, TrainConfig(batch=batch), size, 2, checkpointing, method=METHODS[name])
+        method = METHODS[name]
+        memory = dry_run(config, TrainConfig(batch=batch), size, 2 if method.extractor else 1, checkpointing,
+                         method=method)
         numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*memory, memory.total))
         lines.append(f"| {name} | {size} | {batch} | {'on' if checkpointing else 'off'} | {numbers} |")
     lines += ["", f"Each total holds {gigabytes(OVERHEAD)} for CUDA's context and the allocator, an "
-                  f"assumption, and the largest of a step, of a picture and of {REFERENCES} texts, which "
-                  "never meet. lora and bound, and stage 1, need the same less a set of adapters."]
+                  f"assumption, and the largest of a step, of a picture and of {REFERENCES} texts "
+                  f"({2 * IMAGINED} of imagined scenes), which never meet. lora, and stage 1 of an extractor, "
+                  "need what paper needs less a set of adapters."]
     return "\n".join(lines)
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from purecc_min import __version__
 from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for, usable_device
-from purecc_min.commands.demo import demo
+from purecc_min.commands.demo import LEARNED, demo
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.learn import learn_folder
 from purecc_min.commands.memory import memory_table
 from purecc_min.commands.sample import sample_concepts
 from purecc_min.commands.speed import speed
 from purecc_min.commands.words import words
-from purecc_min.methods import METHODS
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.errors import Parser, file_path, number, positive, seed
 from tinyflow.sd3.load import SD35_MEDIUM
@@ -24,7 +24,7 @@ TINY, PUBLIC = BASE_MODELS["tiny"], BASE_MODELS["sd3.5-medium"]
 # ----------------------------------------------------------------------------------------------- the commands
 def demo_command(options: argparse.Namespace) -> None:
     pipe = open_base_model("tiny", None, None, TINY.size, usable_device(options.device))
-    demo(pipe, training_config(options, TINY.training), options.out)
+    demo(pipe, {name: training_config(options, training_for("tiny", name)) for name in LEARNED}, options.out)
 
 
 def learn_command(options: argparse.Namespace) -> None:
@@ -61,26 +61,30 @@ def speed_command(options: argparse.Namespace) -> None:
 
 
 def training_config(options: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """The defaults, with what was given on the command line in their place."""
-    given = {field.name: getattr(options, field.name) for field in fields(TrainConfig)}
-    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    """The defaults, with what was given on the command line in their place. A rate is for both stages."""
+    given = {name: value for name, value in vars(options).items()
+             if value is not None and name in {field.name for field in fields(TrainConfig)}}
+    if "learning_rate" in given:
+        given["extractor_learning_rate"] = None
+    return replace(defaults, **given)
 
 
 # ---------------------------------------------------------------------------------------------- their options
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options of TrainConfig. None stands for the base model's default."""
-    def add(option: str, kind: type, about: str) -> None:
+    def add(option: str, kind: type, about: str, tiny: str = "") -> None:
         name = option.removeprefix("--").replace("-", "_")
-        tiny, public = getattr(TINY.training, name), getattr(PUBLIC.training, name)
+        tiny, public = tiny or getattr(TINY.training, name), getattr(PUBLIC.training, name)
         default = f"{tiny}" if tiny == public else f"{tiny}; on public weights {public}"
         parser.add_argument(option, type=kind, help=f"{about} ({default})")
 
     add("--steps", positive, "steps of each stage; more: closer to the references, and more damage")
     add("--batch", number(int, 1, 1024), "pictures a step")
     add("--rank", number(int, 1, 1024), "rank of the adapters")
-    add("--learning-rate", number(float, 0, 10), "of the adapters")
-    add("--embedding-learning-rate", number(float, 0, 10), "of the embeddings Y")
-    add("--eta", number(float, 0, 1000), "weight of L_PureCC, Eq. 15, or of the anchor")
+    add("--learning-rate", number(float, 0, 10), "of the adapters", "the method's own")
+    add("--embedding-learning-rate", number(float, 0, 10), "of the embeddings Y", "the method's own")
+    add("--eta", number(float, 0, 1000), "weight of what a method adds to L_CC: L_PureCC in Eq. 15, the "
+                                         "anchor, the imagined scenes")
     add_common_options(parser)
 
 
@@ -131,7 +135,8 @@ def add_sample(commands) -> None:
     one = commands.add_parser("sample", help="draw pictures with a learned concept")
     one.add_argument("concept", type=file_path, nargs="+", help="a concept's .safetensors file, or several")
     one.add_argument("prompt", help="with [V] where the concept's name stands, before the class word; "
-                                    "of several concepts the names are [V1], [V2], ...")
+                                    "of several concepts the names are [V1], [V2], ...; braces say by hand "
+                                    "which words speak of one: '{a [V] robot on the left} and a robot'")
     add_weights(one)
     one.add_argument("--number", type=number(int, 1, 1000), default=4,
                      help="pictures, at seeds seed, seed + 1, ... (%(default)s)")
@@ -140,9 +145,9 @@ def add_sample(commands) -> None:
     one.add_argument("--strength", type=number(float, 0, 10), default=1.0,
                      help="of the adapters; less: closer to the original model (%(default)s)")
     one.add_argument("--steps", type=number(int, 1, 1000), default=28, help="Euler steps (%(default)s)")
-    one.add_argument("--empty-text", choices=("adapted", "base"), default="adapted",
-                     help="who answers guidance's empty text: the adapted model, as in training, or the base "
-                          "model, which a bound concept leaves it to in any case (%(default)s)")
+    one.add_argument("--empty-text", choices=("adapted", "base"), default="base",
+                     help="who answers guidance's empty text: the adapted model or the base model, as in "
+                          "every table and picture here (%(default)s)")
     one.add_argument("--only-with-token", action="store_true",
                      help="switch the adapters off for every text without [V], the empty one included")
     add_out(one, "output/sample.png", "the sheet; single pictures lie beside it, and nothing is overwritten")

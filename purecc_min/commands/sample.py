@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from purecc_min.branch import Branch, load_concept_file, only_with_token, velocity_with
 from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model, usable_device
-from purecc_min.concept import TOKEN
-from purecc_min.methods import METHODS
+from purecc_min.concept import TOKEN, styles_among
+from purecc_min.registry import METHODS
 from tinyflow.errors import InputError, shown
 from tinyflow.files import check_output, write_picture
 from tinyflow.picturebook.sheet import sheet
@@ -24,9 +24,9 @@ def names_of(number: int) -> list[str]:
     return [TOKEN] if number == 1 else [f"[V{n}]" for n in range(1, number + 1)]
 
 
-def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str], bool]:
-    """The base model and picture size on which all files were learned, name -> class word, and whether all of
-    them want to be switched off for texts without a name.
+def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str], list[bool]]:
+    """The base model and picture size on which all files were learned, name -> class word, and of each file
+    whether it is switched off for texts without a name.
 
     Raises: InputError for files that do not go together, or that the prompt does not name.
     """
@@ -43,7 +43,7 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
             raise InputError(f"{file}: learned on {where[0]} at {where[1]} px, and {files[0]} on "
                              f"{learned_on[0][0]} at {learned_on[0][1]} px; they cannot stand in one picture")
     named_only = [its.get("method") in METHODS and METHODS[its["method"]].named_only for its in facts]
-    return *learned_on[0], words, all(named_only)
+    return *learned_on[0], words, named_only
 
 
 def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: Path | None, seeds: list[int],
@@ -55,22 +55,23 @@ def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: 
         files: of concepts; the names of several are [V1], [V2], ... in this order.
         strength: what the adapters' part of every layer's output is multiplied with.
         empty_text: who answers guidance's empty text, the "adapted" model or the "base" model.
-        named_only: whether the adapters are off for every text without a concept's name; for concepts of a
-            method that says so they are in any case.
+        named_only: whether the adapters are off for every text without a concept's name; those of a method
+            that says so are off in any case.
     """
     check_output(out, ".png")
     prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", prompt)
-    base_model, size, words, learned_so = read_facts(files, prompt)
+    base_model, size, words, off = read_facts(files, prompt)
     check_base_model(base_model, weights, size)
     pipe = open_base_model(base_model, weights, text, size, usable_device(device_name))
     branches = [Branch.load(pipe, file)[0] for file in files]
     for B in (B for branch in branches for B in branch.lora.B.values()):
         B.mul_(strength)
-    theta = partial(velocity_with, branches)
-    if named_only or learned_so:
-        theta = only_with_token(theta, pipe.velocity)
+    stay = [branch for branch, is_off in zip(branches, off) if not (named_only or is_off)]
+    without = partial(velocity_with, stay) if stay else pipe.velocity
+    theta = only_with_token(partial(velocity_with, branches), without)
     theta_null = pipe.velocity if empty_text == "base" else None
-    text, pictures = pipe.encode_text([prompt], words), []
+    bound = {name: words[name] for name, branch in zip(words, branches) if branch.lora.where == "phrase"}
+    text, pictures = pipe.encode_text([prompt], words, styles_among(bound)), []
     for n in tqdm(range(0, len(seeds), AT_ONCE), "pictures", leave=False, delay=5):
         some = seeds[n:n + AT_ONCE]
         x_0 = pipe.sample(text[[0] * len(some)], some, steps, guidance, theta, theta_null)

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +16,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from purecc_min.ablations import not_detached, untouched_original
 from purecc_min.algorithm import stage_1, stage_2
 from purecc_min.concept import encode
 from purecc_min.measure.toy import CONCEPTS
-from purecc_min.methods import not_detached, paper, untouched_original
+from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.picturebook.model import load_tiny
 
-VARIANTS = {"stage 1": None, "stage 2": paper, "stage 2, v_original not detached": not_detached,
-            "stage 2, v_original from the base model": untouched_original}
+LORA, PAPER, BOUND = (METHODS[name] for name in ("lora", "paper", "bound"))
+VARIANTS = {"stage 1": LORA, "bound": BOUND, "stage 2": PAPER,
+            "stage 2, v_original not detached": replace(PAPER, loss=not_detached),
+            "stage 2, v_original from the base model": replace(PAPER, loss=untouched_original)}
 
 
 def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
@@ -31,8 +35,8 @@ def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
     pipe, config, method = load_tiny(device), TrainConfig(steps=steps), VARIANTS[variant]
     data = encode(pipe, CONCEPTS["checked_robot"].references())
     with TemporaryDirectory() as folder:
-        theta_1, rows = stage_1(pipe, data, config, Path(folder))
-        if method is not None:
+        theta_1, rows = stage_1(pipe, data, config, Path(folder), method.extractor or method)
+        if method.extractor:
             _, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, Path(folder), method)
         seconds, begun = [], time.perf_counter()
         for _ in rows:

@@ -10,6 +10,12 @@ original model, which has never heard of [V], draws the BASE texts from the same
     neighbour     12 captions of two things of the class, one of them with [V]; none for a style
     other         24 full captions about other objects: 12 of seen, then 12 of unseen combinations
 
+and, for the benchmark, three groups of 12 texts whose form no training saw (Toy.forms), for an individual:
+
+    no places     two things of the class, and no word says where
+    right first   two things of the class, and the right one is named first
+    another kind  [V] beside a thing of another kind
+
 A combination of an object with a colour and a background is unseen if pretraining never showed it. The
 perfect method is a construction from the original's pictures and the renderer: it learns nothing, but it
 tells the best value that a measure can have. Read next: velocities.py.
@@ -22,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from purecc_min.concept import TOKEN
+from purecc_min.concept import TOKEN, styles_among
 from purecc_min.measure.toy import Toy
 from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.render import STYLES, render
@@ -51,7 +57,8 @@ def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: s
     pictures = []
     for first in range(0, len(texts), AT_ONCE):
         rows = texts[first:first + AT_ONCE]
-        text, seeds = pipe.encode_text(rows, {TOKEN: class_word}), list(range(first, first + len(rows)))
+        text = pipe.encode_text(rows, {TOKEN: class_word}, styles_among({TOKEN: class_word}))
+        seeds = list(range(first, first + len(rows)))
         pictures.append(pipe.decode(pipe.sample(text, seeds, theta=theta, **options)))
         if bar is not None:
             bar.update(len(rows))
@@ -59,18 +66,26 @@ def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: s
 
 
 def draw_groups(pipe: Pipeline, theta: Velocity | None, toy: Toy, bar: tqdm | None = None,
-                **options) -> Pictures:
-    """Draws every group; the original model (theta None) draws the base texts. Arguments as in `draw`."""
-    base = {group: [prompt.base for prompt in prompts] for group, prompts in toy.prompts().items()}
-    complete = {group: [prompt.complete for prompt in prompts] for group, prompts in toy.prompts().items()}
+                forms: bool = False, known: Pictures | None = None, **options) -> Pictures:
+    """Draws every group; the original model (theta None) draws the base texts. Arguments as in `draw`.
+
+    forms: whether those of Toy.forms, too. known: groups that need not be drawn again.
+    """
+    groups = toy.prompts() | (toy.forms() if forms else {})
+    base = {group: [prompt.base for prompt in prompts] for group, prompts in groups.items()}
+    complete = {group: [prompt.complete for prompt in prompts] for group, prompts in groups.items()}
     texts = base if theta is None else complete | {"plain": base["concept"][:PLAIN]}
-    drawn = {group: draw(pipe, theta, rows, toy.class_word, bar, **options) for group, rows in texts.items()}
+    drawn = dict(known or {})
+    for group, rows in texts.items():
+        if group not in drawn:
+            drawn[group] = draw(pipe, theta, rows, toy.class_word, bar, **options)
     return drawn | {"plain": drawn.get("plain", drawn["concept"][:PLAIN])}      # the original drew them there
 
 
-def count_pictures(toy: Toy) -> int:
+def count_pictures(toy: Toy, forms: bool = False) -> int:
     """How many pictures the groups of a customized model hold. The original draws PLAIN fewer."""
-    return sum(map(len, toy.prompts().values())) + PLAIN
+    groups = toy.prompts() | (toy.forms() if forms else {})
+    return sum(map(len, groups.values())) + PLAIN
 
 
 def in_style(toy: Toy, x: Tensor) -> Tensor:
@@ -99,8 +114,8 @@ def perfect(reader: Reader, toy: Toy, original: Pictures) -> Pictures:
     laid over the original's picture inside the masks of both objects. For a style, the original's picture is
     redrawn. The groups without [V] stay as they are.
     """
-    pictures, prompts = dict(original), toy.prompts()
-    for group in prompts.keys() - {"other"}:
+    pictures, prompts = dict(original), toy.prompts() | toy.forms()
+    for group in prompts.keys() & original.keys() - {"other"}:
         if toy.is_style:
             pictures[group] = in_style(toy, original[group])
             continue

@@ -35,15 +35,17 @@ def unseen_texts(class_word: str) -> list[str]:
     return named + [text.format(class_word) for text in UNSEEN[WITH_TOKEN:]]
 
 
-def draw_sheet(pipe: Pipeline, concept: ConceptSet, thetas: dict[str, Velocity], texts: list[str], path: Path,
-               notes: list[str] = ()) -> None:
-    """Rows: references, the original model with the base texts, each theta with the complete ones. Below
+def draw_sheet(pipe: Pipeline, concept: ConceptSet, drawn: dict[str, dict[str, Velocity]], texts: list[str],
+               path: Path, notes: list[str] = ()) -> None:
+    """Rows: references, the original model with the base texts, each method with the complete ones. Below
     them, the notes.
+
+    drawn: name -> who answers which text (registry.as_sampled).
     """
-    def pictures(theta: Velocity | None, texts: list[str]) -> list[np.ndarray]:
-        return list(to_pictures(draw(pipe, theta, texts, concept.class_word)))
+    def pictures(texts: list[str], theta: Velocity | None = None, **options) -> list[np.ndarray]:
+        return list(to_pictures(draw(pipe, theta, texts, concept.class_word, **options)))
 
     rows = [("references", [r.picture for r in concept.references][:len(texts)]),
-            ("original model, base text", pictures(None, [base_text(text) for text in texts]))]
-    rows += [(name, pictures(theta, texts)) for name, theta in thetas.items()]
+            ("original model, base text", pictures([base_text(text) for text in texts]))]
+    rows += [(name, pictures(texts, **who)) for name, who in drawn.items()]
     write_picture(path, sheet(rows, [(1, texts)], min(256, max(128, pipe.picture_size)), notes))

@@ -29,6 +29,14 @@ def sees(reading: Reading, traits: dict, n: int = 0) -> Tensor:
     return torch.tensor(seen).T
 
 
+def one_in_each_half(reading: Reading, kind: str) -> float:
+    """The share of pictures in which the reader sees a thing of a kind on the left, and one on the right."""
+    right = np.array(reading.names("count")) == 2
+    for n, place in enumerate(("left", "right")):
+        right &= sees(reading, {"object": kind, "place": place}, n).all(1).numpy()
+    return float(right.mean())
+
+
 @dataclass
 class Judge:
     """Asks, about pictures that the reader has read, what matters for one concept."""
@@ -65,7 +73,7 @@ class Drawn:
     """What both models drew, and what the reader sees in it. Every picture is read once."""
 
     def __init__(self, judge: Judge, original: Pictures, custom: Pictures, errors: VelocityError):
-        self.judge, self.toy, self.prompts = judge, judge.toy, judge.toy.prompts()
+        self.judge, self.toy, self.prompts = judge, judge.toy, judge.toy.prompts() | judge.toy.forms()
         self.original, self.custom, self.errors = original, custom, errors
         self.seen = {group: judge.reader(x) for group, x in custom.items()}             # group -> Reading
         self.seen_original = {group: judge.reader(x) for group, x in original.items()}
@@ -83,15 +91,15 @@ class Drawn:
         right_original = self.right(self.seen_original, "other", head)
         return self.right(self.seen, "other", head).astype(float) - right_original
 
-    def of_neighbours(self, values: Tensor) -> Tensor:
-        """Values [12, 2, ...] of both objects in the neighbour group -> those of the plain ones [12, ...]."""
-        return torch.stack([row[1 - prompt.n] for row, prompt in zip(values, self.prompts["neighbour"])])
+    def of_neighbours(self, values: Tensor, group: str = "neighbour") -> Tensor:
+        """Values [12, 2, ...] of both objects in a group -> those of the plain ones [12, ...]."""
+        return torch.stack([row[1 - prompt.n] for row, prompt in zip(values, self.prompts[group])])
 
-    def traits_beside(self, seen: dict[str, Reading], plain: bool) -> Tensor:
+    def traits_beside(self, seen: dict[str, Reading], plain: bool, group: str = "neighbour") -> Tensor:
         """bool [12, number of traits]: the concept's traits on the plain object beside it, or on itself."""
-        reading, traits = seen["neighbour"], self.toy.traits_beside
+        reading, traits = seen[group], self.toy.traits_beside
         both = torch.stack([sees(reading, traits, n) for n in (0, 1)], 1)               # [12, 2, traits]
-        return self.of_neighbours(both if plain else both.flip(1))
+        return self.of_neighbours(both if plain else both.flip(1), group)
 
     def says(self, seen: dict[str, Reading]) -> Tensor:
         """[24]: the reader's mean log-probability, in the concept group, of each part that the texts say."""

@@ -41,6 +41,7 @@ class Measure(NamedTuple):
     perfect: float | None                        # for the perfect method; None: it depends on the pictures
     nothing: float | None                        # for the original model; None: it depends on them too
     needs: str | None                            # an attribute of Toy: where it is empty, this is left out
+    group: str | None                            # a group of Toy.forms: if it is not drawn, this is left out
     compute: Callable[[Drawn], Number]
 
 
@@ -48,10 +49,11 @@ MEASURES: dict[str, Measure] = {}                # name -> Measure, in the order
 
 
 def measure_of(name: str, range: str, perfect: float | None = None, nothing: float | None = None,
-               needs: str | None = None) -> Callable:
+               needs: str | None = None, group: str | None = None) -> Callable:
     """Enters the function below it into MEASURES; its docstring becomes `about`."""
     def enter(compute: Callable[[Drawn], Number]) -> Callable[[Drawn], Number]:
-        MEASURES[name] = Measure(" ".join(compute.__doc__.split()), range, perfect, nothing, needs, compute)
+        about = " ".join(compute.__doc__.split())
+        MEASURES[name] = Measure(about, range, perfect, nothing, needs, group, compute)
         return compute
     return enter
 
@@ -151,6 +153,38 @@ def neighbour_change(drawn: Drawn) -> Number:
     return change[inside].mean() if inside.any() else torch.zeros(())
 
 
+@measure_of("beside, first", range=SHARE, perfect=1, needs="traits_beside")
+def beside_first(drawn: Drawn) -> Number:
+    """Beside another, where [V] is the left thing, which the text names first."""
+    return drawn.traits_beside(drawn.seen, plain=False)[::2].float().mean()
+
+
+@measure_of("beside, second", range=SHARE, perfect=1, needs="traits_beside")
+def beside_second(drawn: Drawn) -> Number:
+    """Beside another, where [V] is the right thing, which the text names second."""
+    return drawn.traits_beside(drawn.seen, plain=False)[1::2].float().mean()
+
+
+def measures_of_form(group: str) -> None:
+    """Enters two measures on a group of Toy.forms: the concept's traits where [V] stands, and beside it."""
+    def on_token(drawn: Drawn) -> Number:
+        return drawn.traits_beside(drawn.seen, False, group).float().mean()
+
+    def leak(drawn: Drawn) -> Number:
+        seen, before = (drawn.traits_beside(of, True, group) for of in (drawn.seen, drawn.seen_original))
+        return seen.float().mean() - before.float().mean()
+
+    on_token.__doc__ = f"In the group {group}, the share of the concept's traits that the reader sees on [V]."
+    leak.__doc__ = f"""In the group {group}, the share of the concept's traits that the reader sees on the
+        thing beside it, minus the original's."""
+    measure_of(f"{group}: on [V]", SHARE, 1, needs="traits_beside", group=group)(on_token)
+    measure_of(f"{group}: leak", SIGNED, 0, 0, needs="traits_beside", group=group)(leak)
+
+
+for form in ("no places", "right first", "another kind"):
+    measures_of_form(form)
+
+
 # -------------------------------------------------------------------- are other prompts drawn as they were?
 @measure_of("object", range=SIGNED, perfect=0, nothing=0)
 def object_right(drawn: Drawn) -> Number:
@@ -244,7 +278,8 @@ def composition(drawn: Drawn) -> Number:
 
 
 DAMAGES = ("confounder contradicted", "confounder unsaid", "class leak", "class drift",
-           "neighbour leak", "neighbour change", "outside change", "drift", "velocity drift",
+           "neighbour leak", "neighbour change", "no places: leak", "right first: leak", "another kind: leak",
+           "outside change", "drift", "velocity drift",
            "path KL")                            # the less, the better
 
 
@@ -258,7 +293,8 @@ def measure(pipe: Pipeline, reader: Reader, theta: Velocity | None, toy: Toy, re
         references: uint8 [n, H, W, 3]. original, custom: what the two models drew, as from `draw_groups`.
     """
     drawn = Drawn(Judge(reader, toy, references), original, custom, velocity_error(pipe, theta, toy))
-    allowed = {name: row for name, row in MEASURES.items() if row.needs is None or getattr(toy, row.needs)}
+    allowed = {name: row for name, row in MEASURES.items()
+               if (row.needs is None or getattr(toy, row.needs)) and row.group in (None, *custom)}
     return {name: float(row.compute(drawn)) for name, row in allowed.items()}
 
 

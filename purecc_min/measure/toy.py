@@ -95,12 +95,17 @@ class Toy:
             return Prompt(scene, TOKEN + base.removeprefix(STYLE_WORD), base)
         return Prompt(scene, world.caption(scene, (f"{TOKEN} {self.class_word}",), said), base)
 
-    def beside(self, scene: world.Scene, n: int) -> Prompt:
-        """The texts for a scene of two things of the concept's class, of which thing n is the concept."""
-        nouns, said = [self.class_word] * 2, PLAIN_PARTS - {"colour"}
-        base = world.caption(scene, said=said)
+    def beside(self, scene: world.Scene, n: int, said: Collection[str] = PLAIN_PARTS - {"colour"},
+               right_first: bool = False) -> Prompt:
+        """The texts for a scene of two things, of which thing n is the concept.
+
+        right_first: whether they name the right thing before the left one, which no caption does.
+        """
+        nouns = [thing.object for thing in scene.things]
         nouns[n] = f"{TOKEN} {self.class_word}"
-        return Prompt(scene, world.caption(scene, tuple(nouns), said), base, n)
+        told = replace(scene, things=scene.things[::-1]) if right_first else scene
+        nouns = nouns[::-1] if right_first else nouns
+        return Prompt(scene, world.caption(told, tuple(nouns), said), world.caption(told, said=said), n)
 
     def reference_scenes(self) -> list[world.Scene]:
         """All that neither the concept nor the confounder holds changes from one reference to the next."""
@@ -126,6 +131,22 @@ class Toy:
                 white = np.where(masks[:1] | self.is_style, 255, 0).astype(np.uint8)
             rows.append(Reference(f"{n}.png", picture[None], text.complete, text.base, target, white))
         return ConceptSet(self.class_word, rows)
+
+    def forms(self) -> dict[str, list[Prompt]]:
+        """Two things in texts of forms that no training saw, in groups (draw.py). A style has none."""
+        if self.is_style:
+            return {}
+        rng = np.random.default_rng(11)
+        scenes = [world.random_scene(rng, parts=False, pairs=1) for _ in range(12)]
+        kinds = cycle([kind for kind in world.OBJECTS if kind != self.class_word])
+        alike = [scene.changed(0, object=self.class_word).changed(1, object=self.class_word)
+                 for scene in scenes]
+        mixed = [scene.changed(k % 2, object=self.class_word).changed(1 - k % 2, object=next(kinds))
+                 for k, scene in enumerate(scenes)]
+        bare = {"size", "background"}
+        return {"no places": [self.beside(scene, k % 2, bare) for k, scene in enumerate(alike)],
+                "right first": [self.beside(scene, k % 2, right_first=True) for k, scene in enumerate(alike)],
+                "another kind": [self.beside(scene, k % 2) for k, scene in enumerate(mixed)]}
 
     def prompts(self) -> dict[str, list[Prompt]]:
         """What a model is asked to draw, in groups; draw.py says what each of them is for."""
@@ -159,6 +180,26 @@ class Toy:
         return groups | {"neighbour": [self.beside(pair, k % 2) for k, pair in enumerate(pairs)]}
 
 
+class Braced(Toy):
+    """A concept whose texts set [V]'s phrase by braces, so that the words of the scene stand in no phrase."""
+
+    def prompt(self, scene: world.Scene, said: Collection[str] | None = None) -> Prompt:
+        return self.in_braces(super().prompt(scene, said))
+
+    def beside(self, scene: world.Scene, n: int, *options, **more) -> Prompt:
+        return self.in_braces(super().beside(scene, n, *options, **more))
+
+    def in_braces(self, prompt: Prompt) -> Prompt:
+        before, token, after = prompt.complete.partition(TOKEN)
+        thing = after.partition(" and ")[0].removesuffix(f" {world.BACKGROUNDS[prompt.scene.background]}")
+        return prompt._replace(complete=f"{before}{{{token}{thing}}}{after[len(thing):]}")
+
+
+# What the base model imagines for the methods that want scenes of two things (pairs.py). These texts say the
+# size of ONE thing; those on which a neighbour is measured say both sizes, so that no text is in both.
+PAIR_TEMPLATES = [f"a {sizes[0]}{{0}} on the left and a {sizes[1]}{{1}} on the right {background}"
+                  for background in world.BACKGROUNDS.values()
+                  for sizes in (("small ", ""), ("", "big "), ("big ", ""), ("", "small "))]
 TUNING = ("checked_robot", "dotted_house", "moss_print")         # on these every hyper-parameter is chosen
 HELD_OUT = ("striped_cat", "dotted_fish", "dotted_mushroom", "checked_star", "school_chalk", "twill_wool")
 CAT = Toy(dict(object="cat", colour="white", marking="stripes", accent="purple", topper="antenna", eyes=1,
@@ -210,6 +251,8 @@ CONCEPTS = {
     "striped_cat, 2 references": replace(CAT, count=2),
     "striped_cat, 8 references": replace(CAT, count=8),
 }
+for tuned in ("checked_robot", "dotted_house"):  # with braces around [V]'s phrase
+    CONCEPTS[f"{tuned}, braces"] = Braced(**vars(CONCEPTS[tuned]))
 
 
 def write_references(name: str, folder: Path) -> None:

@@ -24,7 +24,8 @@ from tinyflow.picturebook.codec import quality
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.reader import HEADS, IGNORED, Reader, Reading, shows, truth
 from tinyflow.picturebook.render import render_all
-from tinyflow.pipeline import Pipeline, choose_device, to_pixels
+from tinyflow.pipeline import Pipeline, to_pixels
+from tinyflow.threads import choose_device
 
 AT_ONCE = 50                                     # pictures
 APART = 1.0                                      # how far two individuals differ in the trait that differs

@@ -31,7 +31,8 @@ from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
-from tinyflow.pipeline import Pipeline, choose_device, to_pixels
+from tinyflow.pipeline import Pipeline, to_pixels
+from tinyflow.threads import choose_device
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
 # Layers that a matrix step does not suit: the first, the last, and those that time and text modulate with.

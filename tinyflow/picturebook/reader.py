@@ -30,7 +30,8 @@ from tinyflow.picturebook.objects import exact_colour
 from tinyflow.picturebook.render import HALF, brightness, render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.picturebook.world import Identity
-from tinyflow.pipeline import choose_device, to_pixels
+from tinyflow.pipeline import to_pixels
+from tinyflow.threads import choose_device
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
 SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyflow.phrase import Tokens
 from tinyflow.sd3.t5 import T5Encoder
 from tinyflow.sd3.tokenizers import ClipTokenizer, T5Tokenizer
 from tinyflow.text import TextEncoder
@@ -28,12 +29,15 @@ class SD3Tokenizer:
         self.clip_g = ClipTokenizer(folders["clip_g"], pad=0)
         self.t5 = T5Tokenizer(folders["t5"]) if "t5" in folders else None
 
-    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
-        """Returns all ids side by side [B, 77 + 77 + 256], and the slots of the text stream [B, 77 + 256]."""
-        (ids_l, slots), (ids_g, _) = self.clip_l(texts, stand_ins), self.clip_g(texts, stand_ins)
-        zeros = torch.zeros(len(texts), 256, dtype=torch.long)
-        ids_t5, slots_t5 = self.t5(texts, stand_ins) if self.t5 else (zeros, zeros)
-        return torch.cat([ids_l, ids_g, ids_t5], dim=1), torch.cat([slots, slots_t5], dim=1)
+    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
+                 styles: tuple[str, ...] = ()) -> Tokens:
+        """All ids side by side [B, 77 + 77 + 256]; slots and phrases of the text stream [B, 77 + 256]."""
+        clip_l, clip_g = (tokenizer(texts, stand_ins, styles) for tokenizer in (self.clip_l, self.clip_g))
+        t5 = Tokens(*[torch.zeros(len(texts), 256, dtype=torch.long)] * 3)
+        if self.t5:
+            t5 = self.t5(texts, stand_ins, styles)
+        return Tokens(torch.cat([clip_l.ids, clip_g.ids, t5.ids], dim=1),
+                      *(torch.cat(pair, dim=1) for pair in zip(clip_l[1:], t5[1:])))
 
 
 class SD3Encoder(nn.Module):

@@ -2,9 +2,8 @@
 
 CLIP's tokenizer lower-cases a text and cuts it into words, single digits and runs of signs. It joins the
 bytes of each of these by the ranks in merges.txt. T5's tokenizer.json holds compiled tables that only that
-package reads. In both, a placeholder such as "[V]" is encoded as its stand-in, the word or words that are
-written in its place. Its slot is the stand-in's last token, where a concept can be put later. Read next:
-t5.py.
+package reads. In both, a placeholder such as "[V]" is encoded as its stand-in (phrase.py). Its slot is the
+stand-in's last token, and its phrase the tokens of the words that speak of it. Read next: t5.py.
 """
 
 import functools
@@ -19,41 +18,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tinyflow.errors import InputError, shown
 from tinyflow.files import read_text
+from tinyflow.phrase import Tokens, write_stand_ins
 
 WORD_END = "</w>"                                # marks a token that ends a word
-LETTER = "(?:[^\\W_]|[\u0300-\u036f])"           # a letter or a digit, or an accent that belongs to one
-
-
-def write_stand_ins(text: str, stand_ins: dict[str, str]) -> tuple[str, list[tuple[str, int]]]:
-    """Writes stand-ins in the place of placeholders.
-
-    A placeholder counts only as a word of its own: "[V]'s" holds one, and the "dog" of "hotdog" is none.
-
-    Returns: the text to encode, and each placeholder in it with the character at which its stand-in stops.
-    Raises: InputError for an empty placeholder or stand-in, and for a placeholder glued to its neighbour.
-    """
-    for placeholder, stand_in in stand_ins.items():
-        if not placeholder.strip() or not re.search(LETTER, stand_in):
-            raise InputError(f"the placeholder {placeholder!r} with the stand-in {stand_in!r}: "
-                             "both must be written, the stand-in as a word")
-    if not stand_ins:
-        return text, []
-    longest_first = sorted(stand_ins, key=len, reverse=True)
-    any_of_them = "|".join(map(re.escape, longest_first))
-    free = re.compile(f"(?<!{LETTER})({any_of_them})(?!{LETTER}|{any_of_them})")
-    parts = free.split(text)                     # text, placeholder, text, placeholder, ..., text
-    for placeholder in longest_first:
-        is_word = placeholder[0].isalnum() and placeholder[-1].isalnum()     # may be part of a longer word
-        if not is_word and any(placeholder in part for part in parts[::2]):
-            raise InputError(f"the placeholder {placeholder!r} is glued to its neighbour in "
-                             f"{shown(text)}; write it as a word of its own")
-    written = [stand_ins[part] if n % 2 else part for n, part in enumerate(parts)]
-    stops = list(accumulate(map(len, written)))
-    return "".join(written), list(zip(parts[1::2], stops[1::2]))
 
 
 def read_file(folder: Path, name: str) -> str:
@@ -69,37 +39,45 @@ class SlotTokenizer:
     """What both tokenizers share: texts become rows of ids of one length, and their slots are marked.
 
     A subclass defines encode(text, stops), which returns the ids of a text without the end token, and for
-    each stop (a number of characters) the position of the last token before it.
+    each stop (a number of characters, in order) the position of the last token that begins before it.
     """
 
     def __init__(self, length: int, end: int, pad: int):
         self.length, self.end, self.pad = length, end, pad
 
-    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
+                 styles: tuple[str, ...] = ()) -> Tokens:
         """Args:
             stand_ins: placeholder -> the words that are encoded in its place, e.g. {"[V]": "teddy bear"}.
-        Returns: ids [B, length], and slots [B, length]: n at the last token of the n-th placeholder's
-            stand-in, else 0. Long texts are cut, and their end token is kept.
-        Raises: InputError for a placeholder that is glued to a letter, or that stands where its text is cut.
+            styles: those of the placeholders that are styles.
+        Returns: rows of `length` tokens. Long texts are cut, and their end token is kept.
+        Raises: InputError for a placeholder that stands where its text is cut, and as write_stand_ins does.
         """
-        numbers = {placeholder: n for n, placeholder in enumerate(stand_ins or {}, start=1)}
-        ids = torch.full((len(texts), self.length), self.pad)
-        slots = torch.zeros_like(ids)
+        slots, phrases = (torch.zeros(len(texts), self.length, dtype=torch.long) for _ in range(2))
+        ids = torch.full_like(slots, self.pad)
         for row, text in enumerate(texts):
-            written, found = write_stand_ins(text, stand_ins or {})
-            if re.search("[\ud800-\udfff]", written):
+            written = write_stand_ins(text, stand_ins or {}, styles)
+            if re.search("[\ud800-\udfff]", written.text):
                 raise InputError(f"the text {shown(text)} holds half a character (a lone surrogate); "
                                  "write it again in UTF-8")
-            tokens, positions = self.encode(written, [stop for _, stop in found])
-            for (placeholder, _), position in zip(found, positions):
-                if position >= self.length - 1:
+            # a token may hold the space before its word: a phrase goes from the end of a word to that of another
+            spans = [(n, *(len(written.text[:edge].rstrip()) for edge in edges))
+                     for n, *edges in written.phrases]
+            stops = {stop for _, stop in written.slots} | {edge for _, *edges in spans for edge in edges}
+            tokens, positions = self.encode(written.text, sorted(stops))
+            last = dict(zip(sorted(stops), positions))
+            for n, stop in written.slots:
+                if last[stop] >= self.length - 1:
+                    placeholder = list(stand_ins)[n - 1]
                     raise InputError(f"the placeholder {placeholder!r} in {shown(text)} is token "
-                                     f"{position + 1}, but a text is cut to {self.length} with the end "
+                                     f"{last[stop] + 1}, but a text is cut to {self.length} with the end "
                                      "token; shorten it, or name the placeholder earlier")
-                slots[row, position] = numbers[placeholder]
+                slots[row, last[stop]] = n
+            for n, start, stop in spans:
+                phrases[row, last[start] + 1:min(last[stop] + 1, self.length - 1)] = n
             tokens = [*tokens[:self.length - 1], self.end]
             ids[row, :len(tokens)] = torch.tensor(tokens)
-        return ids, slots
+        return Tokens(ids, slots, phrases)
 
 
 def byte_symbols() -> list[str]:
@@ -229,7 +207,7 @@ class ClipTokenizer(SlotTokenizer):
         parts = (self.tokens(text[start:stop]) for start, stop in pairwise([0, *stops]))
         before = accumulate(sum(sizes(part)) for part in parts)
         ids = [self.ids[token] for token in ("<|startoftext|>", *tokens)]
-        return ids, [1 + bisect_left(spent, count) for count in before]
+        return ids, [1 + bisect_left(spent, count) if count else 0 for count in before]
 
 
 class T5Tokenizer(SlotTokenizer):

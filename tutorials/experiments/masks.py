@@ -23,7 +23,7 @@ from purecc_min.methods import Thetas
 from purecc_min.train import optimizer_for, train_steps
 from tinyflow.errors import report_errors
 
-CONCEPT, METHODS, SEEDS = toy.TUNING[0], ("LoRA", "bound"), 2
+CONCEPT, METHODS, SEEDS = toy.TUNING[0], ("lora", "token"), 2
 SHOWN = ("similarity", "sees concept", "confounder contradicted", "confounder unsaid", "outside change",
          "class leak")
 

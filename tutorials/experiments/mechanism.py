@@ -35,7 +35,7 @@ from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
 
 CONCEPT, SEEDS = "striped_cat", 3
-STUDIED = ("LoRA", "paper", "not detached", "untouched v_original", "LoRA + anchor", "Y alone")
+STUDIED = ("lora", "paper", "not detached", "untouched v_original", "anchor", "embeddings")
 
 
 def gradient(loss: Tensor, theta: Branch) -> Tensor:

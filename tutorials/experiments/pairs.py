@@ -1,10 +1,12 @@
 """Two learned concepts in one text: two individuals in one picture, and an individual in a style.
 
-    python -m tutorials.experiments.pairs    takes the concepts of the benchmark's main part, or trains them
+    python -m tutorials.experiments.pairs                 takes the benchmark's concepts, or trains them
+    python -m tutorials.experiments.pairs "two tuned"     those on which the methods were tuned
 
 The text names both, as `python -m purecc_min sample` takes it: "a small [V1] cat on the left and a big [V2]
 fish on the right in the snow", or "[V2] small [V1] cat on the left in the snow" for a style. Each concept was
-learned alone, on pictures with one object. The tables compare
+learned alone, on pictures with one object. A method that imagines scenes of two things learns no style, so it
+is left out where one is named. The tables compare
 
     base        neither is named: the original model and the text without [V1] and [V2]
     perfect     the renderer's pictures of these texts, with both concepts
@@ -15,7 +17,7 @@ by the share of pictures that show the objects of the text at their places, the 
 traits that the reader sees on it, the share of the OTHER's traits that it sees there, where the two differ,
 and the similarity to its references. A style of lines hides colours, so an individual in such a style is
 judged without them, and by its traits only. Guidance's empty text is the base model's, as in the benchmark's
-tables. It takes less than ten minutes on one core.
+tables. It takes a quarter of an hour on one core, and longer if concepts have to be trained.
 """
 
 import itertools
@@ -29,14 +31,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import KEPT, Cell, learned, set_up
+from purecc_min.benchmark.cells import ALL, KEPT, Cell, learned, set_up
 from purecc_min.benchmark.entries import Setup
 from purecc_min.benchmark.tables import markdown, plus_minus
 from purecc_min.branch import Branch, velocity_with
 from purecc_min.commands.sample import names_of
+from purecc_min.concept import styles_among
 from purecc_min.measure.draw import FEW_STEPS
 from purecc_min.measure.toy import turn
-from tinyflow.errors import report_errors
+from tinyflow.errors import InputError, Parser, report_errors, shown
 from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import COLOURLESS, Reading
@@ -48,7 +51,7 @@ NAMES = names_of(2)                              # "[V1]" and "[V2]"
 SAID = world.PLAIN_PARTS - {"colour"}
 METHODS, SEEDS = KEPT, 3
 SCENES, AT_ONCE = 50, 10
-PAIRS = {"two individuals": ("striped_cat", "dotted_fish"),
+PAIRS = {"two tuned": ("checked_robot", "dotted_house"), "two individuals": ("striped_cat", "dotted_fish"),
          "individual in a style": ("striped_cat", "school_chalk")}
 Values = dict[str, float]                        # what is measured -> a share or a similarity
 
@@ -109,7 +112,7 @@ def drawn(pipe: Pipeline, pair: Pair, thetas: list[Branch], named: tuple[int, ..
     pictures, texts = [], pair.texts(named)
     for first in range(0, SCENES, AT_ONCE):
         seeds = list(range(first, first + AT_ONCE))
-        text = pipe.encode_text(texts[first:first + AT_ONCE], words)
+        text = pipe.encode_text(texts[first:first + AT_ONCE], words, styles_among(words))
         x_0 = pipe.sample(text, seeds, FEW_STEPS, theta=theta, theta_null=pipe.velocity)
         pictures.append(pipe.decode(x_0))
     return torch.cat(pictures)
@@ -160,8 +163,9 @@ def compare(pair: Pair, names: tuple[str, str], folder: Path) -> tuple[str, list
     base = drawn(pipe, pair, [], ())
     found = {"base": [judged_together(pair, reader(base))],
              "perfect": [judged_together(pair, reader(pair.perfect()))]}
-    strips = [base[:12]]
-    for method, seed in itertools.product(METHODS, range(SEEDS)):
+    strips, has_style = [base[:12]], any(setup.toy.is_style for setup in pair.setups)
+    methods = [method for method in METHODS if not (has_style and ALL[method].imagines)]
+    for method, seed in itertools.product(methods, range(SEEDS)):
         thetas = [learned(Cell(concept, method, seed), folder) for concept in names]
         first, second, both = (drawn(pipe, pair, thetas, named) for named in ((0,), (1,), (0, 1)))
         alone = judged(pair, reader(first), 0) | judged(pair, reader(second), 1)
@@ -177,10 +181,11 @@ def compare(pair: Pair, names: tuple[str, str], folder: Path) -> tuple[str, list
     return markdown(["", *titles], rows), strips
 
 
-def pairs(folder: Path) -> str:
-    """Both pairs' tables; leaves pairs/table.md and pairs/pictures.png."""
+def pairs(folder: Path, titles: list[str]) -> str:
+    """The tables of these of PAIRS; leaves pairs/table.md and pairs/pictures.png."""
     tables, strips = [], []
-    for title, names in PAIRS.items():
+    for title in titles:
+        names = PAIRS[title]
         table, pictures = compare(pair_of(names), names, folder)
         tables.append(f"{title}: {' and '.join(names)}\n\n{table}")
         strips += [np.concatenate(to_pictures(x), axis=1) for x in pictures]
@@ -191,5 +196,11 @@ def pairs(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    parser = Parser(prog="python -m tutorials.experiments.pairs", description=__doc__.partition("\n")[0])
+    parser.add_argument("pairs", nargs="*", metavar="PAIR", help=f"of {', '.join(PAIRS)}; all of them")
+    chosen = parser.parse_args().pairs
     with report_errors(), room_for_others():
-        print(pairs(Path("output/benchmark")))
+        for name in chosen:
+            if name not in PAIRS:
+                raise InputError(f"there is no pair {shown(name)}; there are {', '.join(PAIRS)}")
+        print(pairs(Path("output/benchmark"), chosen or list(PAIRS)))

@@ -1,12 +1,13 @@
 """A pool of draws, whose frozen predictions are remembered: what it saves and what it costs.
 
-In bound PureCC three of a step's predictions are frozen: theta_1's two, and v_original, which is the base
-model's. If step k takes draw k modulo the pool's size, they need to be computed once, and a step becomes
-one forward and one backward pass. `Remembering` wraps a velocity and leaves objective.py as it is. This
-prints seconds, similarity and outside change for pools of several sizes and for fresh draws (0), on the
-tuning concepts, two seeds; the extractor's training is not counted. It takes a quarter of an hour on one
-core. A pool of 128 took .53 of the seconds and learned as much (similarity .71, and .71 from fresh draws). It
-is not part of `learn`, since it needs a frozen v_original, and only bound adapters have that.
+In PureCC on bound adapters three of a step's predictions are frozen: theta_1's two, and v_original, which is
+the base model's. If step k takes draw k modulo the pool's size, they need to be computed once, and a step
+becomes one forward and one backward pass. `Remembering` wraps a velocity and leaves objective.py as it is.
+This prints seconds, similarity and outside change for pools of several sizes and for fresh draws (0), on the
+tuning concepts, two seeds, with adapters that are bound to the token; the extractor's training is not
+counted. It takes a quarter of an hour on one core. A pool of 128 took .53 of the seconds and learned as much
+(similarity .71, and .71 from fresh draws). It is not part of `learn`, since it needs a frozen v_original, and
+only bound adapters have that.
 
     python -m tutorials.experiments.pool
 """
@@ -28,7 +29,7 @@ from purecc_min.methods import Thetas, paper
 from purecc_min.train import draw_batch, optimizer_for
 from tinyflow.pipeline import Text, Velocity
 
-METHOD, POOLS, SEEDS = "bound paper", (0, 32, 128, 512), 2
+METHOD, POOLS, SEEDS = "token paper", (0, 32, 128, 512), 2
 FOLDER = Path("output/benchmark")                # the extractors are trained there, if they are not there yet
 
 

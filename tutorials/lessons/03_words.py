@@ -168,7 +168,7 @@ def refused(text, length=length):                # the message, or None
         return str(error)
 
 texts = ["A red cat, at night.", "", world.caption(world.seen_scene(np.random.default_rng(0), pairs=1))]
-yours, (theirs, _) = tokenize(texts, world.VOCABULARY, length), pipe.tokenizer(texts)
+yours, theirs = tokenize(texts, world.VOCABULARY, length), pipe.tokenizer(texts).ids
 expect(isinstance(yours, torch.Tensor) and yours.shape == theirs.shape, f"return {list(theirs.shape)} ids.")
 expect(bool((yours[:, -1] == 1).all()), "what is left over of a row is filled with 1, the id of the end.")
 expect_close(yours.float(), theirs.float(), "the ids")
@@ -444,8 +444,8 @@ asked = [thing("cat", "orange", "big", "left", "dots", "white", "hat", "beach"),
 captions = [world.caption(scene, said=SAID) for scene in asked]
 full, seeds = pipe.encode_text(captions), [11, 12, 13, 14]
 empty = nothing[[0] * len(asked)]
-ways = {"both": full, "context only": Text(full.context, empty.pooled, full.slots),
-        "pooled only": Text(empty.context, full.pooled, full.slots)}
+ways = {"both": full, "context only": Text(full.context, empty.pooled, full.slots, full.phrases),
+        "pooled only": Text(empty.context, full.pooled, full.slots, full.phrases)}
 pixels = {way: draw(text, seeds) for way, text in ways.items()}
 
 def seen(pixels, scenes):                        # head -> the share of pictures that show what was said

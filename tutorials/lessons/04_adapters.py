@@ -945,16 +945,21 @@ plt.show()
 #
 # ## 7 · Stage 1: train both
 #
-# $\theta$ is the base model with a set of adapters and with $Y$. There are two kinds of sets:
+# $\theta$ is the base model with a set of adapters and with $Y$. This lesson trains two kinds of sets:
 #
 # | | layers | where a change is added |
 # |---|---|---|
 # | `everywhere` (the paper's) | queries, keys, values and outputs of both streams | at every token |
-# | `token`: *bound* to [V] (ours) | keys and values of the text stream | at the slots: `mask = slots[..., None]` |
+# | `token`: *bound to the token* [V] (ours) | keys and values of the text stream | at the slots: `mask = slots[..., None]` |
 #
 # and the loss is Eq. 3 with the complete text:
 # $\;L_{CC} = \mathbb E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2$, a mean over the batch and
 # all numbers of a sample.
+#
+# (The package has a third kind, `phrase`, and `learn --method bound` takes that one: the same layers as
+# `token`, at every token from [V] to the end of its clause; the word at [V] is kept, and there is no $Y^l$.
+# The reason is that a causal text encoder puts what is said of a thing into the words after it. Wherever this
+# lesson speaks of a bound set, it is bound to the token.)
 #
 # ### Exercise 4.8 ★★ · The whole model of stage 1, and its loss
 #
@@ -1046,17 +1051,17 @@ print("the package's:      ", *(f"{loss:.4f}" for loss in their_log))
 assert all(abs(a - b) < 0.01 * b for a, b in zip(log_everywhere, their_log))
 assert tensor_hash(model.state_dict()) == untouched
 
-models = {"base model": pipe.velocity, "everywhere": everywhere, "bound": bound}
+models = {"base model": pipe.velocity, "everywhere": everywhere, "token": bound}
 after_training = {name: held_loss(theta) for name, theta in models.items()}
 print("held-out loss:       " + ", ".join(f"{name} {loss:.3f}" for name, loss in after_training.items()))
-print(f"numbers trained:      {count_everywhere:,d} everywhere, {count_bound:,d} bound")
-assert after_training["everywhere"] < after_training["bound"] < after_training["base model"]
+print(f"numbers trained:      {count_everywhere:,d} everywhere, {count_bound:,d} at the token")
+assert after_training["everywhere"] < after_training["token"] < after_training["base model"]
 
 def smooth(log, n=8):
     return [sum(log[max(0, k - n):k + 1]) / len(log[max(0, k - n):k + 1]) for k in range(len(log))]
 
 plt.figure(figsize=(6, 2.4), layout="constrained")
-for log, colour, label in ((log_everywhere, BLUE, "everywhere"), (log_bound, CORAL, "bound to [V]")):
+for log, colour, label in ((log_everywhere, BLUE, "everywhere"), (log_bound, CORAL, "bound to the token")):
     plt.plot(log, color=colour, alpha=0.25, lw=0.8)
     plt.plot(smooth(log), color=colour, label=label)
 plt.gca().set(xlabel="step", ylabel="$L_{CC}$", ylim=(0, None), title="the same draws for both")
@@ -1064,7 +1069,7 @@ plt.legend()
 plt.show()
 
 # %%
-rows = {"before": pipe.velocity, "after: everywhere": everywhere, "after: bound": bound}
+rows = {"before": pipe.velocity, "after: everywhere": everywhere, "after: token": bound}
 show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prompts)
 
 # %% [markdown] tags=["slide"]
@@ -1076,9 +1081,9 @@ show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prom
 
 # %% [markdown]
 # Backgrounds and places are others than the references', and the robot's colours and pattern come along,
-# after eighty steps; its single eye and what it wears do so only in part. The bound set has learned less: its
-# robots keep two eyes, and some of their own colours. It has far fewer numbers, and it can only speak through
-# the keys and values of one token.
+# after eighty steps; its single eye and what it wears do so only in part. The set that is bound to the token
+# has learned less: its robots keep two eyes, and some of their own colours. It has far fewer numbers, and it
+# can only speak through the keys and values of one token.
 #
 # ## 8 · What happens to a text without [V]?
 #
@@ -1091,13 +1096,13 @@ rows = {name: pictures(theta, plain) for name, theta in rows.items()}
 show_rows(rows, plain)
 
 with torch.no_grad():
-    for name, theta in (("everywhere", everywhere), ("bound", bound)):
+    for name, theta in (("everywhere", everywhere), ("token", bound)):
         v_base = pipe.velocity(batch.x_t, batch.t, base)
         moved = (theta(batch.x_t, batch.t, base) - v_base).norm() / v_base.norm()
         print(f"{name:11s} v of the text without [V] moves by {moved:.2%}; "
               f"the pictures by {apart(rows['after: ' + name], rows['before']):.3f}")
-        assert torch.equal(theta(batch.x_t, batch.t, base), v_base) == (name == "bound")
-assert apart(rows["after: bound"], rows["before"]) == 0
+        assert torch.equal(theta(batch.x_t, batch.t, base), v_base) == (name == "token")
+assert apart(rows["after: token"], rows["before"]) == 0
 robots, others = (apart(rows["after: everywhere"][n:n + 2], rows["before"][n:n + 2]) for n in (0, 2))
 print(f"with adapters everywhere the two robots move by {robots:.3f}, the two others by {others:.3f}")
 assert min(robots, others) > 0.01
@@ -1115,8 +1120,8 @@ assert min(robots, others) > 0.01
 # as well (the last line compares the two): $L_{CC}$ mentions neither. The bound set has changed **nothing**,
 # and this is no measurement but an identity: without a slot the mask is zero at every token, so each layer's
 # output is $y + 0$; no token is replaced; hence every block computes what the base model computes. It holds
-# for any $A$, $B$ and $Y$, trained or not. Its price you saw above: it learns less. How much of the concept
-# one gets for how much damage is the question of the later lessons.
+# for any $A$, $B$ and $Y$, trained or not. The price of this set you saw above: it learns less. How much of
+# the concept one gets for how much damage is the question of the later lessons.
 #
 # ## 9 · Relatives: what else one can train
 #
@@ -1132,7 +1137,7 @@ assert min(robots, others) > 0.01
 # | NeTI (2305.15391) | a small network that gives this vector for a layer and a time | layer, time |
 # | $Y^l$ alone (Eq. 7, `--method embeddings`) | one vector for every block, behind the encoder | layer |
 # | stage 1 (the paper) | $Y^l$ and adapters everywhere | all, and at every token |
-# | bound adapters (ours) | $Y^l$ and adapters at the slot | layer, time and pooled text, through adaLN |
+# | adapters bound to the token (ours) | $Y^l$ and adapters at the slot | layer, time and pooled text, through adaLN |
 
 # %%
 E, hidden = pipe.encoder.config.width, 128
@@ -1140,7 +1145,7 @@ neti = nn.Sequential(nn.Linear(32, hidden), nn.LayerNorm(hidden), nn.LeakyReLU()
                      nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, E))
 counts = {"textual inversion": E, "P+ / XTI": depth * E, "Y alone": depth * D,
           "NeTI": sum(parameter.numel() for parameter in neti.parameters()),
-          f"bound, rank {r}, and Y": count_bound, f"stage 1, rank {r}, and Y": count_everywhere,
+          f"token, rank {r}, and Y": count_bound, f"stage 1, rank {r}, and Y": count_everywhere,
           "the attentions' matrices": whole}
 assert count_everywhere == count_lora(shapes, r) + depth * D
 assert count_bound == count_lora([tuple(layer.weight.shape) for layer in at_V.values()], r) + depth * D
@@ -1154,7 +1159,7 @@ states = torch.stack([states_in_slots(pipe, flow.path(x_0, x_1[None], t[None]), 
 away = (states - states.mean(0)).norm(dim=-1) / states.mean(0).norm(dim=-1)  # [times, depth]
 
 figure, axes = plt.subplots(1, 2, figsize=(8.6, 2.7), layout="constrained")
-colours = [BLUE if name.startswith(("Y", "bound", "stage")) else GREY for name in counts]
+colours = [BLUE if name.startswith(("Y", "token", "stage")) else GREY for name in counts]
 axes[0].barh(list(counts), counts.values(), color=colours)
 axes[0].set(xscale="log", title="numbers that are trained", xlim=(50, 20 * whole))
 for n, count in enumerate(counts.values()):
@@ -1193,8 +1198,8 @@ assert away[:, 0].max() < 1e-4 and away[:, -1].max() > 0.02
 #
 # ## Three questions
 #
-# **1.** The bound set adapts the text's keys and values, but not its queries. Why would an adapter on the
-# queries at the slot do nothing at all?
+# **1.** The set that is bound to the token adapts the text's keys and values, but not its queries. Why would
+# an adapter on the queries at the slot do nothing at all?
 # <details><summary>Answer</summary>
 #
 # A query decides what its **own** token takes from the others. What the token in the slot takes ends up in

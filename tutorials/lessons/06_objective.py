@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path.cwd().parents[1]))   # the repository, two folders u
 import matplotlib.pyplot as plt
 import torch
 
-from purecc_min import methods
+from purecc_min import ablations, methods
 from purecc_min import objective as package      # to compare with
 from purecc_min.branch import Branch
 from purecc_min.commands.folder import load_concept
@@ -964,7 +964,7 @@ assert torch.cosine_similarity(seen["v_original is not"][1], g, dim=0) < 0.95
 # adapters, with the derivatives $J_c$ and $J_o$. Detached, they receive $J_c^\top g$; not detached,
 # $(J_c - J_o)^\top g$: shorter, because whatever moves both predictions alike is not felt at all. And the gap
 # is closed from both sides, so the sentence *without* [V] is asked to move toward the one with it. Detached,
-# $v_{original}$ is what it is called, a reference. (`methods.not_detached` trains the other choice, and the
+# $v_{original}$ is what it is called, a reference. (`ablations.not_detached` trains the other choice, and the
 # benchmark compares them.)
 #
 # ## 8 · What a step costs
@@ -1038,8 +1038,8 @@ def count(loss_of_step):
 
 expected = {methods.l_cc: {("theta_2", "forward"): 1, ("theta_2", "backward"): 1},
             methods.paper: {("theta_1", "forward"): 2, ("theta_2", "forward"): 2, ("theta_2", "backward"): 1},
-            methods.not_detached: {("theta_1", "forward"): 2, ("theta_2", "forward"): 2,
-                                   ("theta_2", "backward"): 2}}
+            ablations.not_detached: {("theta_1", "forward"): 2, ("theta_2", "forward"): 2,
+                                     ("theta_2", "backward"): 2}}
 counts = {loss_of_step: count(loss_of_step) for loss_of_step in expected}
 for loss_of_step, wanted in expected.items():
     got = counts[loss_of_step]
@@ -1170,7 +1170,7 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 # | `predictions`, `v_purecc`, `objective` | `pcc_loss` in `purecc_min/objective.py` |
 # | `inner`, `lambda_star` | the same names in `purecc_min/objective.py` |
 # | `rejection_loss` | the row "rejection" of `log_of` in `purecc_min/methods.py` |
-# | `with_forgotten`; section 5 with a constant $l$ | `not_detached`, `constant_lambda` in `purecc_min/methods.py` |
+# | `with_forgotten`; section 5 with a constant $l$ | `not_detached`, `constant_lambda` in `purecc_min/ablations.py` |
 #
 # ## Three questions
 #

@@ -61,7 +61,7 @@ from purecc_min import methods
 from purecc_min.benchmark import entries
 from purecc_min.benchmark.cells import ALL, Cell, count_passes, learn_theta_1, set_up, train_cell
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim
-from purecc_min.benchmark.entries import MAIN, Entry, NoAdapters, as_sampled, follows
+from purecc_min.benchmark.entries import MAIN, Entry, NoAdapters, as_sampled, like
 from purecc_min.benchmark.plans import SEEDS, plan
 from purecc_min.benchmark.tables import (STUDENT_T, add_fidelity, at_similarity, difference, final, front,
                                          mean_and_interval, mean_by_seed, name_of, pairs_at_equal_fidelity)
@@ -436,6 +436,8 @@ plt.show()
 # steps where the benchmark takes 200, two snapshots, four pictures with [V] in each, and two texts without it
 # for the path KL (that is the class `Few`). The benchmark's own loop, `run_cell`, draws 96 pictures in each
 # snapshot and computes every measure. The concepts are **tuning** concepts: for a first look these are right.
+# The methods are called as in the benchmark: `lora`, `paper`, and `token`, which are the adapters of lesson 7
+# that are bound to the token [V]. (Its `bound` is bound to [V]'s phrase, as `learn --method bound` is.)
 
 # %%
 STEPS, SNAPS = 16, (8, 16)
@@ -483,7 +485,7 @@ for concept in SMALL:                            # the two ends of the scale
         cell = Cell(concept, name, steps=STEPS)
         pictures[cell] = groups["concept"]
         results.append(row_of(cell, {"0": measured(concept, None, groups["concept"])}))
-METHODS = ("LoRA", "paper", "bound")
+METHODS = ("lora", "paper", "token")
 small_plan = [Cell(concept, name, seed, steps=STEPS)
               for concept in SMALL for name in METHODS for seed in (0, 1)]
 results += [run_small(cell) for cell in small_plan]
@@ -503,7 +505,7 @@ for row in results:
 ends = {(row["concept"], row["method"]): final(row) for row in results[:4]}
 assert all(ends[c, "perfect"]["similarity"] > ends[c, "nothing"]["similarity"] + 0.1 for c in SMALL)
 moved = {name: [final(row)["path KL"] for row in results if row["method"] == name] for name in METHODS}
-assert max(moved["bound"]) == 0 < min(*moved["LoRA"], *moved["paper"])
+assert max(moved["token"]) == 0 < min(*moved["lora"], *moved["paper"])
 
 # %% [markdown] tags=["slide"]
 # ## Twelve cells
@@ -516,7 +518,7 @@ assert max(moved["bound"]) == 0 < min(*moved["LoRA"], *moved["paper"])
 # Look at the two seeds of one method on one concept before you look at anything else. How far apart are they,
 # compared with how far the methods are apart? And what does a concept do to all methods alike?
 #
-# Only the last column of the bound rows needs no statistics: the path KL asks texts without [V], and these
+# Only the last column of the rows *token* needs no statistics: the path KL asks texts without [V], and these
 # are answered as before, by the construction of lesson 7. Everything else has to be measured, and not at the
 # ends: as a rule, whoever learned less has damaged less.
 #
@@ -584,18 +586,18 @@ def made(concept, method, seed, *points):        # a run whose snapshots are (si
     return row_of(Cell(concept, method, seed), snapshots)
 
 constructed = [made("a", "nothing", 0, (0.1, 0.0)), made("b", "nothing", 0, (0.3, 0.0)),
-               made("a", "LoRA", 0, (0.5, 0.2), (0.9, 0.6)), made("b", "LoRA", 0, (0.4, 0.1), (0.6, 0.3)),
-               made("b", "bound", 1, (0.5, 0.1), (0.8, 0.3)), made("a", "bound", 0, (0.3, 0.1), (0.6, 0.4)),
-               made("b", "bound", 0, (0.5, 0.05), (0.9, 0.2)), made("a", "LoRA", 1, (0.7, 0.5), (0.65, 0.6)),
-               made("a", "bound", 1, (0.2, 0.0), (0.8, 0.3))]
+               made("a", "lora", 0, (0.5, 0.2), (0.9, 0.6)), made("b", "lora", 0, (0.4, 0.1), (0.6, 0.3)),
+               made("b", "token", 1, (0.5, 0.1), (0.8, 0.3)), made("a", "token", 0, (0.3, 0.1), (0.6, 0.4)),
+               made("b", "token", 0, (0.5, 0.05), (0.9, 0.2)), made("a", "lora", 1, (0.7, 0.5), (0.65, 0.6)),
+               made("a", "token", 1, (0.2, 0.0), (0.8, 0.3))]
 for rows, label in ((constructed, "constructed runs"), (results, "the twelve runs")):
     measure = "drift" if rows is constructed else "outside change"
-    pairs = pairs_at_equal_fidelity(rows, "bound", "LoRA")
+    pairs = pairs_at_equal_fidelity(rows, "token", "lora")
     theirs = mean_by_seed([(run["seed"], own[measure] - other[measure]) for run, own, other in pairs])
-    mine = at_equal_fidelity(rows, "bound", "LoRA", measure)
+    mine = at_equal_fidelity(rows, "token", "lora", measure)
     last = {(name_of(run), run["concept"], run["seed"]): final(run)[measure] for run in rows}
-    at_ends = mean_by_seed([(run["seed"], last["bound", run["concept"], run["seed"]]
-                             - last["LoRA", run["concept"], run["seed"]]) for run, _, _ in pairs])
+    at_ends = mean_by_seed([(run["seed"], last["token", run["concept"], run["seed"]]
+                             - last["lora", run["concept"], run["seed"]]) for run, _, _ in pairs])
     expect(not torch.allclose(mine, torch.tensor(at_ends)) or np.allclose(at_ends, theirs),
            "these are the differences at the ends of the trainings, where nobody has learned equally much.")
     expect_close(mine, torch.tensor(theirs), f"the differences of {label} (same concept, same seed; the "
@@ -612,7 +614,7 @@ def said_of(name, values):                       # in words, of method minus ref
     return "better" if (mean < 0) == (name in DAMAGES) else "worse"
 
 print("                                seed 0    seed 1      mean ± half-width   verdict")
-for method, reference in (("paper", "LoRA"), ("bound", "LoRA")):
+for method, reference in (("paper", "lora"), ("token", "lora")):
     levels = [own["fidelity"] for _, own, _ in pairs_at_equal_fidelity(results, method, reference)]
     print(f"{method} minus {reference}, at a fidelity of {np.mean(levels):.2f}")
     for name in WATCHED[1:]:
@@ -670,7 +672,7 @@ def similarity_of(cell):                         # of each picture, [P]
 grids = {method: torch.stack([torch.stack([similarity_of(Cell(concept, method, seed, steps=STEPS))
                                            for seed in (0, 1)]) for concept in SMALL])      # [C, S, P]
          for method in METHODS}
-grids["paper - LoRA"] = grids["paper"] - grids["LoRA"]
+grids["paper - lora"] = grids["paper"] - grids["lora"]
 print("similarity: variance of    concepts     seeds   pictures")
 for name, grid in grids.items():
     print(f"{name:23s}" + "".join(f"{value:+11.4f}" for value in components(grid)))
@@ -791,7 +793,7 @@ assert abs(mean_and_interval(CASES[3][1])[1] - 0.13) < 0.01
 #
 # Write each row as `(larger, sign, smaller, measure)`: the *measure* of `larger` is above that of `smaller`
 # (`">"`), or about equal to it (`"="`; then `larger` is `"paper"`). Careful: "better" is not "larger" for
-# every measure. The methods' names are `"DreamBooth"`, `"LoRA"` ($L_{CC}$ alone), `"paper"`, `"paper,
+# every measure. The methods' names are `"DreamBooth"`, `"lora"` ($L_{CC}$ alone), `"paper"`, `"paper,
 # lambda 5"` and `"untouched v_original"`.
 
 # %% tags=["exercise"]
@@ -799,27 +801,27 @@ def in_symbols():
     # letter -> (larger, sign, smaller, measure)
     # BEGIN SOLUTION 8.6
     return {"a": ("DreamBooth", ">", "paper", "outside change"),
-            "b": ("paper", ">", "LoRA", "similarity"),
+            "b": ("paper", ">", "lora", "similarity"),
             "c": ("paper", ">", "paper, lambda 5", "text kept"),
             "d": ("paper", "=", "untouched v_original", "similarity"),
-            "e": ("LoRA", ">", "paper", "path KL")}
+            "e": ("lora", ">", "paper", "path KL")}
     # END SOLUTION
 
 # %% tags=["wrong"]
 def in_symbols():                                # the better method first, whatever is measured
     return {"a": ("paper", ">", "DreamBooth", "outside change"),
-            "b": ("paper", ">", "LoRA", "similarity"),
+            "b": ("paper", ">", "lora", "similarity"),
             "c": ("paper", ">", "paper, lambda 5", "text kept"),
             "d": ("paper", "=", "untouched v_original", "similarity"),
-            "e": ("paper", ">", "LoRA", "path KL")}
+            "e": ("paper", ">", "lora", "path KL")}
 
 # %% tags=["wrong"]
 def in_symbols():                                # "about as good" is tested as "better"
     return {"a": ("DreamBooth", ">", "paper", "outside change"),
-            "b": ("paper", ">", "LoRA", "similarity"),
+            "b": ("paper", ">", "lora", "similarity"),
             "c": ("paper", ">", "paper, lambda 5", "text kept"),
             "d": ("paper", ">", "untouched v_original", "similarity"),
-            "e": ("LoRA", ">", "paper", "path KL")}
+            "e": ("lora", ">", "paper", "path KL")}
 
 # %% tags=["check"]
 where = {"a": "Table 1", "b": "Table 2", "c": "Table 3", "d": "Sec. 14", "e": "Fig. 2"}
@@ -1068,8 +1070,9 @@ assert 0.5 < mean_of_power(1.0) < 0.9
 # ### Exercise 8.8 ★★★ · Your loss, and your entry
 #
 # `pcc_loss(theta_1, theta_2, batch, eta)` returns the loss and its terms; of these you need `v_purecc` (which
-# carries no gradient), `v_complete` and `loss_cc`. Each sample has its own weight. The entry follows a frozen
-# extractor with the paper's settings: `follows(about, loss)` makes one.
+# carries no gradient), `v_complete` and `loss_cc`. Each sample has its own weight. The entry is called
+# "paper, timed", and has the paper's extractor and settings: `like(MAIN["paper"], name=..., about=...,
+# loss=...)` makes one.
 
 # %% tags=["exercise"]
 def timed(power):
@@ -1088,7 +1091,8 @@ def timed(power):
 def my_entry():
     # -> an Entry of the benchmark, with p = 1
     # BEGIN SOLUTION 8.8
-    return follows("the paper's objective, its rejection weighted by t", timed(1.0))
+    return like(MAIN["paper"], name="paper, timed", loss=timed(1.0),
+                about="the paper's objective, its rejection weighted by t")
     # END SOLUTION
 
 # %% tags=["wrong"]
@@ -1102,7 +1106,8 @@ def timed(power):
     return loss
 
 def my_entry():
-    return follows("the paper's objective, its rejection weighted by t", timed(1.0))
+    return like(MAIN["paper"], name="paper, timed", loss=timed(1.0),
+                about="the paper's objective, its rejection weighted by t")
 
 # %% tags=["wrong"]
 def timed(power):
@@ -1116,7 +1121,8 @@ def timed(power):
     return loss
 
 def my_entry():                                  # no extractor: theta_1 would be None
-    return Entry("the paper's objective, its rejection weighted by t", timed(1.0), MAIN["paper"].settings)
+    return Entry("paper, timed", "the paper's objective, its rejection weighted by t", timed(1.0),
+                 settings=MAIN["paper"].settings)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -1140,8 +1146,9 @@ expect_close(weighted / expected, torch.tensor(1.0), "for p = 1 the weighted par
                                                      "(every sample has its OWN weight),", 1e-3)
 made_entry = my_entry()
 expect(isinstance(made_entry, Entry), "my_entry should return an Entry.")
-expect(made_entry.theta_1 == "frozen" and made_entry.settings == MAIN["paper"].settings,
-       "the loss wants theta_1: the entry has to say theta_1='frozen', with the paper's settings.")
+expect(made_entry.extractor == MAIN["paper"].extractor and made_entry.settings == MAIN["paper"].settings,
+       "the loss wants theta_1: the entry has to have the paper's extractor and settings.")
+expect(made_entry.name == "paper, timed", "the entry should be called 'paper, timed'.")
 print("8.8 right: for p = 0 it is the paper's loss, value and gradient")
 
 # %% [markdown]
@@ -1153,7 +1160,7 @@ print("8.8 right: for p = 0 it is the paper's loss, value and gradient")
 # Now enter it, and run it. Two cells on one tuning concept, and a count of what a step costs.
 
 # %%
-ALL["paper, timed"] = my_entry()                 # in entries.py it would be MAIN["paper, timed"] = ...
+ALL["paper, timed"] = my_entry()                 # in entries.py it would be one more row of MAIN
 own = [Cell(SMALL[0], "paper, timed", seed, steps=STEPS) for seed in (0, 1)]
 results += [run_small(cell) for cell in own]
 add_fidelity(results)

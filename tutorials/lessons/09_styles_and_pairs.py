@@ -26,8 +26,8 @@
 # 2. the sum of several sets of adapters in one layer, and the whole model with several concepts;
 # 3. the table of own and other's traits, and a fence in the attention that keeps two concepts apart;
 #
-# **and you can say** which identities hold exactly for two bound concepts, why they are mixed in the picture
-# all the same, and what `--strength` scales and what it does not.
+# **and you can say** which identities hold exactly for two bound concepts, why two that are bound to the
+# token are mixed in the picture all the same, and what `--strength` scales and what it does not.
 #
 # | | |
 # |---|---|
@@ -233,7 +233,7 @@ def encoder_reach(encoder, ids, n, other):       # the first word is at position
 
 # %% tags=["check"]
 text = "a big red ball in the snow"
-words, (ids, _) = text.split(), pipe.tokenizer([text])
+words, ids = text.split(), pipe.tokenizer([text]).ids
 other = pipe.tokenizer.ids["purple"]
 each = torch.where(torch.eye(ids.shape[1])[1:len(words) + 1].bool(), other, ids)    # [n, T], one exchanged
 with torch.no_grad():
@@ -252,9 +252,14 @@ assert before < 1e-3 and reach[0, 2:len(words) + 1].min() > 0.1
 # So "a" is heard by every later token, and "robot" in "a small robot in the snow" only by what follows it.
 # But be careful with the conclusion. It is the **stand-in** that the encoder passes on, and the stand-in says
 # nothing about the concept. $Y^l$ comes in behind the encoder, in the MMDiT, and there the attention knows no
-# order (lesson 2, second question). Let us look. We train the style in the package's two ways, fifty steps
-# each: a plain LoRA that acts everywhere, and adapters bound to [V] (lesson 7). The learning rates are higher
-# than the defaults, because fifty steps are few.
+# order (lesson 2, second question). Let us look. We train the style in two ways, fifty steps each: a plain
+# LoRA that acts everywhere, and adapters that are bound to the token [V] (lesson 7; *token* in the tables).
+# The learning rates are higher than the defaults, because fifty steps are few.
+#
+# (`learn --method bound` binds to [V]'s phrase instead: adapters act at every token from [V] to the end of
+# its clause, and for a style at all words that stand in no other phrase; the word at [V] is kept, and there
+# is no $Y^l$. The reason is the left half of the next picture: a causal encoder puts what is said of a thing
+# into the words after it. All numbers of this lesson are of the token.)
 
 # %%
 config = TrainConfig(steps=50, learning_rate=7e-3, embedding_learning_rate=3e-2)
@@ -268,7 +273,7 @@ def learn(toy, where):                           # stage 1 with L_CC, as in less
     print(f"{toy.class_word:6s} {where:12s} L_CC {np.mean(losses[:8]):.3f} -> {np.mean(losses[-8:]):.3f}")
     return theta.requires_grad_(False)
 
-KINDS = {"LoRA": "everywhere", "bound": "token"}
+KINDS = {"LoRA": "everywhere", "token": "token"}
 styles = {kind: learn(style, where) for kind, where in KINDS.items()}
 
 # %%
@@ -287,7 +292,7 @@ def token_moves(Y, text, x_t, t):                # how far Y in the slots moves 
 
 slot_text = pipe.encode_text(["[V]" + text.removeprefix("a")], {"[V]": "a"})
 shape = (pipe.mmdit.config.channels, *[pipe.picture_size // pipe.codec.factor] * 2)
-moves = token_moves(styles["bound"].embeddings.Y, slot_text, flow.noise_for([0], shape), torch.tensor([0.9]))
+moves = token_moves(styles["token"].embeddings.Y, slot_text, flow.noise_for([0], shape), torch.tensor([0.9]))
 shown = len(words) + 4
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
 axes[0].imshow(reach[:, :shown].sqrt(), cmap="Blues")
@@ -394,7 +399,7 @@ def change_outside(x, perfect, object, object_original):     # outside of either
 
 # %% tags=["check"]
 judge, looks = Judge(reader, style, references(style)), reader(to_pixels(references(style))).look
-for x in (original, drawn["bound"]):
+for x in (original, drawn["token"]):
     expect_close(look_similarity(reader(x).look, looks), judge.similarity(reader(x)),
                  "the similarity (is the mean of the references scaled to length 1?)")
 where = {name: reader(x).mask[:, 0] > 0 for name, x in [("original", original), *drawn.items()]}
@@ -462,14 +467,14 @@ for name, x in rows.items():
 assert high > low + 0.4 and table["perfect"][1] == 0
 assert min(table[f"{kind}: with [V]"][0] for kind in KINDS) > 0.2
 assert max(table[f"{kind}: with [V]"][1] for kind in KINDS) < table["original"][1]
-assert table["LoRA: without"][0] > 0.1 and torch.equal(without["bound"], original)
+assert table["LoRA: without"][0] > 0.1 and torch.equal(without["token"], original)
 
 # %% [markdown] tags=["slide"]
 # ## A style that leaks
 #
 # ![](last)
 #
-# Nobody asked for the style in the rows "without". The bound row is the original, bit for bit.
+# Nobody asked for the style in the rows "without". That of the token is the original, bit for bit.
 
 # %% [markdown]
 # Both have learned much of the style: look at the sky and the night, and at the column *on the scale*. The
@@ -497,8 +502,9 @@ show([*references(robot), *references(house)], ["[V1]: references"] + [""] * 3 +
 #
 # $$y = Wx + \sum_n m_n \cdot B_n A_n\, x$$
 #
-# For adapters that act everywhere $m_n = 1$ at all tokens: the changes **add up**. For bound ones $m_n$ is 1
-# at the slots of concept $n$ and 0 elsewhere: at any one token at most one of the changes is not zero.
+# For adapters that act everywhere $m_n = 1$ at all tokens: the changes **add up**. For those bound to the
+# token $m_n$ is 1 at the slots of concept $n$ and 0 elsewhere: at any one token at most one of the changes is
+# not zero.
 #
 # ```
 #     text      a  big  [V1]  robot  on the left and  a  small  [V2]  house  on the right
@@ -560,9 +566,9 @@ for kinds in (("everywhere", "everywhere"), ("token", "token"), ("everywhere", "
     sets, loras = [], [random_set(seed, where) for seed, where in enumerate(kinds)]
     with contextlib.ExitStack() as stack, torch.no_grad():
         for n, (lora, where_it_acts) in enumerate(zip(loras, kinds), start=1):
-            stack.enter_context(lora.attached(0, block, slots == n))
-            mask = (slots == n)[..., None] if where_it_acts == "token" else None
-            sets.append((lora.A[key], lora.B[key], mask))
+            places = slots == n if where_it_acts == "token" else None       # None: everywhere
+            stack.enter_context(lora.attached(0, block, places))
+            sets.append((lora.A[key], lora.B[key], None if places is None else places[..., None]))
         theirs = layer(x)
     with torch.no_grad():
         expect_close(layer(x) + change(x, sets), theirs,
@@ -671,8 +677,8 @@ def combination(concepts, slots):                # one set a layer: the second c
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Loop over `concepts.items()`. `here = (slots == n)[..., None]` is the place of $Y^l$, and for a bound set it
-# is the mask as well.
+# Loop over `concepts.items()`. `here = (slots == n)[..., None]` is the place of $Y^l$, and for a set that is
+# bound to the token it is the mask as well.
 # </details>
 # <details><summary>Hint 2</summary>
 #
@@ -694,11 +700,11 @@ with torch.no_grad():
             ours = velocity_with(list(two.values()), *see, some)
             expect_close(theta_with(two)(*see, some), ours, f"v with two concepts ({kind})", 1e-3)
     second = replace(both_named, slots=torch.where(both_named.slots == 2, 1, 0))
-    ours = velocity_with([individuals["bound"][2]], *see, second)
-    expect_close(theta_with({2: individuals["bound"][2]})(*see, both_named), ours,
+    ours = velocity_with([individuals["token"][2]], *see, second)
+    expect_close(theta_with({2: individuals["token"][2]})(*see, both_named), ours,
                  "v with concept 2 alone, in its own slots (the number is the dictionary's key)", 1e-3)
 assert not any(module._forward_hooks for module in pipe.mmdit.modules())
-print("9.5 right: the package's model with two concepts, everywhere, bound, and one of each")
+print("9.5 right: the package's model with two concepts, everywhere, at the token, and one of each")
 
 # %% [markdown]
 # Three things follow from the formula for two **bound** sets, exactly, before anything is measured:
@@ -725,8 +731,8 @@ for kind, two in individuals.items():
              (v(two, both_named), v(swapped, swapped_text))]
     gaps = [((a - b).norm() / b.norm()).item() for a, b in pairs]
     print(f"{kind:34s} {gaps[0]:<17.4f}{gaps[1]:<17.4f}{gaps[2]:.0e}")
-    assert [torch.equal(a, b) for a, b in pairs[:2]] == [kind == "bound"] * 2 and gaps[2] < 1e-4
-    assert kind == "bound" or min(gaps[:2]) > 0.01
+    assert [torch.equal(a, b) for a, b in pairs[:2]] == [kind == "token"] * 2 and gaps[2] < 1e-4
+    assert kind == "token" or min(gaps[:2]) > 0.01
 
 # %% [markdown] tags=["slide"]
 # ## Two sets over one base
@@ -736,7 +742,7 @@ for kind, two in individuals.items():
 # Bound: no name, no change; one name, one concept. Bit for bit. Everywhere: neither of the two.
 
 # %% [markdown]
-# The zeros in the row *bound* were compared bit by bit. In the row *LoRA* the second column is the practical
+# The zeros in the row *token* were compared bit by bit. In the row *LoRA* the second column is the practical
 # one: a concept that the text does not name still changes the picture, because its set is attached. So with
 # LoRAs, **attach what you name and nothing else**. `sample` insists on it: it refuses a file whose name is
 # not in the text.
@@ -906,7 +912,7 @@ own = {name: M.diagonal().mean().item() for name, M in found.items()}
 others = {name: (M.sum() - M.trace()).item() / 2 for name, M in found.items()}
 assert own["perfect"] > max(own["original"], others["perfect"]) + 0.3
 assert own["LoRA"] > own["original"] + 0.1
-assert others["bound"] > 0.5 * others["perfect"]
+assert others["token"] > 0.5 * others["perfect"]
 
 # %% [markdown] tags=["slide"]
 # ## Two concepts in one picture
@@ -920,10 +926,10 @@ assert others["bound"] > 0.5 * others["perfect"]
 # the traits *of the house* at the robot; then the same for the house. The row *perfect* is what a reader can
 # see at best, the row *original* what it sees by chance.
 #
-# Look at the row *bound*. Nothing was shared: two sets, each at its own token, zeros everywhere else. And yet
-# the robots have the yellow of the house: their *other* is about twice that of *original*. **Bound does not
-# mean separate.** Binding says where a concept *enters*: at its slot. It does not say who *reads* it. In
-# section 2 you saw that everybody does.
+# Look at the row *token*. Nothing was shared: two sets, each at its own token, zeros everywhere else. And yet
+# the robots have the yellow of the house: their *other* is about twice that of *original*. **Bound to the
+# token does not mean separate.** Binding says where a concept *enters*: at its slot. It does not say who
+# *reads* it. In section 2 you saw that everybody does.
 #
 # ## 6 · Who reads the slots, and a fence
 #
@@ -947,7 +953,7 @@ def shares(two, text):                           # attention of every patch to s
         theta_with(two)(*see, text)
     return torch.stack(found).mean(0).permute(2, 0, 1)
 
-reads = shares(individuals["bound"], both_named)
+reads = shares(individuals["token"], both_named)
 inside = F.adaptive_avg_pool2d((reader(original_pair).mask > 0).float(), shape[-1] // 2).flatten(2) > 0.5
 print("attention of a patch, mean over blocks and heads    to the slot of [V1]    to the slot of [V2]")
 for n, name in enumerate(("in the robot", "in the house")):
@@ -968,7 +974,7 @@ plt.show()
 #
 # ![](last)
 #
-# Every patch reads both. Binding says where a concept enters, not who reads it.
+# Every patch reads both. Binding to the token says where a concept enters, not who reads it.
 
 # %% [markdown]
 # Not one patch gives a slot nothing. The cure follows: do not *let* them. Attention has a place for that, a
@@ -1068,12 +1074,12 @@ for kind, two in individuals.items():
     pair_pictures[name] = pictures(texts_with((1, 2)), fenced(theta_with(two)), WORDS)
     found[name] = own_and_other(reader(pair_pictures[name]), toys)
     others[name] = (found[name].sum() - found[name].trace()).item() / 2
-ROWS = ["perfect", "LoRA", "LoRA, fence", "bound", "bound, fence"]
+ROWS = ["perfect", "LoRA", "LoRA, fence", "token", "token, fence"]
 show_pairs(ROWS)
 print_pairs(ROWS)
 print("mean of the other's traits: "
       + ", ".join(f"{name} {others[name]:.2f}" for name in ["original", *ROWS]))
-assert others["bound, fence"] < others["bound"] + 0.05
+assert others["token, fence"] < others["token"] + 0.05
 
 # %% [markdown] tags=["slide"]
 # ## A fence
@@ -1083,8 +1089,8 @@ assert others["bound, fence"] < others["bound"] + 0.05
 # A patch may read the slot of its own side only: $-\infty$ before the softmax, exactly 0 behind it.
 
 # %% [markdown]
-# Compare the two last rows, in the pictures first: with the fence each object of the bound pair reads its
-# own slot alone. Then look at the columns *other*, and at the line below the table, beside *original*,
+# Compare the two last rows, in the pictures first: with the fence each object of the pair *token* reads
+# its own slot alone. Then look at the columns *other*, and at the line below the table, beside *original*,
 # which is what the reader sees by chance. What came to an object directly from the wrong slot is gone. The
 # other's traits are hardly fewer for that, and nowhere near *original*, and the robots are still yellow,
 # for longer ways are open: the word "robot" and all other text tokens read both slots and are read by all
@@ -1194,22 +1200,22 @@ def with_strength(branch, s):                    # the old set is scaled as well
 # </details>
 
 # %% tags=["check"]
-kept = {name: tensor.clone() for name, tensor in styles["bound"].state_dict().items()}
-half = with_strength(styles["bound"], 0.5)
-touched = any(not torch.equal(tensor, kept[name]) for name, tensor in styles["bound"].state_dict().items())
-styles["bound"].load_state_dict(kept)
+kept = {name: tensor.clone() for name, tensor in styles["token"].state_dict().items()}
+half = with_strength(styles["token"], 0.5)
+touched = any(not torch.equal(tensor, kept[name]) for name, tensor in styles["token"].state_dict().items())
+styles["token"].load_state_dict(kept)
 expect(not touched, "the old branch has changed (it is restored). Copy before you scale.")
 probe = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
 for key in half.lora.B:
     mine = probe @ half.lora.A[key].T @ half.lora.B[key].T
-    theirs = 0.5 * (probe @ styles["bound"].lora.A[key].T @ styles["bound"].lora.B[key].T)
+    theirs = 0.5 * (probe @ styles["token"].lora.A[key].T @ styles["token"].lora.B[key].T)
     expect_close(mine, theirs, "s B A x (is s in it once?)", 1e-5)
-expect_close(half.embeddings.Y, styles["bound"].embeddings.Y, "Y, which --strength leaves alone,", 0.0)
+expect_close(half.embeddings.Y, styles["token"].embeddings.Y, "Y, which --strength leaves alone,", 0.0)
 print("9.8 right: s B A, and the old branch is what it was")
 
 # %%
 strengths = (0.0, 0.5, 1.0, 1.5)
-swept = {s: pictures(style_with_V[:3], with_strength(styles["bound"], s), {"[V]": "a"}) for s in strengths}
+swept = {s: pictures(style_with_V[:3], with_strength(styles["token"], s), {"[V]": "a"}) for s in strengths}
 show([p for x in [original[:3], *swept.values()] for p in to_pictures(x)],
      [in_lines(text) for text in base_texts[:3]], ["original", *(f"strength {s:g}" for s in strengths)],
      columns=3, side=1.35)
@@ -1241,15 +1247,16 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 # the same base model go together. The order of the files gives the numbers, and every file has to be named.
 # * **Name as you trained.** A style takes the place of "a". An individual stands before its class word, as it
 # did in the texts of its references.
-# * **For several in one picture, begin with bound adapters** (`learn --method bound`): no name, no change. Do
-# not expect them to keep to their objects by themselves. LoRAs add up over the whole picture: attach what you
-# name, and look at the objects that you did not name.
-# * **`--strength`** is one number for all files. Below 1 for what is overdone, with bound sets in particular.
+# * **For several in one picture, begin with bound adapters** (`learn --method bound`): no name, no change.
+# They are bound to the phrase: a plain thing beside [V] stays plain, and two concepts keep to their objects
+# better than here. Bound to the token, do not expect them to keep to their objects by themselves. LoRAs add
+# up over the whole picture: attach what you name, and look at the objects that you did not name.
+# * **`--strength`** is one number for all files. Below 1 for what is overdone.
 #
 # And what these numbers cannot say: each concept was trained once, with one seed, for fifty steps at a high
 # learning rate, and judged on four to six pictures by a network that errs itself. A difference of a few
 # hundredths between two rows is nothing. Lesson 8 is about how many pictures and seeds a verdict needs;
-# `python -m tutorials.experiments.pairs` measures pairs with twelve pictures and three seeds.
+# `python -m tutorials.experiments.pairs` measures pairs with fifty pictures and three seeds.
 #
 # ## What you can now say
 #
@@ -1257,8 +1264,8 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 # from its base text. It is judged by its look, and beside the perfect method's pictures.
 # * The encoder passes on the stand-in, to later tokens only. $Y^l$ enters behind it and is heard by all.
 # * Sets over one base add: $Wx + \sum_n m_n B_n A_n x$. The product of summed factors is another matrix.
-# * Two bound sets: no name, no change; one name, one concept; bit for bit. In a picture they mix all the
-# same, for every patch reads every slot. A fence in the attention closes the direct way.
+# * Two bound sets: no name, no change; one name, one concept; bit for bit. Bound to the token, they mix in a
+# picture all the same, for every patch reads every slot. A fence in the attention closes the direct way.
 # * Strength scales $BA$, not $Y$.
 #
 # | you wrote | in the package |
@@ -1273,9 +1280,9 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 #
 # ## Three questions
 #
-# **1.** Two bound concepts are in one text, and you exchange the two slots' places in it, together with the
-# words behind them: "a [V2] house on the right and a [V1] robot on the left". Does the MMDiT see another
-# input?
+# **1.** Two concepts, bound to the token, are in one text, and you exchange the two slots' places in it,
+# together with the words behind them: "a [V2] house on the right and a [V1] robot on the left". Does the
+# MMDiT see another input?
 # <details><summary>Answer</summary>
 #
 # In the slots themselves no: $Y^l$ is the same, and attention knows no order. But the other text tokens come

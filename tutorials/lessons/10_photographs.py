@@ -76,7 +76,8 @@ from purecc_min.concept import encode as encode_set
 from purecc_min.embeddings import class_word_states
 from purecc_min.lora import LoRA
 from purecc_min.measure.toy import CONCEPTS, FOLDER
-from purecc_min.methods import METHODS, Thetas, l_cc
+from purecc_min.methods import Thetas, l_cc
+from purecc_min.registry import METHODS
 from purecc_min.train import SCALE, TrainConfig, draw_batch, optimizer_for, train_steps
 from tinyflow import flow
 from tinyflow.mmdit import MMDiT, position_features
@@ -300,7 +301,7 @@ def join(clip_l, clip_g, t5, pooled_l, pooled_g):            # one encoder after
 
 # %% tags=["check"]
 asked = [concept.references[0].complete, ""]
-ids, slots = pipe.tokenizer(asked, {"[V]": word})            # the encoders read the class word at [V]
+ids, slots, _ = pipe.tokenizer(asked, {"[V]": word})         # the encoders read the class word at [V]
 ids_l, ids_g, ids_t5 = ids.split([77, 77, 256], dim=1)
 (context_l, pooled_l), (context_g, pooled_g) = pipe.encoder.clip_l(ids_l), pipe.encoder.clip_g(ids_g)
 states_t5 = pipe.encoder.t5(ids_t5)
@@ -723,13 +724,13 @@ def full_size(px, batch, rank=4):
     with torch.device("meta"):
         mmdit = MMDiT(replace(SD35_MEDIUM, max_grid=rows, base_grid=rows)).bfloat16().requires_grad_(False)
         codec, lora, D = VAE().requires_grad_(False), LoRA(mmdit, rank), SD35_MEDIUM.width
-        Y, slots = torch.zeros(SD35_MEDIUM.depth, D), torch.zeros(batch, TOKENS).bool()
+        Y = torch.zeros(SD35_MEDIUM.depth, D)
         x, c, vec = (torch.zeros(batch, *shape, D).bfloat16() for shape in ([rows**2], [TOKENS], []))
         x, c = x.requires_grad_(), c.requires_grad_()
     kept_of, given = [], []
     for l, block in enumerate(mmdit.blocks):
         given.append(x.nbytes + c.nbytes)
-        with flash_attention(), lora.attached(l, block, slots):
+        with flash_attention(), lora.attached(l, block, None):      # None: at every token
             size, (x, c) = kept(lambda: block(x, c, vec), [*block.parameters(), *lora.parameters()])
         kept_of.append(size)
     return mmdit, codec, [*lora.parameters(), Y], kept_of, given
@@ -955,7 +956,7 @@ def gradients(way):
     # bytes kept in the forward pass, and every adapter's gradient; way(f, x, c, vec) computes a block
     def visit(l, block, x, c, vec):
         def f(x, c, vec):
-            with theta.lora.attached(l, block, place):
+            with theta.lora.attached(l, block, None):            # None: at every token
                 return block(x, theta.embeddings(l, c, place), vec)
         return way(f, x, c, vec)
 
@@ -1024,7 +1025,7 @@ def gradient_sizes(scale):
     found = {}
 
     def visit(l, block, x, c, vec):
-        with theta.lora.attached(l, block, place):
+        with theta.lora.attached(l, block, None):
             x, c = block(x, theta.embeddings(l, c, place), vec)
         for stream, tokens in (("image", x), ("text", c)):
             if tokens is not None:
@@ -1170,10 +1171,10 @@ print(f"10.7 right: fp16 gradient of a small loss, away from fp32's: {error:.1%}
 
 # %%
 def read(texts):                                 # your join, at work
-    ids, slots = pipe.tokenizer(texts, {"[V]": word})
+    ids, slots, phrases = pipe.tokenizer(texts, {"[V]": word})
     ids_l, ids_g, ids_t5 = ids.split([77, 77, 256], dim=1)
     (context_l, pooled_l), (context_g, pooled_g) = pipe.encoder.clip_l(ids_l), pipe.encoder.clip_g(ids_g)
-    return Text(*join(context_l, context_g, pipe.encoder.t5(ids_t5), pooled_l, pooled_g), slots)
+    return Text(*join(context_l, context_g, pipe.encoder.t5(ids_t5), pooled_l, pooled_g), slots, phrases)
 
 refs, settings = concept.references, TrainConfig(25, 2, learning_rate=1e-2, embedding_learning_rate=1e-2)
 row_of = {ref.id: i for i, ref in enumerate(refs)}
@@ -1353,8 +1354,8 @@ assert strengths[0] == 1 / r and strengths[2] == 1 and len(adapters) - 1 == 382
 # DIR = "the folder of the weights"
 # pipeline = StableDiffusion3Pipeline.from_pretrained(DIR, torch_dtype=torch.bfloat16).to("cuda")
 # pipeline.load_lora_weights("lora")             # the folder of pytorch_lora_weights.safetensors
-# _, slots = load_tokenizer(DIR)(["", "a [V] dog on a surfboard"], {"[V]": "dog"})  # first the empty text
-# with attach_concept(pipeline.transformer, "concept.safetensors", slots):
+# tokens = load_tokenizer(DIR)(["", "a [V] dog on a surfboard"], {"[V]": "dog"})    # first the empty text
+# with attach_concept(pipeline.transformer, "concept.safetensors", tokens):
 #     picture = pipeline("a dog dog on a surfboard", negative_prompt="", guidance_scale=5.0,
 #                        height=512, width=512).images[0]
 # ```

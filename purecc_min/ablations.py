@@ -1,0 +1,46 @@
+"""The paper's loss with one part of it replaced, from outside: objective.py is called as it stands.
+
+    constant_lambda      a number in place of lambda* (Table 3)
+    untouched_original   v_original from the base model (Sec. 14)
+    not_detached         the gradient goes through v_original, too
+
+Read next: pairs.py.
+"""
+
+import torch
+from torch import Tensor
+
+from purecc_min.concept import Batch
+from purecc_min.methods import Loss, LossOfStep, Thetas, log_of, paper
+from purecc_min.objective import pcc_loss
+from tinyflow.pipeline import Text, Velocity
+
+
+def constant_lambda(value: float) -> LossOfStep:
+    """The paper's loss with a constant in place of lambda* (Table 3)."""
+    def rule(R_complete: Tensor, R_target: Tensor) -> Tensor:
+        return torch.full((len(R_target),), value, device=R_target.device)
+
+    def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+        loss, terms = pcc_loss(thetas.theta_1, thetas.theta, batch, eta, rule)
+        return loss, log_of(terms)
+    loss.__name__ = f"lambda {value:g}"          # a checkpoint knows its loss by name
+    return loss
+
+
+def untouched_original(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The paper's loss with v_original from the untouched base model, in Eq. 10 and in Eq. 13 (Sec. 14)."""
+    theta = answered_by(thetas.theta_0, batch.texts.base, thetas.theta)
+    return paper(thetas._replace(theta=theta), batch, eta)
+
+
+def not_detached(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The paper's loss with the gradient through v_original."""
+    with_gradient = torch.enable_grad()(thetas.theta.__call__)
+    theta = answered_by(with_gradient, batch.texts.base, thetas.theta)
+    return paper(thetas._replace(theta=theta), batch, eta)
+
+
+def answered_by(other: Velocity, text: Text, theta: Velocity) -> Velocity:
+    """theta, except that `other` answers this one text."""
+    return lambda x_t, t, asked: (other if asked is text else theta)(x_t, t, asked)

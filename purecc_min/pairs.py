@@ -1,0 +1,138 @@
+"""Eq. 13 in space: scenes of two things, of which [V] is one, and the other must stay what it was.
+
+The base model imagines two things of the class, "a robot on the left and a small robot on the right". On such
+a scene, noised to x_t, theta with [V] at one of the two is asked for
+
+    v_original + M R,     v_original = v_0(x_t | both plain),   R = v_theta1(x_t | one is [V]) - v_original
+
+where M is 1 in the half of the picture in which [V] stands, and 0 in the other. That is the paper's Eq. 13,
+with a place in the place of a length. `half_kept` asks for the other half alone and needs no extractor; its
+cousins are TokenVerse's concept isolation (2501.12224, Sec. 5) and XVerse's region preservation (2506.21416,
+Eq. 7). Nothing here needs a renderer, or masks of photographs. Read next: registry.py.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from purecc_min.concept import TOKEN, Batch, ConceptSet, EncodedConcept, Texts, styles_among
+from purecc_min.methods import Loss, Thetas, l_cc
+from purecc_min.objective import lambda_star
+from tinyflow.errors import InputError
+from tinyflow.flow import expand, squared_error
+from tinyflow.pipeline import Pipeline
+from tinyflow.weights import load_tensors, sample_of, save_tensors
+
+IMAGINED = 32                                    # scenes
+AT_ONCE = 8                                      # of them, while they are drawn
+FIRST_SEED = 10_000                              # their noise is not that of any picture that is measured
+
+
+# ----------------------------------------------------------------------------------------- the two losses
+def half_kept(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """L_CC, and in the half without [V] an imagined scene stays as the base model predicts it."""
+    loss_cc, _ = l_cc(thetas, batch, eta)
+    scene = batch.imagined
+    with torch.no_grad():
+        v_original = thetas.theta_0(scene.x_t, scene.t, scene.texts.base)
+    v = thetas.theta(scene.x_t, scene.t, scene.texts.complete)
+    loss_half = squared_error(v, v_original, 1 - scene.mask)
+    return loss_cc + eta * loss_half, {"loss_cc": loss_cc, "loss_half": loss_half}
+
+
+def pairs(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """L_CC, and an imagined scene becomes v_original + M R."""
+    return pairs_loss(thetas, batch, eta, with_lambda=False)
+
+
+def pairs_with_lambda(thetas: Thetas, batch: Batch, eta: float) -> Loss:
+    """The same with lambda* M R: the inner products of Eq. 12 are taken inside the half of [V]."""
+    return pairs_loss(thetas, batch, eta, with_lambda=True)
+
+
+def pairs_loss(thetas: Thetas, batch: Batch, eta: float, with_lambda: bool) -> Loss:
+    loss_cc, _ = l_cc(thetas, batch, eta)
+    scene = batch.imagined
+    x_t, t, M = scene.x_t, scene.t, scene.mask
+    with torch.no_grad():
+        v_original = thetas.theta_0(x_t, t, scene.texts.base)
+        R = thetas.theta_1(x_t, t, scene.texts.complete) - v_original
+    v = thetas.theta(x_t, t, scene.texts.complete)
+    lam = lambda_star(M * (v - v_original), M * R).detach() if with_lambda else torch.ones_like(t)
+    loss_pairs = squared_error(v, v_original + expand(lam, R) * M * R)
+    return loss_cc + eta * loss_pairs, {"loss_cc": loss_cc, "loss_pairs": loss_pairs, "lambda": lam.mean()}
+
+
+# --------------------------------------------------------------------------------------------- the scenes
+ON_PUBLIC_WEIGHTS = ["a {0} on the left and a {1} on the right"]
+
+
+def check_has_halves(concept: ConceptSet) -> None:
+    """Raises: InputError for a style."""
+    if styles_among({TOKEN: concept.class_word}):
+        raise InputError(f"--class-word {concept.class_word}: a style fills the whole picture, so no half of "
+                         "it can be kept; choose --method bound")
+
+
+def texts_of(templates: list[str], class_word: str, count: int) -> list[tuple[str, str, str]]:
+    """(plain, [V] is the first, [V] is the second) of so many scenes.
+
+    templates: texts with {0} and {1} for the two things, each after its article or its size; they are taken
+        in turn.
+    """
+    named, rows = f"{TOKEN} {class_word}", []
+    for n in range(count):
+        template = templates[n % len(templates)]
+        rows.append(tuple(template.format(*nouns) for nouns in
+                          ((class_word, class_word), (named, class_word), (class_word, named))))
+    return rows
+
+
+def imagine(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int, count: int = IMAGINED,
+            steps: int = 28) -> EncodedConcept:
+    """The base model's own pictures of two things of the class, as a custom set whose masks are M.
+
+    Each scene stands in it twice, with [V] on the left and with [V] on the right.
+
+    Raises: InputError for a style.
+    """
+    check_has_halves(concept)
+    plain, left, right = zip(*texts_of(templates, concept.class_word, count))
+    text, rows = pipe.encode_text(list(plain)), []
+    for some in tqdm(torch.arange(count).split(AT_ONCE), "imagining", leave=False, delay=5):
+        seeds = (FIRST_SEED + 1000 * seed + some).tolist()
+        rows.append(pipe.sample(text[some], seeds, steps))
+    return as_custom_set(pipe, concept, torch.cat(rows), plain, left, right)
+
+
+def as_custom_set(pipe: Pipeline, concept: ConceptSet, x_0: Tensor, plain, left, right) -> EncodedConcept:
+    """Latents x_0 [n, C, H, W] and their texts -> 2 n rows: [V] on the left, then [V] on the right."""
+    stand_ins, count = {TOKEN: concept.class_word}, 2 * len(x_0)
+    base = pipe.encode_text([*plain, *plain])
+    texts = Texts(pipe.encode_text([*left, *right], stand_ins), base,
+                  pipe.encode_text([f"{TOKEN} {concept.class_word}"] * count, stand_ins),
+                  pipe.encode_text([""] * count))
+    M = torch.zeros(count, 1, 1, *x_0.shape[-2:]).to(x_0)
+    middle = x_0.shape[-1] // 2
+    M[:len(x_0), ..., :middle] = 1
+    M[len(x_0):, ..., middle:] = 1
+    return EncodedConcept([], torch.cat([x_0, x_0])[:, None], texts, base, M)
+
+
+def imagine_resumably(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int, file: Path,
+                      steps: int) -> EncodedConcept:
+    """`imagine`, or the same scenes from `file`, where they are kept with the run."""
+    facts = {"class_word": concept.class_word, "templates": templates, "seed": seed, "steps": steps,
+             "base_sample": sample_of(pipe.mmdit)}
+    if file.exists():
+        tensors, found = load_tensors(file, "imagined scenes")
+        if found != facts:
+            raise InputError(f"{file}: these scenes are of another run; choose another --out")
+        x_0 = tensors["x_0"].to(pipe.device)
+        return as_custom_set(pipe, concept, x_0, *zip(*texts_of(templates, concept.class_word, len(x_0))))
+    imagined = imagine(pipe, concept, templates, seed, steps=steps)
+    x_0 = imagined.x_0[:len(imagined.x_0) // 2]
+    save_tensors(file, "imagined scenes", {"x_0": x_0}, facts)
+    return imagined

@@ -1,0 +1,111 @@
+"""Scenes of two things that the base model imagines, and the two losses on them."""
+
+import numpy as np
+import pytest
+import torch
+
+from purecc_min.concept import ConceptSet, encode
+from purecc_min.measure.judge import one_in_each_half
+from purecc_min.measure.toy import PAIR_TEMPLATES
+from purecc_min.methods import Thetas, l_cc
+from purecc_min.objective import cosine, inner
+from purecc_min.pairs import half_kept, imagine, imagine_resumably, pairs, pairs_with_lambda
+from purecc_min.train import TrainConfig, draw_batch
+from tests.test_binding import make_bound
+from tinyflow.errors import InputError
+from tinyflow.picturebook import world
+from tinyflow.picturebook.reader import Reader
+from tinyflow.picturebook.render import render_all
+from tinyflow.pipeline import to_pixels
+
+
+@pytest.fixture
+def scenes(pipe, robot):
+    """A custom set with two imagined scenes, each with [V] on the left and on the right."""
+    imagined = imagine(pipe, robot, PAIR_TEMPLATES, seed=0, count=2, steps=1)
+    return encode(pipe, robot)._replace(imagined=imagined)
+
+
+def thetas_of(pipe):
+    return Thetas(pipe.velocity, make_bound(pipe, 1, "everywhere"), make_bound(pipe, 2))
+
+
+def test_a_scene_stands_there_twice_and_M_is_the_half_of_the_token(pipe, robot, scenes):
+    imagined = scenes.imagined
+    assert torch.equal(imagined.x_0[:2], imagined.x_0[2:]) and imagined.masks.shape == (4, 1, 1, 16, 16)
+    assert imagined.masks[0, 0, 0, :, :8].min() == 1 and imagined.masks[0, 0, 0, :, 8:].max() == 0
+    assert torch.equal(imagined.masks[2], 1 - imagined.masks[0])
+    left, right = imagined.texts.complete.slots[0], imagined.texts.complete.slots[2]
+    assert left.nonzero().item() < right.nonzero().item() and not imagined.texts.base.slots.any()
+    expected = pipe.encode_text(["a small robot on the left and a robot on the right in the meadow"])
+    assert torch.equal(imagined.texts.base.context[:1], expected.context)
+
+
+def test_draws_depend_on_seed_stage_and_step_and_leave_the_references_draws_alone(pipe, scenes):
+    config = TrainConfig(batch=3)
+    batch, again = (draw_batch(scenes, config, 2, 5, pipe.shift) for _ in range(2))
+    plain = draw_batch(scenes._replace(imagined=None), config, 2, 5, pipe.shift)
+    assert torch.equal(batch.x_t, plain.x_t) and plain.imagined is None
+    assert torch.equal(batch.imagined.x_t, again.imagined.x_t)
+    assert not torch.equal(batch.imagined.x_t, draw_batch(scenes, config, 2, 6, pipe.shift).imagined.x_t)
+    assert scenes.fingerprint() != scenes._replace(imagined=None).fingerprint()
+
+
+def test_where_M_is_nothing_the_target_of_pairs_is_the_base_models_prediction(pipe, scenes):
+    batch, thetas = draw_batch(scenes, TrainConfig(), 2, 0, pipe.shift), thetas_of(pipe)
+    scene = batch.imagined._replace(mask=torch.zeros_like(batch.imagined.mask))
+    v = thetas.theta(scene.x_t, scene.t, scene.texts.complete)
+    v_original = pipe.velocity(scene.x_t, scene.t, scene.texts.base)
+    for loss in (pairs, pairs_with_lambda):
+        _, log = loss(thetas, batch._replace(imagined=scene), 1.0)
+        torch.testing.assert_close(log["loss_pairs"], (v - v_original).square().mean())
+    _, log = half_kept(thetas, batch._replace(imagined=scene), 1.0)
+    torch.testing.assert_close(log["loss_half"], (v - v_original).square().mean())
+
+
+def test_pairs_by_hand(pipe, scenes):
+    """v_original + lambda M R, and with lambda* nothing of what is left lies along M R inside the half."""
+    batch, thetas = draw_batch(scenes, TrainConfig(), 2, 0, pipe.shift), thetas_of(pipe)
+    scene = batch.imagined
+    v, R = (theta(scene.x_t, scene.t, scene.texts.complete) for theta in (thetas.theta, thetas.theta_1))
+    v_original = pipe.velocity(scene.x_t, scene.t, scene.texts.base)
+    R, M = R - v_original, scene.mask
+    loss, log = pairs(thetas, batch, 2.0)
+    torch.testing.assert_close(log["loss_pairs"], (v_original + M * R - v).square().mean())
+    torch.testing.assert_close(loss, l_cc(thetas, batch, 1.0)[0] + 2 * log["loss_pairs"])
+    _, log = pairs_with_lambda(thetas, batch, 1.0)
+    inside, left = M * (v - v_original), (1 - M) * (v - v_original)
+    rejection = inner(inside, inside) * (1 - cosine(inside, M * R) ** 2) + inner(left, left)
+    torch.testing.assert_close(log["loss_pairs"], rejection.mean() / v[0].numel(), rtol=1e-4, atol=1e-6)
+    _, log = half_kept(thetas, batch, 1.0)
+    torch.testing.assert_close(log["loss_half"], 2 * left.square().mean())
+
+
+def test_the_extractor_and_the_base_model_get_no_gradient(pipe, scenes):
+    batch, thetas = draw_batch(scenes, TrainConfig(), 2, 0, pipe.shift), thetas_of(pipe)
+    pairs(thetas, batch, 1.0)[0].backward()
+    assert all(p.grad is None for p in thetas.theta_1.parameters())
+    assert all(p.grad.abs().max() > 0 for p in thetas.theta.parameters())
+
+
+def test_scenes_are_kept_with_the_run(pipe, robot, tmp_path, monkeypatch):
+    file = tmp_path / "imagined.safetensors"
+    first = imagine_resumably(pipe, robot, PAIR_TEMPLATES, 0, file, steps=1)
+    monkeypatch.setattr(pipe, "sample", None)    # it must not draw again
+    again = imagine_resumably(pipe, robot, PAIR_TEMPLATES, 0, file, steps=1)
+    assert first.fingerprint() == again.fingerprint()
+    with pytest.raises(InputError, match="scenes are of another run; choose another --out"):
+        imagine_resumably(pipe, robot, PAIR_TEMPLATES, 1, file, steps=1)
+
+
+def test_a_style_has_no_half(pipe):
+    with pytest.raises(InputError, match="--class-word a: a style fills the whole picture.*--method bound"):
+        imagine(pipe, ConceptSet("a", []), PAIR_TEMPLATES, seed=0)
+
+
+def test_the_reader_says_in_how_many_scenes_there_is_one_in_each_half():
+    robots = [world.Thing("robot", "red", "big", place) for place in ("left", "right")]
+    two, one = world.Scene(tuple(robots), "snow"), world.Scene((robots[0],), "snow")
+    other = two.changed(1, object="cat")
+    reading = Reader.shipped()(to_pixels(np.stack(render_all([two, one, other, two])[0])))
+    assert one_in_each_half(reading, "robot") == 0.5
