@@ -22,7 +22,7 @@ from purecc_min.methods import Loss, Thetas, l_cc
 from purecc_min.objective import lambda_star
 from tinyflow.errors import InputError
 from tinyflow.flow import expand, squared_error
-from tinyflow.pipeline import Pipeline
+from tinyflow.pipeline import Pipeline, Text
 from tinyflow.weights import load_tensors, sample_of, save_tensors
 
 IMAGINED = 32                                    # scenes
@@ -100,7 +100,7 @@ def imagine(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int
     """
     check_has_halves(concept)
     plain, left, right = zip(*texts_of(templates, concept.class_word, count))
-    text, rows = pipe.encode_text(list(plain)), []
+    text, rows = encode_once(pipe, plain), []
     for some in tqdm(torch.arange(count).split(AT_ONCE), "imagining", leave=False, delay=5):
         seeds = (FIRST_SEED + 1000 * seed + some).tolist()
         rows.append(pipe.sample(text[some], seeds, steps))
@@ -109,16 +109,20 @@ def imagine(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int
 
 def as_custom_set(pipe: Pipeline, concept: ConceptSet, x_0: Tensor, plain, left, right) -> EncodedConcept:
     """Latents x_0 [n, C, H, W] and their texts -> 2 n rows: [V] on the left, then [V] on the right."""
-    stand_ins, count = {TOKEN: concept.class_word}, 2 * len(x_0)
-    base = pipe.encode_text([*plain, *plain])
-    texts = Texts(pipe.encode_text([*left, *right], stand_ins), base,
-                  pipe.encode_text([f"{TOKEN} {concept.class_word}"] * count, stand_ins),
-                  pipe.encode_text([""] * count))
-    M = torch.zeros(count, 1, 1, *x_0.shape[-2:]).to(x_0)
+    base = encode_once(pipe, [*plain, *plain])
+    complete = encode_once(pipe, [*left, *right], {TOKEN: concept.class_word})
+    texts = Texts(complete, base, base, base)    # no loss asks a scene for y_tar or the empty text
+    M = torch.zeros(2 * len(x_0), 1, 1, *x_0.shape[-2:]).to(x_0)
     middle = x_0.shape[-1] // 2
     M[:len(x_0), ..., :middle] = 1
     M[len(x_0):, ..., middle:] = 1
     return EncodedConcept([], torch.cat([x_0, x_0])[:, None], texts, base, M)
+
+
+def encode_once(pipe: Pipeline, texts: list[str], stand_ins: dict[str, str] | None = None) -> Text:
+    """The texts, encoded; those that stand there several times are read once."""
+    distinct = list(dict.fromkeys(texts))
+    return pipe.encode_text(distinct, stand_ins)[[distinct.index(text) for text in texts]]
 
 
 def imagine_resumably(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int, file: Path,

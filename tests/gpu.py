@@ -52,7 +52,7 @@ from tinyflow.files import write_whole
 from tinyflow.mmdit import MMDiT
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining, begin
-from tinyflow.pipeline import Pipeline, Text
+from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.t5 import T5Config, T5Layer
 from tinyflow.text import TextConfig, TextLayer
 from tinyflow.vae import VAE, VAEConfig

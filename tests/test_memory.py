@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from purecc_min.ablations import not_detached
 from purecc_min import pairs
+from purecc_min.ablations import not_detached
 from purecc_min.commands import memory
 from purecc_min.commands.memory import (
     OVERHEAD,
@@ -146,8 +146,8 @@ def test_gradient_checkpointing_and_detaching_save_memory():
 
 
 def test_bound_adapters_are_fewer_and_each_stage_has_what_its_own_method_trains():
-    """Two layers a block and no Y; Y alone needs no gradient and no moments for the adapters. The extractor of
-    bound-pairs is a LoRA with adapters everywhere and Y.
+    """Two layers a block and no Y; Y alone needs no gradient and no moments for the adapters. The extractor
+    of bound-pairs is a LoRA with adapters everywhere and Y.
     """
     def need(name, stage=1):
         return dry_run(SMALL, TRAIN, 64, stage, False, **TINY, method=METHODS[name])
@@ -170,8 +170,9 @@ class Encoder(torch.nn.Module):
 
 
 def test_imagined_scenes_are_counted_as_they_lie_on_the_card(monkeypatch):
-    """Each scene stands there twice, and its texts are encoded together; half of that was once counted."""
-    tokenizer, encoder = WordTokenizer("a robot on the left and right".split(), TINY["tokens"]), Encoder()
+    """Each scene stands there twice, and half of that was once counted. Equal texts are encoded once."""
+    words, encoder = ["a", "robot", "on", "the", "left", "and", "right"], Encoder()
+    tokenizer = WordTokenizer(words, TINY["tokens"])
     pipe = Pipeline(tokenizer, encoder, MMDiT(SMALL).requires_grad_(False), VAE(TINY["autoencoder"]), 16)
     scenes = pairs.imagine(pipe, ConceptSet("robot", []), pairs.ON_PUBLIC_WEIGHTS, seed=0, steps=1)
     texts = {id(text): text for text in (*scenes.texts, scenes.class_text)}.values()
@@ -184,12 +185,12 @@ def test_imagined_scenes_are_counted_as_they_lie_on_the_card(monkeypatch):
     assert batch.mask.shape == (2, 1, 8, 8)
 
     encoded = []
-    monkeypatch.setattr(memory, "encoding_memory", lambda texts: encoded.append(texts) or 10**9)
+    monkeypatch.setattr(memory, "encoding_memory", lambda: encoded.append(1) or 10**9)
     plain, imagining = (dry_run(SMALL, TRAIN, 64, 1, False, **TINY, method=METHODS[name])
                         for name in ("bound", "bound-half"))
-    assert encoded == [memory.REFERENCES, encoder.most]
+    assert encoded == [1, 1] and encoder.most <= memory.REFERENCES
     more = imagining.texts - plain.texts
-    assert more == imagining.pictures - plain.pictures and more > 0.9 * 4 * 64 * 20 * 32 * 4
+    assert more == imagining.pictures - plain.pictures and more > 0.9 * 2 * 64 * 20 * 32 * 4
 
 
 @pytest.mark.parametrize("size, target", [(512, 12e9), pytest.param(1024, 24e9, marks=pytest.mark.slow)])

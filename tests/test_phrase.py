@@ -48,10 +48,17 @@ def marked(text, stand_ins=ROBOT, styles=()) -> str:
     ("a black-and-white [V] robot hand-in-hand, 1,000 km",
      "a black-and-white 1<robot robot hand-in-hand>, 1,000 km"),
     ("a [V] robot 1,000 km v1.5 away", "a 1<robot robot 1,000 km v1.5 away>"),
+    ("a [V] Robot and a robot", "a 1<robot Robot >and a robot"),
     ("a [V] and a [V]", "a 1<robot >and a 1<robot>"),
     ("a robot", "a robot"), ("", "")])
 def test_a_phrase_goes_to_the_end_of_its_clause(text, expected):
     assert marked(text) == expected
+
+
+def test_a_class_word_that_holds_an_and_does_not_end_its_own_phrase():
+    mill = {"[V]": "salt and pepper mill"}
+    assert marked("a [V] salt and pepper mill and a robot", mill) == \
+        "a 1<salt and pepper mill salt and pepper mill >and a robot"
 
 
 def test_the_next_placeholder_ends_a_phrase_even_in_a_list():

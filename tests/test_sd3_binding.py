@@ -144,8 +144,8 @@ def test_diffusers_draws_our_guided_pictures_with_a_bound_concept(bound, model, 
 
 
 def test_tokens_that_do_not_fit_are_one_error(bound, sd3):
-    """A forgotten empty text, forgotten stand-ins, swapped rows, another length or another depth once drew
-    another picture silently, or ended in a traceback about sizes.
+    """Forgotten stand-ins, a forgotten empty text, swapped rows, two concepts, another length, another depth:
+    they once drew another picture silently, or ended in a traceback about sizes.
     """
     folder, pipeline = sd3
     transformer, tokenizer = pipeline.transformer, load_tokenizer(folder)
@@ -165,6 +165,8 @@ def test_tokens_that_do_not_fit_are_one_error(bound, sd3):
         call(rows_of(tokens, [1, 0]))
     with pytest.raises(InputError, match="tokens: no text names the concept.*{'\\[V\\]': 'robot'}"):
         call(tokenizer(["", PROMPTS[0]]))
+    with pytest.raises(InputError, match="one is attached at a time"):
+        call(tokenizer(["", "a [V1] robot and a [V2] robot"], {"[V1]": "robot", "[V2]": "robot"}))
     of_clip = tokenizer.clip_l(["", PROMPTS[0]], STAND_INS)
     for wrong in (dict(tokens=rows_of(tokens, [1])), dict(tokens=tokens, rows=4), dict(tokens=of_clip),
                   dict(tokens=tokens, count=77)):

@@ -9,7 +9,6 @@ a style is all words that stand in no other phrase. Read next: tokenizer.py.
 """
 
 import re
-from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -56,7 +55,7 @@ def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...
             written += stand_ins[mark]
             slots.append((n, len(written)))
             if begun is None and mark not in styles:
-                phrases.append((n, here, len(written) + clause_end(following)))
+                phrases.append((n, here, len(written) + clause_end(following, stand_ins[mark])))
         elif not named:
             written += mark
         elif mark == "{" and begun is None:
@@ -74,7 +73,7 @@ def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...
     style = {n for n, _ in slots} - {n for n, _, _ in phrases}
     if len(style) > 1:
         raise InputError(f"two styles in {shown(text)}: each would speak of all its words; name one of them")
-    edges = [0, *(edge for _, *both in sorted(phrases, key=itemgetter(1)) for edge in both), len(written)]
+    edges = [0, *(edge for span in sorted(row[1:] for row in phrases) for edge in span), len(written)]
     gaps = [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
     return Written(written, slots, phrases + [(n, *gap) for n in style for gap in gaps])
 
@@ -98,10 +97,11 @@ def split_at(text: str, stand_ins: dict[str, str]) -> list[str]:
     return parts
 
 
-def clause_end(following: str) -> int:
-    """How many characters of what follows a placeholder still speak of it."""
+def clause_end(following: str, stand_in: str) -> int:
+    """How many characters of what follows a placeholder still speak of it: its class word and its clause."""
+    noun = re.match(rf"\s*{re.escape(stand_in)}", following, re.IGNORECASE)
     in_list = False
-    for mark in MARK.finditer(following):
+    for mark in MARK.finditer(following, noun.end() if noun else 0):
         word = mark[0].lower()
         if word == "with":
             in_list = True

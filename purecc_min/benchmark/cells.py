@@ -244,7 +244,7 @@ def learned(cell: Cell, folder: Path) -> Branch:
 
 
 def theta_1_cell(cell: Cell) -> Cell | None:
-    """The cell that learns theta_1 for this one: a LoRA of the same concept, seed and rank.
+    """The cell that learns theta_1 for this one, on the same concept, seed and rank.
 
     It is None for a method without a frozen extractor.
     """

@@ -1,6 +1,7 @@
 """The parts of the benchmark, as lists of cells.
 
-    tuning     every method's three tries on the three tuning concepts; the best settings stand in entries.py
+    tuning     every method's three tries on the three tuning concepts; the best settings stand in registry.py
+               and entries.py
     main       what people use, the paper's method, both bound to the token: six earlier concepts, five seeds
     further    rivals and experiments on the same concepts, three seeds
     claims     the main part, two rivals of the further one, and the paper's ablations on one concept:

@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from purecc_min.algorithm import Training, concept_facts, stage_1, stage_2
-from purecc_min.branch import Branch
 from purecc_min.commands.folder import load_concept
 from purecc_min.commands.run import check_run_folder, follow, run_folder
 from purecc_min.concept import ConceptSet, encode

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from purecc_min.branch import load_concept_file
 from purecc_min.commands.base_models import BASE_MODELS
+from purecc_min.concept import TOKEN
 from purecc_min.lora import key_of
 from tinyflow.errors import InputError, shown
 from tinyflow.files import check_output
@@ -114,8 +115,9 @@ def attach_concept(transformer: torch.nn.Module, concept: str | Path, tokens: To
     named = (tokens.slots > 0).any(1)                                                   # [R]
     if not named.any():
         raise InputError("tokens: no text names the concept; give load_tokenizer(...) the texts with "
-                         f"{facts['token']} in them, and what is read there: {{'{facts['token']}': "
-                         f"'{facts['class_word']}'}}")
+                         f"{TOKEN} in them, and what is read there: {{'{TOKEN}': '{facts['class_word']}'}}")
+    if tokens.slots.max() > 1:
+        raise InputError("tokens: their texts name several concepts, and one is attached at a time")
     if named[0] and not named.all():
         raise InputError("tokens: the first text names the concept and another does not; with guidance the "
                          "empty text comes first")

@@ -200,9 +200,8 @@ def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, 
         loss, _ = trained.loss(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
         optimizer.zero_grad()
         loss.backward()
-    texts = encoding_memory(2 * IMAGINED if trained.imagines else REFERENCES)
     return Memory(weights, adapters, before - weights - adapters, memory.peak - before, pictures + scenes,
-                  texts + scenes)
+                  encoding_memory() + scenes)
 
 
 def empty_branch(pipe: Pipeline, method: Method, rank: int) -> Branch:
@@ -223,7 +222,8 @@ def empty_data(config: MMDiTConfig, train: TrainConfig, latent: int, tokens: int
         return Text(context, pooled, *torch.zeros(2, count, tokens, dtype=torch.long, device=device))
 
     variants = zeros(count, 1, config.channels, latent, latent)
-    texts = Texts(text(), text(), text(), text())
+    complete, base = text(), text()
+    texts = Texts(complete, base, *([base, base] if imagined else [text(), text()]))
     data = EncodedConcept([], variants, texts, texts.base if imagined else text(),
                           zeros(count, 1, 1, latent, latent) if imagined else None)
     rows = torch.arange(train.batch)
@@ -248,9 +248,9 @@ def memory_table(config: MMDiTConfig) -> str:
         numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*memory, memory.total))
         lines.append(f"| {name} | {size} | {batch} | {'on' if checkpointing else 'off'} | {numbers} |")
     lines += ["", f"Each total holds {gigabytes(OVERHEAD)} for CUDA's context and the allocator, an "
-                  f"assumption, and the largest of a step, of a picture and of {REFERENCES} texts "
-                  f"({2 * IMAGINED} of imagined scenes), which never meet. lora, and stage 1 of an extractor, "
-                  "need what paper needs less a set of adapters."]
+                  f"assumption, and the largest of a step, of a picture and of {REFERENCES} texts, which "
+                  "never meet. lora, and stage 1 of an extractor, need what paper needs less a set of "
+                  "adapters."]
     return "\n".join(lines)
 
 

@@ -60,7 +60,7 @@ class SlotTokenizer:
             if re.search("[\ud800-\udfff]", written.text):
                 raise InputError(f"the text {shown(text)} holds half a character (a lone surrogate); "
                                  "write it again in UTF-8")
-            # a token may hold the space before its word: a phrase goes from the end of a word to that of another
+            # a token may hold the space before its word: a phrase goes from the end of a word to another's
             spans = [(n, *(len(written.text[:edge].rstrip()) for edge in edges))
                      for n, *edges in written.phrases]
             stops = {stop for _, stop in written.slots} | {edge for _, *edges in spans for edge in edges}

@@ -74,7 +74,7 @@ def scenes_of(text: str) -> list[world.Scene]:
 
 
 def watch(theta: Velocity, x_t: Tensor, t: Tensor, text: Text, words: int) -> tuple[Tensor, Tensor]:
-    """v, and what each half reads, [B, 2, words + 3]: the start, each word, the end, the picture itself."""
+    """v, and what each half reads, [B, 2, words + 3]: the start, each word, the padding, the picture."""
     attention, kept = tinyflow.attention.attention, []
 
     def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def draw_text(heat: plt.Axes, bars: plt.Axes, text: str, found: Found) -> None:
     heat.plot([first - .45, first + len(phrase) - .55], [-.62, -.62], color=INK, linewidth=2.5, clip_on=False)
     heat.set(ylim=(5.5, -.5), xticks=range(len(words)), xticklabels=words, yticks=range(6),
              yticklabels=[f"{HALVES[half]} half, {who}" for half, who in rows])
-    heat.tick_params(length=0, labeltop=True, labelbottom=False)
+    heat.tick_params(length=0, labeltop=True, labelbottom=False, pad=7)
     heat.spines[:].set_visible(False)
     moves = [100 * found[who][1][:, half].mean().item() for half, who in rows]
     bars.barh(range(6), moves, color=[OWN if HALVES[half] == phrase[-1] else OTHER for half, _ in rows])
@@ -174,8 +174,9 @@ def draw_text(heat: plt.Axes, bars: plt.Axes, text: str, found: Found) -> None:
 def attention(folder: Path) -> str:
     """Each text's tables; leaves attention/table.md and attention/picture.png."""
     pipe, out = load_tiny(), folder / "attention"
-    thetas = [[Branch.load(pipe, learned_file(Cell(CONCEPT, method, seed), folder))[0]
-               for seed in range(SEEDS)] for method in ("token", "bound")]
+    cells = [[Cell(CONCEPT, "token", seed, on_the_way=False) for seed in range(SEEDS)],    # as in plans.py
+             [Cell(CONCEPT, "bound", seed) for seed in range(SEEDS)]]
+    thetas = [[Branch.load(pipe, learned_file(cell, folder))[0] for cell in row] for row in cells]
     found = {text: measured(pipe, text, *thetas) for text in TEXTS}
     report = "\n\n".join(tables(*row) for row in found.items())
     write_whole(out / "table.md", (report + "\n").encode())
