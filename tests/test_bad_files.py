@@ -91,7 +91,7 @@ def damage(good: Path, kind: str) -> Path:
     elif kind == "too shallow":
         save_tensors(file, "concept", {**tensors, "embeddings.Y": tensors["embeddings.Y"][:2]}, facts)
     elif kind == "a tensor less":
-        save_tensors(file, "concept", dict(list(tensors.items())[1:]), facts)
+        save_tensors(file, "concept", dict(list(tensors.items())[:-1]), facts)
     elif kind == "unknown base":
         save_tensors(file, "concept", tensors, {**facts, "base": "flux"})
     else:

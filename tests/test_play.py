@@ -107,7 +107,7 @@ def test_a_strip_is_cut_at_its_groups(tmp_path):
     pytest.importorskip("matplotlib")
     from purecc_min.benchmark.figures import typical_pictures
     rows = [dict(concept="striped_cat", method=method, seed=0, changes={}, steps=STEPS, on_the_way=True,
-                 way="", snapshots={"200": {"similarity": .5}}) for method in ("nothing", "LoRA", "paper")]
+                 way="", snapshots={"200": {"similarity": .5}}) for method in ("nothing", "lora", "paper")]
     rows.append({**rows[1], "way": "switched off"})          # was never drawn as a strip
     numbers = np.arange(sum(STRIP.values()), dtype=np.uint8)
     for row in rows[:2]:                         # the paper's pictures are not there
@@ -115,8 +115,8 @@ def test_a_strip_is_cut_at_its_groups(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.repeat(numbers, 64)[None, :, None].repeat(64, 0).repeat(3, 2)).save(file)
     found, texts = typical_pictures(rows, tmp_path, "striped_cat")
-    assert list(found) == ["nothing", "LoRA"]    # an earlier page showed LoRA's pictures under that name, too
-    shown = [int(picture[0, 0, 0]) for group in STRIP for picture in found["LoRA"][group]]
+    assert list(found) == ["nothing", "lora"]    # an earlier page showed lora's pictures under that name, too
+    shown = [int(picture[0, 0, 0]) for group in STRIP for picture in found["lora"][group]]
     assert shown == numbers.tolist()
     assert {group: len(own) for group, own in texts.items()} == STRIP
     assert "[V]" in texts["concept"][0] and texts["plain"][0] == texts["concept"][0].replace("[V] ", "")
