@@ -104,8 +104,6 @@ def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
         named = (text.slots > 0).any(1)                                                 # [B]
         v = torch.empty_like(x_t)
         for follow, rows in ((theta, named), (theta_0, ~named)):
-            if rows.all():
-                return follow(x_t, t, text)
             if rows.any():
                 v[rows] = follow(x_t[rows], t[rows], text[rows])
         return v

@@ -18,6 +18,8 @@ from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import to_pixels
 
+CLOSE = dict(rtol=1e-3, atol=0)                  # the losses of this random model are near .00001
+
 
 @pytest.fixture
 def scenes(pipe, robot):
@@ -58,9 +60,9 @@ def test_where_M_is_nothing_the_target_of_pairs_is_the_base_models_prediction(pi
     v_original = pipe.velocity(scene.x_t, scene.t, scene.texts.base)
     for loss in (pairs, pairs_with_lambda):
         _, log = loss(thetas, batch._replace(imagined=scene), 1.0)
-        torch.testing.assert_close(log["loss_pairs"], (v - v_original).square().mean())
+        torch.testing.assert_close(log["loss_pairs"], (v - v_original).square().mean(), **CLOSE)
     _, log = half_kept(thetas, batch._replace(imagined=scene), 1.0)
-    torch.testing.assert_close(log["loss_half"], (v - v_original).square().mean())
+    torch.testing.assert_close(log["loss_half"], (v - v_original).square().mean(), **CLOSE)
 
 
 def test_pairs_by_hand(pipe, scenes):
@@ -71,14 +73,14 @@ def test_pairs_by_hand(pipe, scenes):
     v_original = pipe.velocity(scene.x_t, scene.t, scene.texts.base)
     R, M = R - v_original, scene.mask
     loss, log = pairs(thetas, batch, 2.0)
-    torch.testing.assert_close(log["loss_pairs"], (v_original + M * R - v).square().mean())
+    torch.testing.assert_close(log["loss_pairs"], (v_original + M * R - v).square().mean(), **CLOSE)
     torch.testing.assert_close(loss, l_cc(thetas, batch, 1.0)[0] + 2 * log["loss_pairs"])
     _, log = pairs_with_lambda(thetas, batch, 1.0)
     inside, left = M * (v - v_original), (1 - M) * (v - v_original)
     rejection = inner(inside, inside) * (1 - cosine(inside, M * R) ** 2) + inner(left, left)
-    torch.testing.assert_close(log["loss_pairs"], rejection.mean() / v[0].numel(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(log["loss_pairs"], rejection.mean() / v[0].numel(), **CLOSE)
     _, log = half_kept(thetas, batch, 1.0)
-    torch.testing.assert_close(log["loss_half"], 2 * left.square().mean())
+    torch.testing.assert_close(log["loss_half"], 2 * left.square().mean(), **CLOSE)
 
 
 def test_the_extractor_and_the_base_model_get_no_gradient(pipe, scenes):

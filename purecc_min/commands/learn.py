@@ -98,7 +98,7 @@ def imagine_for(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, out: P
     imagined = imagine_resumably(pipe, concept, templates, config.seed, out / "imagined.safetensors", steps)
     pixels = pipe.decode(imagined.x_0[:len(imagined.x_0) // 2])
     pictures = to_pictures(pixels)
-    rows = [("", list(pictures[n:n + 8])) for n in range(0, len(pictures), 8)]
+    rows = [(f"from scene {n + 1}", list(pictures[n:n + 8])) for n in range(0, len(pictures), 8)]
     write_picture(out / "imagined.png", sheet(rows, [], side=max(128, pipe.picture_size) // 2))
     if model.public:
         print(f"imagined: {len(pictures)} scenes; {out}/imagined.png should show one {concept.class_word} in "

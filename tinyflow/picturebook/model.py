@@ -10,7 +10,6 @@ next: training.py.
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.picturebook import world
@@ -36,17 +35,6 @@ def load_codec(path: str | Path = SHIPPED / "codec.safetensors") -> VAE:
     codec = make_codec(facts["scale"], facts["shift"])
     load_into(codec, {name: tensor.float() for name, tensor in tensors.items()}, path)
     return codec.requires_grad_(False).eval()
-
-
-class Pixels(nn.Module):
-    """The codec of the tiny world: x_0 is the picture itself."""
-    factor = 1                                   # one value of x_0 covers factor x factor pixels
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        return pictures
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        return x_0
 
 
 def make_tiny(config: MMDiTConfig = MMDiTConfig()) -> Pipeline:
