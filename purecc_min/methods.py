@@ -18,7 +18,7 @@ from torch import Tensor
 from purecc_min.concept import Batch
 from purecc_min.objective import Terms, cosine, inner, pcc_loss
 from tinyflow.flow import squared_error
-from tinyflow.pipeline import Text, Velocity
+from tinyflow.pipeline import Velocity
 
 
 class Thetas(NamedTuple):

@@ -7,7 +7,6 @@ method's model is drawn, in pictures, tables, the demo and `sample` alike. Read 
 """
 
 from purecc_min.branch import only_with_token
-
 from purecc_min.methods import Method, anchored, l_cc, paper
 from purecc_min.pairs import half_kept, pairs
 from tinyflow.pipeline import Velocity

@@ -18,8 +18,8 @@ from purecc_min import ablations, methods, train
 from purecc_min.algorithm import learn, stage_1, stage_2
 from purecc_min.branch import Branch
 from purecc_min.concept import ConceptSet, encode
-from purecc_min.methods import Thetas, l_cc, paper
 from purecc_min.measure.toy import PAIR_TEMPLATES
+from purecc_min.methods import Thetas, l_cc, paper
 from purecc_min.pairs import imagine
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
