@@ -66,7 +66,8 @@ def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     measured = {name for name, row in MEASURES.items() if row.group is None}
     assert results.keys() == set(LEARNED) and results["paper"].keys() == measured
-    assert results["bound"]["class drift"] == results["switched-off"]["drift"] == 0 < results["lora"]["drift"]
+    assert max(results["bound"]["class drift"], results["switched-off"]["drift"]) < 1e-6      # last bits
+    assert results["lora"]["drift"] > 1e-5
     rows = [json.loads(line) for line in (out / "paper.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
