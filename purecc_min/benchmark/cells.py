@@ -3,8 +3,8 @@
 A cell's draws depend on nothing but the cell, and it runs on one thread, so its result is the same on any
 number of cores and after any interruption: a cell is done or not done, a file or no file. While it trains
 it is measured at a few steps (SNAPSHOTS), because a concept learned less always damages less: methods are
-compared along the front that these snapshots form. A method with a frozen extractor takes a LoRA of the
-same concept, seed and rank, trained for as many steps. Read next: plans.py.
+compared along the front that these snapshots form. A frozen extractor is a cell of its own, on the same
+concept, seed and rank, trained for as many steps. Read next: plans.py.
 """
 
 import copy
