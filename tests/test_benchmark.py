@@ -32,7 +32,7 @@ from purecc_min.branch import Branch
 from purecc_min.concept import Batch
 from purecc_min.measure import toy
 from purecc_min.measure.measures import MEASURES
-from purecc_min.measure.toy import HELD_OUT, TUNING
+from purecc_min.measure.toy import EARLIER, TUNING
 from purecc_min.methods import Thetas
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
@@ -195,7 +195,7 @@ def test_the_two_ends_of_the_scale(cheap, tmp_path):
 
 def test_the_plans_keep_tuning_and_held_out_concepts_apart():
     assert {cell.concept for cell in plan("tuning")} == set(TUNING)
-    assert {cell.concept for cell in plan("main") + plan("further")} == set(HELD_OUT)
+    assert {cell.concept for cell in plan("main") + plan("further")} == set(EARLIER)
     runs = [cell for cell in plan("main") if cell.method in MAIN]
     assert len(runs) == len(set(runs)) == 6 * 5 * len(MAIN)
     for part in SEEDS:

@@ -8,7 +8,7 @@ from purecc_min.branch import Branch
 from purecc_min.measure import draw as draw_module
 from purecc_min.measure.draw import PLAIN, count_pictures, draw_groups, perfect
 from purecc_min.measure.measures import DAMAGES, MEASURES, NAMED, measure, pixel_change, table
-from purecc_min.measure.toy import CONCEPTS, HELD_OUT, TUNING, Toy
+from purecc_min.measure.toy import CONCEPTS, EARLIER, TUNING, Toy
 from purecc_min.measure.velocities import TIMES, velocity_error
 from tinyflow.picturebook import check, world
 from tinyflow.picturebook.model import load_tiny
@@ -16,7 +16,7 @@ from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import to_pixels
 
-NAMES = (*TUNING, *HELD_OUT)
+NAMES = (*TUNING, *EARLIER)
 ROBOT, PRINT, MUSHROOM = (CONCEPTS[name] for name in ("checked_robot", "moss_print", "dotted_mushroom"))
 
 

@@ -24,11 +24,11 @@ from purecc_min.benchmark.tables import (
     plus_minus,
     seed_means,
 )
-from purecc_min.measure.toy import CONCEPTS, HELD_OUT
+from purecc_min.measure.toy import CONCEPTS, EARLIER
 
 CLOSE = 0.02                                     # for claims that two things are about equal
-INSTANCES = tuple(name for name in HELD_OUT if not CONCEPTS[name].is_style)
-STYLES = tuple(name for name in HELD_OUT if CONCEPTS[name].is_style)
+INSTANCES = tuple(name for name in EARLIER if not CONCEPTS[name].is_style)
+STYLES = tuple(name for name in EARLIER if CONCEPTS[name].is_style)
 CAT = (ABLATED,)
 
 
@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
     larger: str                                  # the method that has more of
     measure: str
     smaller: str                                 # than this one
-    concepts: tuple[str, ...] = HELD_OUT
+    concepts: tuple[str, ...] = EARLIER
     equal: bool = False                          # the two are about equal
 
 

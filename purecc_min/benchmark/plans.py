@@ -18,7 +18,7 @@ from typing import Iterable
 
 from purecc_min.benchmark.cells import ALL, Cell
 from purecc_min.benchmark.entries import ABLATIONS, FURTHER, MAIN, RATES, TOKEN_RATES
-from purecc_min.measure.toy import CONCEPTS, HELD_OUT, TUNING
+from purecc_min.measure.toy import CONCEPTS, EARLIER, TUNING
 
 SEEDS = {"tuning": 1, "main": 5, "further": 3, "claims": 3, "factors": 3, "phrase": 3}
 ABLATED = "striped_cat"
@@ -58,11 +58,11 @@ def plan(part: str, quick: bool = False, methods: Iterable[str] = (),
                                for concept in TUNING]
     if part in ("main", "further"):
         methods = methods or (QUICK["methods"] if quick else MAIN if part == "main" else FURTHER)
-        concepts = concepts or (QUICK["concepts"] if quick else HELD_OUT)
+        concepts = concepts or (QUICK["concepts"] if quick else EARLIER)
         cells = [Cell(concept, name, seed) for seed in seeds for concept in concepts for name in methods]
         return cells + ends(concepts)
     if part == "claims":
-        rivals = [Cell(concept, name, seed) for seed in seeds for concept in HELD_OUT for name in RIVALS]
+        rivals = [Cell(concept, name, seed) for seed in seeds for concept in EARLIER for name in RIVALS]
         return plan("main") + rivals + [Cell(ABLATED, name, seed, on_the_way=False)
                                         for seed in seeds for name in ABLATIONS]
     if part == "phrase":

@@ -12,7 +12,7 @@ import numpy as np
 from purecc_min.benchmark.cells import ALL, STEPS, Cell
 from purecc_min.benchmark.entries import FURTHER, WAYS
 from purecc_min.measure.measures import DAMAGES, MEASURES, better, show
-from purecc_min.measure.toy import HELD_OUT, TUNING
+from purecc_min.measure.toy import EARLIER, TUNING
 
 # the 97.5 % quantile of Student's t, by degrees of freedom
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -43,7 +43,7 @@ def mean_by_seed(pairs: list[tuple[int, float]]) -> list[float]:
 
 
 def difference(results: Results, larger: str, smaller: str, measure: str,
-               concepts: tuple[str, ...] = HELD_OUT) -> list[float]:
+               concepts: tuple[str, ...] = EARLIER) -> list[float]:
     """One method's measure minus the other's at the end of training, on the same concepts and seeds.
 
     Returns: its mean over the concepts that have it, one value for each seed.
