@@ -26,20 +26,20 @@ from purecc_min.benchmark.cells import (
     theta_1_cell,
     train_cell,
 )
-from purecc_min.benchmark.entries import MAIN, PHRASE, start
+from purecc_min.benchmark.entries import MAIN, start
 from purecc_min.benchmark.plans import QUICK, SEEDS, plan
+from purecc_min.benchmark.two import PAIRS, Two, drawn, judged, of_pairs, pair_of, run_two
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch
 from purecc_min.measure import toy
 from purecc_min.measure.measures import MEASURES
-from purecc_min.measure.toy import EARLIER, TUNING
+from purecc_min.measure.toy import CONCEPTS, EARLIER, HELD_OUT, TUNING
 from purecc_min.methods import Thetas
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.flow import noise_for, predict_x_0, shift_times
 from tinyflow.weights import tensor_hash
 from tutorials.experiments.mechanism import study
-from tutorials.experiments.pairs import PAIRS, drawn, judged, pair_of, right_objects
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,24 +82,19 @@ def test_the_released_step_never_sees_the_extractors_adapters(cheap, tmp_path):
     assert entries.paper(thetas, batch, 1.0)[1]["norm_R_target"] != paper["norm_R_target"]
 
 
-def test_asking_for_the_terms_changes_nothing(cheap, tmp_path):
-    """Recording lambda* over t must not move what a method draws next."""
-    data, (thetas, loss, _) = set_up("striped_cat").data, after_a_step("token, imagined scenes", tmp_path)
+def test_imagined_scenes_have_the_times_of_the_training_and_asking_for_terms_moves_no_draw(cheap, tmp_path):
+    """They were once drawn without the model's shift, so that most of them were nearly clean."""
+    data, (thetas, loss, _) = set_up("striped_cat").data, after_a_step("DreamBooth + prior", tmp_path)
     state = loss.generator.get_state()
     assert [row["t"] for row in terms_over_t(loss, thetas, data, 1.0)] == list(cells.TIMES)
     assert torch.equal(loss.generator.get_state(), state)
-
-
-def test_imagined_scenes_have_the_times_of_the_training(cheap, tmp_path):
-    """They were once drawn without the model's shift, so that most of them were nearly clean."""
-    _, (_, loss, _) = set_up("striped_cat"), after_a_step("token, imagined scenes", tmp_path)
     middle = shift_times(torch.tensor(0.5), loss.shift)
     assert middle > 0.6 and abs(loss.draw(4000).t.median() - middle) < 0.03
 
 
 @pytest.mark.parametrize("name, forward, backward", [
     ("lora", 1, 1), ("DreamBooth", 1, 1), ("anchor", 3, 2), ("paper", 5, 2), ("released", 5, 3),
-    ("merged stages", 5, 2), ("token paper", 5, 2), ("lora, twice", 2, 2),
+    ("merged stages", 5, 2), ("paper, v_0", 6, 2), ("lora, twice", 2, 2), ("bound, longer", 4, 4),
     ("bound", 1, 1), ("bound-half", 3, 2), ("bound-pairs", 5, 3)])
 def test_passes_are_counted(name, forward, backward, cheap, tmp_path):
     """A step of a LoRA takes a picture through the model once and back; an extractor's steps count."""
@@ -148,7 +143,7 @@ def test_a_cell_run_again_or_without_its_extractor_gives_the_same_result(cheap, 
     run_cell(lora, tmp_path / "a")
     first = run_cell(cell, tmp_path / "a")
     assert first["ways"][""]["2"].keys() == MEASURES.keys() and len(first["terms"]["1"]) == len(cells.TIMES)
-    assert first["ways"].keys() == {"", "own empty text"} and first["passes"]["backward"] == 2
+    assert first["passes"]["backward"] == 2 and first["trained"] > 1000
     again = run_cell(cell, tmp_path / "b")       # its extractor is trained on the way
     assert without_time(again) == without_time(first)
     file = tmp_path / "a" / cell.file
@@ -156,24 +151,33 @@ def test_a_cell_run_again_or_without_its_extractor_gives_the_same_result(cheap, 
     assert run_cell(cell, tmp_path / "a") == first and file.stat().st_mtime_ns == written
 
 
-def test_a_result_with_another_setting_of_its_extractor_is_not_taken():
+def test_a_result_stands_for_what_its_method_uses_and_for_nothing_else(monkeypatch):
     """Each cell once stood for the setting of the LoRA extractor, whatever its own extractor was."""
-    cell, settings = Cell("striped_cat", "token paper"), (("extractor_learning_rate", 1e-3),)
-    other = Cell("striped_cat", "token paper", 0, settings)
-    assert cell.recipe() != other.recipe() and dict(theta_1_cell(other).changes) == dict(learning_rate=1e-3)
+    cell, settings = Cell("striped_cat", "bound-paper"), (("extractor_learning_rate", 1e-3),)
+    other, ranked = Cell("striped_cat", "bound-paper", 0, settings), (("rank", 2),)
+    assert cell.recipe() != other.recipe() and dict(theta_1_cell(other).changes)["learning_rate"] == 1e-3
+    assert dict(theta_1_cell(Cell("striped_cat", "paper", 0, ranked)).changes)["rank"] == 2
     few, usual = (Cell("striped_cat", "bound-pairs", 0, changes) for changes in ((("imagined", 16),), ()))
     assert few.recipe() != usual.recipe() and few.imagined == 16 and "imagined" not in few.settings
+    known = {name: Cell("striped_cat", name).recipe() for name in ("lora", "bound", "paper", "bound-pairs")}
+    monkeypatch.setattr(cells, "IMAGINED", 7)
+    monkeypatch.setitem(METHODS["lora"].settings, "eta", 0.5)
+    changed = {name for name, recipe in known.items() if Cell("striped_cat", name).recipe() != recipe}
+    assert changed == {"lora", "bound-pairs"}    # the LoRA's own setting, and the number of imagined scenes
+
+
+def test_what_is_learned_does_not_depend_on_when_it_is_measured():
+    once, often = (Cell("striped_cat", "lora", on_the_way=on_the_way) for on_the_way in (False, True))
+    assert once.recipe() != often.recipe() and once.recipe(measured=False) == often.recipe(measured=False)
+    assert once.recipe(measured=False) != Cell("striped_cat", "lora", steps=2).recipe(measured=False)
 
 
 def test_there_is_one_registry():
     """`learn` and the benchmark once had a method each under other names and at other rates."""
+    assert METHODS.keys() <= MAIN.keys()
     for name, method in METHODS.items():
-        entry = ALL.get(name, ALL["lora"])       # switched-off is a way of sampling there
-        for part in ("loss", "where", "embeddings", "adapters", "extractor", "imagines"):
-            assert getattr(entry, part) == getattr(method, part), (name, part)
-        if name in ALL:
-            assert entry.settings == method.settings and entry.about == method.about
-        assert method.named_only == (name not in ALL) == (name == "switched-off")
+        for part in vars(method):
+            assert getattr(MAIN[name], part) == getattr(method, part), (name, part)
 
 
 def test_a_result_of_other_settings_is_not_taken(cheap, tmp_path, monkeypatch):
@@ -195,14 +199,27 @@ def test_the_two_ends_of_the_scale(cheap, tmp_path):
 
 def test_the_plans_keep_tuning_and_held_out_concepts_apart():
     assert {cell.concept for cell in plan("tuning")} == set(TUNING)
-    assert {cell.concept for cell in plan("main") + plan("further")} == set(EARLIER)
+    assert {cell.concept for cell in plan("main")} == set(HELD_OUT)
+    assert {cell.concept for cell in plan("further") + plan("claims")} == set(EARLIER)
     runs = [cell for cell in plan("main") if cell.method in MAIN]
-    assert len(runs) == len(set(runs)) == 6 * 5 * len(MAIN)
+    styles = {name for name in HELD_OUT if CONCEPTS[name].is_style}
+    for name, method in MAIN.items():            # a style has no halves
+        own = {cell.concept for cell in runs if cell.method == name}
+        assert own == set(HELD_OUT) - (styles if method.imagines or method.times > 1 else set())
+        assert sum(cell.method == name for cell in runs) == 5 * len(own)
     for part in SEEDS:
         files = [cell.file for cell in set(plan(part))]
         assert len(files) == len(set(files))
-    for method in [*MAIN.values(), PHRASE["bound"]]:     # all have the same budget
-        assert len(method.tries) == 3 and method.settings in method.tries
+
+
+def test_every_row_of_the_main_table_had_as_many_tries():
+    for method in MAIN.values():
+        if method.times == 1:
+            assert len(method.tries) == 5 and method.settings in method.tries, method.name
+            if method.adapters and not method.whole_model:
+                assert any(one.get("rank") == 16 for one in method.tries), method.name
+        else:                                    # as the same method after the usual number of steps
+            assert method.settings == MAIN[method.name.removesuffix(", longer")].settings
 
 
 # ----------------------------------------------------------------------------------- pictures and experiments
@@ -228,10 +245,11 @@ def test_fig_8_shows_pictures_that_the_velocities_lead_to(cheap):
 
 
 def test_a_pairs_texts_name_both_concepts():
-    cat, style = pair_of(PAIRS["individual in a style"]), "[V2] small [V1] cat on the left in the meadow"
-    assert cat.texts((0, 1))[0] == style
-    assert cat.texts(())[0] == style.replace("[V2]", "a").replace("[V1] ", "")
-    both = pair_of(PAIRS["two individuals"]).texts((0, 1))
+    styled = pair_of(("striped_cat", "school_chalk"))
+    style = "[V2] small [V1] cat on the left in the meadow"
+    assert styled.texts((0, 1))[0] == style
+    assert styled.texts(())[0] == style.replace("[V2]", "a").replace("[V1] ", "")
+    both = pair_of(("striped_cat", "dotted_fish")).texts((0, 1))
     assert all("[V1] cat on the left and a" in text and "[V2] fish on the right" in text for text in both)
 
 
@@ -240,31 +258,39 @@ def test_Y_alone_never_moves_the_base_text_and_adapters_do(cheap, tmp_path):
     assert study(Cell("striped_cat", "lora", steps=2), tmp_path)["base moves"] > 0
 
 
-def test_two_untrained_concepts_draw_what_the_base_draws(cheap, monkeypatch):
-    """Fresh branches change nothing: both objects stand where the text without the names says."""
-    monkeypatch.setattr("tutorials.experiments.pairs.FEW_STEPS", 8)
-    monkeypatch.setattr("tutorials.experiments.pairs.SCENES", 10)
-    pair = pair_of(PAIRS["two individuals"])
-    setup = pair.setups[0]
-    fresh = [Branch.fresh(setup.pipe, torch.zeros(6, 128), 1) for _ in range(2)]
-    pictures = drawn(setup.pipe, pair, fresh, ())
-    assert pictures.shape == (10, 3, 64, 64)
-    assert right_objects(setup.reader(pictures), pair.scenes) > 0.8
+def test_two_untrained_concepts_draw_what_the_base_draws(cheap):
+    """Fresh branches change nothing, whichever of them the text names."""
+    pair = pair_of(("striped_cat", "dotted_fish"))
+    fresh = [Branch.fresh(pair.setups[0].pipe, None, 1, where="phrase") for _ in range(2)]
+    plain = drawn(pair, "bound", fresh, (), 2)
+    assert plain.shape == (2, 3, 64, 64)
+    named = drawn(pair, "bound", fresh, (0, 1), 2)
+    assert named.shape == plain.shape and not torch.equal(named, plain)      # the word stands there twice
 
 
 def test_in_a_perfect_picture_of_two_concepts_each_has_its_own_traits(cheap):
-    both, styled = pair_of(PAIRS["two individuals"]), pair_of(PAIRS["individual in a style"])
-    reading = both.setups[0].reader(both.perfect())
-    cat, fish = judged(both, reading, 0), judged(both, reading, 1)
-    assert cat["cat: traits"] > .95 and fish["fish: traits"] > .95
-    assert cat["cat: other's"] < .05 and fish["fish: other's"] < .05
-    assert min(cat["cat: similarity"], fish["fish: similarity"]) > .9
+    for names in PAIRS:
+        pair = pair_of(names)
+        reading = pair.setups[0].reader(pair.perfect())
+        first, second = judged(pair, reading, 0), judged(pair, reading, 1)
+        assert min(first["own"], second["own"]) > .9
+        assert max(first.get("other's", 0), second.get("other's", 0)) < .05
+        assert ("other's" in first) == (not CONCEPTS[names[1]].is_style)
     alike = pair_of(("striped_cat", "checked_star"))         # both have one eye and an antenna
-    reading = alike.setups[0].reader(alike.perfect())
-    assert judged(alike, reading, 0)["cat: other's"] < .05
-    reading = styled.setups[0].reader(styled.perfect())
-    assert judged(styled, reading, 1)["chalk: traits"] > .95
-    assert judged(styled, reading, 0).keys() == {"cat: traits"}      # chalk hides colours
+    assert judged(alike, alike.setups[0].reader(alike.perfect()), 0)["other's"] < .05
+
+
+def test_a_pair_is_drawn_once_and_its_table_counts_each_concept(cheap, tmp_path, monkeypatch):
+    monkeypatch.setattr("purecc_min.benchmark.two.SCENES", 12)
+    pair_of.cache_clear()
+    perfect = run_two(Two(PAIRS[0], "perfect"), tmp_path)
+    monkeypatch.setattr("purecc_min.benchmark.two.drawn", None)
+    assert run_two(Two(PAIRS[0], "perfect"), tmp_path) == perfect
+    pair_of.cache_clear()
+    made_up = {"method": "lora", "together": [{"own": .5, "other's": .1}, {"own": .7, "other's": .3}],
+               "alone": [{"own": 1.0, "other's": 0}, {"own": .5, "other's": 0}]}
+    means = of_pairs([perfect, made_up], "lora")
+    assert means == pytest.approx({"together": .6, "alone": .75, "other's": .2, "keeps": .8})
 
 
 # ---------------------------------------------------------------------------------------------- its README.md
@@ -355,7 +381,7 @@ def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):
     results = json.loads((tmp_path / "main" / "results.json").read_text())
     assert {result["method"] for result in results} == {"nothing", "perfect", *QUICK["methods"]}
     for name in ("results.csv", "table.md", "fronts.png", "curves.png", "samples-striped_cat.png",
-                 "first.png", "figure8.png"):
+                 "figure8.png"):
         assert (tmp_path / "main" / name).stat().st_size > 100, name
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from purecc_min.__main__ import main
 from purecc_min.branch import Branch
 from purecc_min.commands import demo as commands_demo
-from purecc_min.commands.demo import LEARNED
+from purecc_min.commands.demo import ROWS
 from purecc_min.commands.options import build_parser
 from purecc_min.measure.measures import MEASURES, in_words
 from purecc_min.measure.toy import FOLDER, write_references
@@ -65,14 +65,14 @@ def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
     assert "| sees concept ↑ |" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     measured = {name for name, row in MEASURES.items() if row.group is None}
-    assert results.keys() == set(LEARNED) and results["paper"].keys() == measured
+    assert results.keys() == set(ROWS) and results["paper"].keys() == measured
     assert max(results["bound"]["class drift"], results["switched-off"]["drift"]) < 1e-6      # last bits
     assert results["lora"]["drift"] > 1e-5
     rows = [json.loads(line) for line in (out / "paper.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
     assert Image.open(out / "comparison.png").width > 1000
-    assert all((out / f"{name}-concept.safetensors").exists() for name in LEARNED)
+    assert all((out / f"{name}-concept.safetensors").exists() for name in ROWS)
 
 
 def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
@@ -332,8 +332,9 @@ def test_the_sentence_says_what_was_learned_and_what_it_cost():
     assert in_words("bound", bound, original) == (
         "bound: pictures with [V] are 0.88 alike to the references (the original model's: 0.50), "
         "and texts without [V] are drawn as they were.")
-    cost = in_words("LoRA", bound | {"class drift": 0.123, "drift": 0.04}, original)
-    assert "pictures of the class changed by 12 % of the full range, and of other things by 4 %" in cost
+    cost = in_words("LoRA", bound | {"class drift": 0.123, "drift": 0.04, "neighbour leak": 0.66}, original)
+    assert "pictures of the class change by 12 % of the full range, and of other things by 4 %" in cost
+    assert cost.endswith("A plain thing beside [V] takes on 66 % of its traits.")
 
 
 def test_options_without_a_command_are_the_demos_and_the_version_is_told(capsys):

@@ -20,7 +20,7 @@ from purecc_min.benchmark.figures import typical_pictures
 from purecc_min.benchmark.plans import plan
 from purecc_min.benchmark.report import gather
 from purecc_min.benchmark.tables import Results
-from purecc_min.measure.toy import EARLIER
+from purecc_min.measure.toy import HELD_OUT
 from tinyflow.errors import InputError, Parser, file_path, report_errors
 from tinyflow.files import write_whole
 
@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     with report_errors():
         results = gather(plan("main"), folder)
-        missing = set(EARLIER) - {row["concept"] for row in results if row["method"] == "paper"}
+        missing = set(HELD_OUT) - {row["concept"] for row in results if row["method"] == "paper"}
         if missing:
             raise InputError(f"{folder}: nothing of {min(missing)} was drawn there; "
                              f"python -m purecc_min.benchmark --out {folder} draws it")
-        data = {concept: concept_data(results, folder, concept) for concept in EARLIER}
+        data = {concept: concept_data(results, folder, concept) for concept in HELD_OUT}
         page, places = PLACE.subn(lambda _: json.dumps(data, separators=(",", ":")), PAGE.read_text())
         assert places == 1
         write_whole(PAGE, page.encode())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from purecc_min.benchmark.cells import ALL, STEPS
 from purecc_min.benchmark.plans import SEEDS, plan
+from purecc_min.benchmark.two import plan_two
 from purecc_min.benchmark.workers import run
 from purecc_min.measure.toy import CONCEPTS
 from tinyflow.errors import InputError, Parser, file_path, number, positive, report_errors, shown
@@ -69,9 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         cells = [replace(cell, steps=options.steps) for cell in planned]
         make_folder(options.out)
         with locked(options.out), room_for_others():
-            run(cells, options.out, options.workers, shipped=bool(methods))
+            pairs = plan_two() if part == "main" and not (options.quick or methods or concepts) else []
+            run(cells + pairs, options.out, options.workers, shipped=bool(methods))
             rows = list(dict.fromkeys(cells + plan("main"))) if methods else cells
-            print(report(part, rows, options.out, shipped=bool(methods)))
+            print(report(part, rows, pairs, options.out, shipped=bool(methods)))
 
 
 if __name__ == "__main__":

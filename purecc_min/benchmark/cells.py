@@ -33,12 +33,13 @@ from purecc_min.benchmark.entries import (
 )
 from purecc_min.branch import Branch
 from purecc_min.concept import EncodedConcept, encode, noised
-from purecc_min.measure.draw import FEW_STEPS, Pictures, draw_groups, perfect
+from purecc_min.measure.draw import FEW_STEPS, UNNAMED, Pictures, draw_groups, perfect
 from purecc_min.measure.measures import measure
 from purecc_min.measure.toy import CONCEPTS, PAIR_TEMPLATES
 from purecc_min.measure.velocities import TIMES, velocity_error
 from purecc_min.methods import Thetas
 from purecc_min.pairs import IMAGINED, imagine
+from purecc_min.registry import is_held
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
 from tinyflow.files import write_picture, write_whole
 from tinyflow.flow import noise_for
@@ -53,7 +54,7 @@ CURVE = (1, 25, 50, 100, 150, 200)               # steps at which the terms of E
 STRIP = {"concept": 12, "unsaid": 6, "composition": 6, "neighbour": 6, "plain": 6, "other": 6}   # kept
 IMAGINING_STEPS = 10                             # of the sampler, for imagined scenes
 RESULTS = Path(__file__).parent / "results"      # that came with this repository, a file for each part
-KEPT = ("lora", "paper", "token", "token paper", "bound", "bound-half", "bound-pairs")   # concepts that stay
+KEPT = ("lora", "switched-off", "anchor", "paper", "token", "bound", "bound-half", "bound-pairs")  # stay
 ALL = MAIN | PHRASE | ABLATIONS | FURTHER
 
 
@@ -65,7 +66,8 @@ def hash_of(file: Path) -> str:
 @cache
 def shipped_results() -> dict[str, dict]:
     """File name of a cell -> its result, of all results that came with this repository."""
-    parts = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    parts = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))
+             if file.stem != "two"]              # two.py's own
     return {Cell.of(result).file: result for part in parts for result in part}
 
 
@@ -114,11 +116,16 @@ class Cell:
         return TrainConfig(**{"seed": self.seed, "steps": self.steps * ALL[self.method].times,
                               **self.settings})
 
-    def recipe(self) -> str:
-        """A fingerprint of all that this cell's result depends on, short of the code."""
+    def recipe(self, measured: bool = True) -> str:
+        """A fingerprint of all that this cell's result depends on, short of the code.
+
+        measured: or, if this is False, all that what it learns depends on.
+        """
         toy = CONCEPTS[self.concept]
         texts = [(r.complete, r.base, r.target) for r in toy.references().references]
-        parts = [self.settings, self.imagined, self.snapshots, FEW_STEPS, asdict(toy), texts,
+        imagined = self.imagined if self.method in ALL and ALL[self.method].imagines else None
+        seen = [self.snapshots, FEW_STEPS] if measured else self.steps
+        parts = [self.settings, imagined, seen, asdict(toy), texts,
                  *(hash_of(SHIPPED / f"{name}.safetensors") for name in ("base", "codec", "reader"))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -203,6 +210,13 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
     return {name: method.times * own[name] + taught[name] for name in own}
 
 
+def count_trained(cell: Cell, theta_1: Branch | None) -> int:
+    """How many numbers are trained for what is kept; an extractor's are not among them."""
+    setup = set_up(cell.concept)
+    theta = start(ALL[cell.method], setup.pipe, setup.data, cell.config(), theta_1)
+    return sum(parameter.numel() for parameter in theta.parameters() if parameter.requires_grad)
+
+
 def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: float) -> list[dict[str, float]]:
     """What a method's loss logs at each t of TIMES, over all references and the same noise every time."""
     loss, rows = copy.deepcopy(loss), []         # asking must not change what it remembers or draws next
@@ -222,7 +236,7 @@ def concept_file(cell: Cell, folder: Path) -> Path:
 
 def keep(cell: Cell, theta: Branch, folder: Path) -> None:
     facts = concept_facts(theta.pipe, CONCEPTS[cell.concept].class_word, cell.config(), cell.method, "tiny")
-    theta.save(concept_file(cell, folder), {**facts, "recipe": cell.recipe()})
+    theta.save(concept_file(cell, folder), {**facts, "recipe": cell.recipe(measured=False)})
 
 
 def learned_file(cell: Cell, folder: Path) -> Path:
@@ -231,7 +245,7 @@ def learned_file(cell: Cell, folder: Path) -> Path:
     It is for methods that train adapters.
     """
     file = concept_file(cell, folder)
-    if not file.exists() or load_tensors(file, "concept")[1]["recipe"] != cell.recipe():
+    if not file.exists() or load_tensors(file, "concept")[1]["recipe"] != cell.recipe(measured=False):
         for _, thetas, _ in train_cell(cell, learn_theta_1(cell, folder)):
             pass
         keep(cell, thetas.theta, folder)
@@ -252,8 +266,8 @@ def theta_1_cell(cell: Cell) -> Cell | None:
         return None
     teacher, config = ALL[cell.method].extractor.name, cell.config()
     rate = config.extractor_learning_rate or config.learning_rate
-    rank = [change for change in cell.changes if change[0] == "rank"]
-    return Cell(cell.concept, teacher, cell.seed, (("learning_rate", rate), *rank), cell.steps)
+    changes = (("learning_rate", rate), ("rank", config.rank))
+    return Cell(cell.concept, teacher, cell.seed, changes, cell.steps)
 
 
 def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
@@ -273,20 +287,16 @@ def write_strip(drawn: Pictures, file: Path) -> None:
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
     """Draws and measures each way of sampling the method's model; returns the first way's pictures.
 
-    Texts without [V] are the original's own for adapters that are bound, or switched off there; with [V] the
-    latter draw what they draw otherwise. The adapted model's own empty text is looked at in the end alone.
+    Texts without [V] are the original's own for adapters that are bound, or switched off there. Texts of
+    other forms, and other ways, are looked at in the end alone.
     """
-    setup, drawn = set_up(cell.concept), {}
-    untouched = {group: setup.original[group] for group in ("plain", "other")}
-    known = untouched if ALL[cell.method].where in ("phrase", "token") else {}
-    for way in ALL[cell.method].ways:
-        theta, options = as_sampled(thetas, way)
-        if way == "switched off":
-            assess(step, way, None, drawn[""] | untouched)
-        elif way == "" or step == cell.snapshots[-1]:
-            drawn[way] = draw_groups(setup.pipe, theta, setup.toy, steps=FEW_STEPS, forms=True, known=known,
-                                     **options)
-            assess(step, way, theta, drawn[way])
+    setup, method, drawn = set_up(cell.concept), ALL[cell.method], {}
+    known = {group: setup.original[group] for group in UNNAMED if is_held(method)}
+    is_end = step == cell.snapshots[-1]
+    for way in method.ways if is_end else method.ways[:1]:
+        who = as_sampled(method, thetas, way)
+        drawn[way] = draw_groups(setup.pipe, toy=setup.toy, steps=FEW_STEPS, forms=is_end, known=known, **who)
+        assess(step, way, None if is_held(method) else thetas.theta, drawn[way])
     return drawn[""]
 
 
@@ -309,12 +319,14 @@ def run_cell(cell: Cell, folder: Path) -> dict:
     else:
         theta_1 = learn_theta_1(cell, folder)
         result["passes"] = count_passes(cell, theta_1)
+        result["trained"] = count_trained(cell, theta_1)
         for step, thetas, loss in train_cell(cell, theta_1):
             if step in CURVE and ALL[cell.method].has_theta_1 and not ALL[cell.method].imagines:
                 terms[str(step)] = terms_over_t(loss, thetas, setup.data, cell.config().eta)
             if step in cell.snapshots:
                 drawn = assess_ways(cell, step, thetas, assess)
-        result["velocity_error"] = velocity_error(pipe, thetas.theta, toy).relative     # over TIMES
+        theta = as_sampled(ALL[cell.method], thetas)["theta"]
+        result["velocity_error"] = velocity_error(pipe, theta, toy).relative            # over TIMES
         if cell.method in KEPT:
             keep(cell, thetas.theta, folder)
     result["seconds"] = round(time.time() - begun, 1)

@@ -4,9 +4,9 @@ A claim says that something is larger than something else. Its value is that dif
 training seed (a mean over concepts). It HOLDS if the whole 95 % interval is above zero, DOES NOT HOLD if
 none of it is, and DEPENDS otherwise. A claim that two things are about equal holds if the interval lies
 within +- CLOSE. Each is asked twice: for adapters that act everywhere, as in the paper, and for those that
-are bound to the token, where they have such a thing. Measures stand in for the paper's: similarity for CLIP-I
-and CSD, mask IoU and outside change for Seg-Cons, text kept (the reader's log-probability of the base text)
-for dCLIP-T, path KL for the KL of Fig. 2 and 4. Read next: figures.py.
+are bound to [V]'s phrase, where they have such a thing. Measures stand in for the paper's: similarity for
+CLIP-I and CSD, mask IoU and outside change for Seg-Cons, text kept (the reader's log-probability of the base
+text) for dCLIP-T, path KL for the KL of Fig. 2 and 4. Read next: figures.py.
 """
 
 from typing import NamedTuple
@@ -93,8 +93,8 @@ COMPARISONS = [Comparison(*row) for row in [
     ("Table 6", "CLIP-I: eta 1 above 1.5", ".81 > .80", "paper", "similarity", "paper, eta 1.5", CAT),
     ("Table 6", "CLIP-I: eta 1 above 2", ".81 > .67", "paper", "similarity", "paper, eta 2", CAT),
     ("Sec. 14", "v_original of theta2 or of a frozen copy: similarity", "equal", "paper", "similarity",
-     "untouched v_original", CAT, True),
-    ("Sec. 14", "the same: mask IoU", "equal", "paper", "mask IoU", "untouched v_original", CAT, True),
+     "paper, v_0 rank=4", CAT, True),
+    ("Sec. 14", "the same: mask IoU", "equal", "paper", "mask IoU", "paper, v_0 rank=4", CAT, True),
     ("(ours)", "v_original detached or not: similarity", "", "paper", "similarity", "not detached", CAT,
      True),
     ("Fig. 2", "KL: LoRA above PureCC", ".0099 > .0097", "lora", "path KL", "paper"),
@@ -103,10 +103,13 @@ COMPARISONS = [Comparison(*row) for row in [
 
 
 def bound(method: str) -> str | None:
-    """The method with adapters that act at [V] alone; DreamBooth has none and stays, others have no such."""
-    if method.startswith("paper"):
-        return f"token {method}"
-    return {"lora": "token"}.get(method, method if method.startswith("DreamBooth") else None)
+    """The method with adapters that act on [V]'s phrase alone; DreamBooth has none and stays.
+
+    The others have no such thing: where v_original is the base model's anyhow, it need not be taken from it.
+    """
+    if method.startswith("paper") and not method.startswith("paper, v_0"):
+        return f"bound-{method}"
+    return {"lora": "bound"}.get(method, method if method.startswith("DreamBooth") else None)
 
 
 def term(result: dict, step: int, name: str) -> float:
@@ -132,11 +135,11 @@ def claims(results: Results, is_bound: bool = False) -> list[Claim]:
 def claims_table(results: Results) -> str:
     """One row a claim, for both kinds of adapters. A claim whose cells are missing has an empty place."""
     rows = []
-    for everywhere, at_token in zip(claims(results), claims(results, is_bound=True)):
+    for everywhere, on_phrase in zip(claims(results), claims(results, is_bound=True)):
         row = [everywhere.where, everywhere.says, everywhere.figures]
-        for claim in (everywhere, at_token):
+        for claim in (everywhere, on_phrase):
             known = claim.values and not np.isnan(claim.values).any()
             row += [plus_minus(claim.says, claim.values, signed=True), claim.verdict()] if known else ["", ""]
         rows.append(row)
-    header = ["where", "the paper says", "its figures", "everywhere", "verdict", "token", "verdict"]
+    header = ["where", "the paper says", "its figures", "everywhere", "verdict", "phrase", "verdict"]
     return markdown(header, rows, first=2)

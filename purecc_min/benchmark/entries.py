@@ -1,10 +1,10 @@
 """The benchmark's methods: those of purecc_min/registry.py, and beside them what only experiments want.
 
-MAIN is what people use, the paper's method, and adapters that are bound to the token [V] alone, with Y in the
-word's place: an ablation of those that are bound to its phrase. FURTHER are rivals and experiments with the
-same pieces; ABLATIONS are the paper's objective with one part replaced; PHRASE takes the phrase apart. A
-trained model can be sampled in several WAYS, which differ in who answers a text without [V]. README.md shows
-how to add a method. Read next: cells.py, where a method is run.
+MAIN is what people use, the paper's method in two forms, and what each row has to be compared with: adapters
+at the token [V] alone, a LoRA without Y, and the simple methods for as many passes as the costly ones.
+FURTHER are rivals and experiments with the same pieces; ABLATIONS are the paper's objective with one part
+replaced; PHRASE takes the phrase apart. A method is drawn as its users draw it; WAYS has one other way, for
+one row. README.md shows how to add a method. Read next: cells.py, where a method is run.
 """
 
 import contextlib
@@ -16,29 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from purecc_min import registry
 from purecc_min.ablations import answered_by, constant_lambda, not_detached, untouched_original
-from purecc_min.branch import Branch, only_with_token
+from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN, Batch, ConceptSet, EncodedConcept, Texts, noised, styles_among
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states
 from purecc_min.lora import LoRA
 from purecc_min.measure.draw import Pictures
 from purecc_min.measure.toy import Toy
-from purecc_min.methods import (
-    Loss,
-    Method,
-    Thetas,
-    l_cc,
-    paper,
-)
+from purecc_min.methods import Loss, Method, Thetas, l_cc, paper
 from purecc_min.pairs import pairs_with_lambda
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, generator_for
 from tinyflow.flow import sample_times, squared_error
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reader
-from tinyflow.pipeline import Pipeline, Text, Velocity, in_one_batch
+from tinyflow.pipeline import Pipeline, Text, Velocity
 
 IMAGINED = 32                                    # scenes that the base model imagines
+LONGER = 4                                       # times the steps of the others: the passes of bound-pairs
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ class Joint(Branch):
 
 # -------------------------------------------------------------- losses on scenes that the base model imagines
 class Imagining:
-    """Scenes that the base model draws itself, for random base texts. Two losses are made from them."""
+    """Scenes that the base model draws itself, for random base texts. Two losses are made of them."""
 
     def __init__(self, setup: Setup, config: TrainConfig):
         pipe, toy = setup.pipe, setup.toy
@@ -107,8 +103,7 @@ class Imagining:
         self.texts = Texts(complete, base, setup.data.texts.target[rows], setup.data.texts.null[rows])
         self.x_0 = torch.cat([pipe.sample(base[some], (10_000 + some).tolist(), steps=10)
                               for some in torch.arange(IMAGINED).split(16)])
-        self.word, self.shift = pipe.encode_text([toy.class_word]), pipe.shift
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.shift, self.generator = pipe.shift, torch.Generator().manual_seed(config.seed)
 
     def draw(self, count: int) -> Batch:
         """Random scenes at random times, with random noise."""
@@ -125,22 +120,6 @@ class PriorPreservation(Imagining):
         prior = self.draw(len(batch.t))
         loss_prior = squared_error(thetas.theta(prior.x_t, prior.t, prior.texts.base), prior.v)
         return l_cc(thetas, batch, eta)[0] + eta * loss_prior, {"loss_prior": loss_prior}
-
-
-class ImaginedScenes(Imagining):
-    """Eq. 14 with lambda 1 where the base model draws its own pictures, with the base text anchored.
-
-    No reference picture is used.
-    """
-
-    def __call__(self, thetas: Thetas, batch: Batch, eta: float) -> Loss:
-        scenes = self.draw(len(batch.t))
-        x_t, t, texts = scenes.x_t, scenes.t, scenes.texts
-        with torch.no_grad():
-            v_original = thetas.theta_0(x_t, t, texts.base)
-        v_purecc = v_original + beyond(thetas, scenes, texts.target, self.word[[0] * len(t)])
-        v_complete, v_base = in_one_batch(thetas.theta, x_t, t, texts.complete, texts.base)
-        return squared_error(v_complete, v_purecc) + eta * squared_error(v_base, v_original), {}
 
 
 class EWC(Imagining):
@@ -174,12 +153,6 @@ class EWC(Imagining):
 
 
 # -------------------------------------------------------------- the paper's loss with one part of it replaced
-@torch.no_grad()
-def beyond(thetas: Thetas, batch: Batch, said: Text, known: Text) -> Tensor:
-    """What `said` means to the extractor beyond what `known` means to the base model, [B, C, H, W]."""
-    return thetas.theta_1(batch.x_t, batch.t, said) - thetas.theta_0(batch.x_t, batch.t, known)
-
-
 def released(thetas: Thetas, batch: Batch, eta: float) -> Loss:
     """The paper's loss as its authors' code computes it.
 
@@ -201,9 +174,8 @@ def merged_stages(thetas: Thetas, batch: Batch, eta: float) -> Loss:
 
 
 # ------------------------------------------------------------------------------------------------ the methods
-WAYS = {"": "the base model answers guidance's empty text",
-        "switched off": "the base model answers every text without [V]",
-        "own empty text": "the adapted model answers every text, as in training"}
+WAYS = {"": "as its users draw it (registry.as_sampled)",
+        "own empty text": "the adapted model answers guidance's empty text, too"}
 
 
 @dataclass(frozen=True)
@@ -233,11 +205,11 @@ class Entry(Method):
         return self.loss(setup, config) if self.made_anew else self.loss
 
 
-def as_sampled(thetas: Thetas, way: str) -> tuple[Velocity, dict]:
-    """The velocity that is followed in sampling, and options for Pipeline.sample."""
-    if way == "switched off":
-        return only_with_token(thetas.theta, thetas.theta_0), {}
-    return thetas.theta, {} if way == "own empty text" else {"theta_null": thetas.theta_0}
+def as_sampled(method: Method, thetas: Thetas, way: str = "") -> dict[str, Velocity]:
+    """Who answers which text in one of WAYS: the theta and theta_null of Pipeline.sample."""
+    if way == "own empty text":
+        return {"theta": thetas.theta}
+    return registry.as_sampled(method, thetas.theta, thetas.theta_0)
 
 
 def like(method: Method, **changes) -> Entry:
@@ -249,29 +221,49 @@ def entries(*rows: Entry) -> dict[str, Entry]:
     return {row.name: row for row in rows}
 
 
-RATES = tuple(dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3))
-PAPER_RATES = tuple(rate | dict(extractor_learning_rate=2e-3) for rate in RATES)
-WHOLE_RATES = tuple(dict(learning_rate=rate) for rate in (5e-5, 1e-4, 2e-4))
-TOKEN_RATES = tuple(dict(learning_rate=rate) for rate in (2e-3, 4e-3, 1e-2))
-TOKEN_PAPER_RATES = tuple(rate | dict(extractor_learning_rate=4e-3) for rate in TOKEN_RATES)
-Y_RATES = tuple(dict(embedding_learning_rate=rate) for rate in (0.02, 0.1, 0.5))
-ANCHOR_TRIES = (RATES[1] | dict(eta=1.0), RATES[1] | dict(eta=5.0), RATES[2] | dict(eta=1.0))
-PRIOR_TRIES = tuple(rate | dict(eta=1.0) for rate in WHOLE_RATES)
-EWC_TRIES = tuple(WHOLE_RATES[2] | dict(eta=eta) for eta in (0.1, 1.0, 10.0))
-RELEASED_TRIES = tuple(rate | dict(eta=2.0, extractor_learning_rate=2e-3) for rate in RATES)
+def tried(name: str, *rates: float, ranks: bool = True, **settings) -> tuple[dict, ...]:
+    """Five tries: five rates, or three at rank 4 and the lower two at rank 16."""
+    at_rank_4 = [{name: rate} | settings for rate in rates]
+    return (*at_rank_4, *(try_ | dict(rank=16) for try_ in at_rank_4[:2] if ranks))
+
+
+RATES, TOKEN_RATES = (1e-3, 2e-3, 4e-3), (2e-3, 4e-3, 1e-2)
+WHOLE_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
+OF_LORA, OF_TOKEN = tried("learning_rate", *RATES), tried("learning_rate", *TOKEN_RATES)
+OF_PAPER = tried("learning_rate", *RATES, extractor_learning_rate=2e-3)
+OF_WHOLE = tried("learning_rate", *WHOLE_RATES, ranks=False)
+ANCHOR_TRIES = tuple(dict(learning_rate=rate, eta=eta) | rank for rate, eta, rank in
+                     ((2e-3, 1.0, {}), (2e-3, 5.0, {}), (4e-3, 1.0, {}), (2e-3, 1.0, dict(rank=16)),
+                      (4e-3, 1.0, dict(rank=16))))
+LORA, BOUND = METHODS["lora"], METHODS["bound"]
 TOKEN_BOUND = Entry("token", "bound to the token: L_CC on adapters that act at [V] alone, and Y", l_cc,
-                    where="token", settings=TOKEN_RATES[2], tries=TOKEN_RATES)
+                    where="token", settings=OF_TOKEN[2], tries=OF_TOKEN)
 MAIN = entries(
-    Entry("DreamBooth", "L_CC on every weight of a copy", l_cc, settings=WHOLE_RATES[0], tries=WHOLE_RATES,
+    Entry("DreamBooth", "L_CC on every weight of a copy", l_cc, settings=OF_WHOLE[1], tries=OF_WHOLE,
           whole_model=True),
-    like(METHODS["lora"], tries=RATES, ways=tuple(WAYS)),
+    like(LORA, tries=OF_LORA, ways=tuple(WAYS)),
+    like(METHODS["switched-off"], tries=OF_LORA),
+    like(METHODS["switched-off"], name="switched-off, word kept", tries=OF_LORA, embeddings=False,
+         settings=OF_LORA[3],
+         about="a LoRA without Y, so that the word at [V] stays; switched off for texts without [V]"),
     like(METHODS["anchor"], tries=ANCHOR_TRIES),
-    like(METHODS["embeddings"], tries=Y_RATES),
-    like(METHODS["paper"], tries=PAPER_RATES, ways=("", "own empty text")),
+    like(METHODS["embeddings"], tries=tried("embedding_learning_rate", .02, .1, .5, 1, 2, ranks=False)),
+    like(METHODS["paper"], tries=OF_PAPER),
+    like(METHODS["paper"], name="paper, v_0", loss=untouched_original, tries=OF_PAPER,
+         settings=OF_PAPER[3],
+         about="the paper's loss with v_original from the base model (its Sec. 14)"),
     TOKEN_BOUND,
-    Entry("token paper", "the paper's objective on such adapters", paper, where="token",
-          extractor=TOKEN_BOUND, settings=TOKEN_PAPER_RATES[2], tries=TOKEN_PAPER_RATES),
+    like(BOUND, tries=OF_TOKEN),
+    like(METHODS["bound-half"], tries=OF_TOKEN),
+    like(METHODS["bound-pairs"], tries=tried("learning_rate", *TOKEN_RATES, extractor_learning_rate=2e-3)),
+    like(METHODS["bound-paper"], tries=OF_TOKEN),
+    like(METHODS["switched-off"], name="switched-off, longer", times=LONGER,
+         about="switched-off for as many passes as bound-pairs takes"),
+    like(BOUND, name="bound, longer", times=LONGER, about="bound for as many passes as bound-pairs takes"),
 )
+PRIOR_TRIES = tuple(dict(learning_rate=rate, eta=1.0) for rate in (5e-5, 1e-4, 2e-4))
+EWC_TRIES = tuple(dict(learning_rate=2e-4, eta=eta) for eta in (0.1, 1.0, 10.0))
+RELEASED_TRIES = tuple(dict(learning_rate=rate, eta=2.0, extractor_learning_rate=2e-3) for rate in RATES)
 FURTHER = entries(
     Entry("DreamBooth + prior", "DreamBooth, and L_CC on the base model's own pictures of the class",
           PriorPreservation, settings=PRIOR_TRIES[2], tries=PRIOR_TRIES, whole_model=True, made_anew=True,
@@ -279,27 +271,22 @@ FURTHER = entries(
     Entry("DreamBooth + EWC", "DreamBooth, and weights that matter stay near the base model's", EWC,
           settings=EWC_TRIES[1], tries=EWC_TRIES, whole_model=True, made_anew=True, beside=("DreamBooth",)),
     like(MAIN["paper"], name="released", about="PureCC as its authors' code does it", loss=released,
-         settings=RELEASED_TRIES[0], tries=RELEASED_TRIES, ways=("",), beside=("paper",)),
+         settings=RELEASED_TRIES[0], tries=RELEASED_TRIES, beside=("paper",)),
     Entry("merged stages", "PureCC with an extractor that is trained in the same stage", merged_stages,
-          settings=RATES[0], tries=RATES, joint=True, beside=("paper",)),
-    like(MAIN["token paper"], name="token, imagined scenes", loss=ImaginedScenes, made_anew=True,
-         about="Eq. 14 at lambda 1 on scenes that the base model imagines", settings=TOKEN_PAPER_RATES[0],
-         beside=("token paper",)),
-    like(METHODS["lora"], name="lora, masked", about="lora, and what is outside the concept does not count",
+          settings=OF_LORA[0], tries=OF_LORA[:3], joint=True, beside=("paper",)),
+    like(LORA, name="lora, masked", about="lora, and what is outside the concept does not count",
          masked=True, beside=("lora",)),
-    like(TOKEN_BOUND, name="token, masked", about="token, and what is outside the concept does not count",
-         tries=(), masked=True, beside=("token",)),
-    like(METHODS["lora"], name="lora, twice", about="lora for as many steps as the paper's two stages",
-         times=2, beside=("lora", "paper")),
-    like(TOKEN_BOUND, name="token, twice", about="token for as many steps as two stages", tries=(), times=2,
-         beside=("token", "token paper")),
+    like(BOUND, name="bound, masked", about="bound, and what is outside the concept does not count",
+         masked=True, beside=("bound",)),
+    like(LORA, name="lora, twice", about="lora for as many steps as the paper's two stages", times=2,
+         beside=("lora", "paper")),
 )
 
 
 def ablations(method: Entry) -> list[Entry]:
     """The paper's objective on one kind of adapters, with one part replaced (Tables 3 and 6)."""
     def ablation(name: str, about: str, loss: Callable = paper, **settings) -> Entry:
-        return like(method, name=f"{method.name}, {name}", about=about, loss=loss, tries=(), ways=("",),
+        return like(method, name=f"{method.name}, {name}", about=about, loss=loss, tries=(),
                     settings=method.settings | settings)
     return [*(ablation(f"lambda {value}", f"lambda {value} in place of lambda* (Table 3)",
                        constant_lambda(float(value))) for value in (1, 3, 5)),
@@ -309,17 +296,10 @@ def ablations(method: Entry) -> list[Entry]:
 ABLATIONS = entries(
     *ablations(MAIN["paper"]),
     like(MAIN["paper"], name="not detached", about="the gradient goes through v_original", loss=not_detached,
-         tries=(), ways=("",)),
-    like(MAIN["paper"], name="untouched v_original", loss=untouched_original, tries=(), ways=("",),
-         about="v_original from the base model, in Eq. 10 and Eq. 13"),
-    *ablations(MAIN["token paper"]),
+         tries=()),
+    *ablations(MAIN["bound-paper"]),
 )
-BOUND, LORA = METHODS["bound"], METHODS["lora"]
 PHRASE = entries(
-    like(BOUND, tries=TOKEN_RATES),
-    like(METHODS["bound-paper"]),
-    like(METHODS["bound-half"]),
-    like(METHODS["bound-pairs"]),
     like(METHODS["bound-pairs"], name="bound-pairs, lambda*", loss=pairs_with_lambda,
          about="bound-pairs with lambda* M R, its inner products inside the half"),
     like(BOUND, name="bound, Y added", about="bound, and Y^l is added to the word at [V]", embeddings=True,
@@ -328,13 +308,9 @@ PHRASE = entries(
     like(BOUND, name="bound, values alone", about="bound, with adapters on the values and not on the keys",
          values_alone=True),
     like(TOKEN_BOUND, name="token, word kept", about="adapters at [V] alone, and the word stays", tries=(),
-         embeddings=False, settings=BOUND.settings),
+         embeddings=False),
     like(TOKEN_BOUND, name="token, Y added", about="adapters at [V] alone, and Y^l is added to the word",
-         tries=(), residual=True, settings=BOUND.settings),
-    like(LORA, name="lora, word kept", about="a LoRA without Y: the word at [V] stays", embeddings=False,
-         ways=("", "switched off")),
-    like(LORA, name="lora, switched off", about="a LoRA that is switched off for texts without [V]",
-         ways=("", "switched off")),
+         tries=(), residual=True),
 )
 
 

@@ -3,7 +3,7 @@
     fronts.png     fidelity against each kind of damage; a line is one method's training, mean over concepts
                    and seeds
     curves.png     lambda*, cosine, the norms and the losses of the paper's method, over training and over t
-    first.png      the first concept's sheet as the demo draws it, with a row more, on its typical seed
+    first.png      the first two concepts' sheet, as the demo draws it, on a typical seed
     samples-*.png  what each method draws of a concept, on the seed that is typical for the paper's method:
                    the one with the median similarity
     figure8.png    the pictures to which v_original, v_complete and v_PureCC lead, over training
@@ -11,6 +11,7 @@
 Read next: report.py.
 """
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,11 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
+from purecc_min.benchmark.cells import ALL, CURVE, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
+from purecc_min.benchmark.two import PAIRS, SEEDS, Two
+from purecc_min.branch import velocity_with
 from purecc_min.concept import TOKEN, Batch, Texts, styles_among
-from purecc_min.measure.first_picture import draw_sheet, unseen_texts
+from purecc_min.measure.first_picture import Second, draw_sheet, unseen_texts
 from purecc_min.measure.measures import better, in_words
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
@@ -39,9 +42,8 @@ CURVES = {"lambda": "lambda*", "norm_R_complete": "|R(y_complete, y_base)|", "no
           "cosine": "their cosine", "loss_purecc": "L_PureCC", "loss_cc": "L_CC"}
 SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("neighbour", 0),
          ("plain", 0), ("plain", 1), ("other", 0), ("other", 1))     # pictures in samples.png: group, number
-FIRST = {"lora": ("lora", "own empty text"), "lora, switched off without [V]": ("lora", "switched off"),
-         "PureCC": ("paper", "own empty text"), "bound to the token": ("token", ""),
-         "the same, with PureCC's objective": ("token paper", "")}      # in first.png: title, method, way
+FIRST = {"lora": "LoRA", "switched-off": "LoRA, switched off without [V]", "paper": "PureCC",
+         "bound": "bound to [V]'s phrase"}       # in first.png: method -> title
 FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
 PAGE, INK = "#faf8f3", "#34303c"
 COLOURS = ("#7f8794", "#2e86ab", "#7fc4dd", "#1b4965", "#a8763e", "#d66ba0", "#e4572e", "#f3a683", "#3a9d5d",
@@ -97,9 +99,12 @@ def curves(results: Results, file: Path) -> None:
     plt.close(figure)
 
 
-def typical_seed(results: Results, concept: str) -> int:
-    """The seed with which the paper's method, or without it any, has its median similarity."""
-    runs = [r for r in results if r["concept"] == concept and r["method"] not in ENDS]
+def typical_seed(results: Results, concept: str, seeds: int = 100) -> int:
+    """The seed with which the paper's method, or without it any, has its median similarity.
+
+    seeds: only the first ones count.
+    """
+    runs = [r for r in results if r["concept"] == concept and r["method"] not in ENDS and r["seed"] < seeds]
     runs = [r for r in runs if name_of(r) == "paper"] or runs
     ordered = sorted((final(r)["similarity"], r["seed"]) for r in runs)
     return ordered[len(ordered) // 2][1]
@@ -139,19 +144,35 @@ def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
     sheet(rows, [(1, [texts[group][n] for group, n in shown])], side=112).save(file)
 
 
-def first_picture(results: Results, concept: str, folder: Path, file: Path) -> None:
-    """What the methods of FIRST draw on the concept's typical seed, and a sentence on each."""
-    pipe, toy, seed = set_up(concept).pipe, CONCEPTS[concept], typical_seed(results, concept)
-    own = [r for r in results if r["concept"] == concept]
-    original = next(final(r) for r in own if r["method"] == "nothing")
-    drawn, sentences = {}, []
-    for title, (method, way) in FIRST.items():
-        found = [r for r in own if (r["method"], r["way"], r["seed"]) == (method, way, seed)]
-        for result in found:
-            theta, options = as_sampled(Thetas(pipe.velocity, None, learned(Cell.of(result), folder)), way)
-            drawn[title] = {"theta": theta, **options}
-            sentences.append(in_words(title, final(result), original))
-    draw_sheet(pipe, toy.references(), drawn, unseen_texts(toy.class_word), file, sentences)
+def first_picture(results: Results, folder: Path, file: Path) -> None:
+    """What the methods of FIRST draw of the first of PAIRS, on a typical seed, and a sentence on each.
+
+    The seed is typical for the first concept. It is one of those on which pairs were drawn.
+    """
+    names = PAIRS[0]
+    pipe, toy, seed = set_up(names[0]).pipe, CONCEPTS[names[0]], typical_seed(results, names[0], SEEDS)
+    own = [row for row in results if row["concept"] == names[0] and row["way"] == ""]
+    original = next(final(row) for row in own if row["method"] == "nothing")
+    drawn, drawn_two, sentences = {}, {}, []
+    for method, title in FIRST.items():
+        first, second = (learned(Cell(name, method, seed), folder) for name in names)
+        for rows, theta in ((drawn, first), (drawn_two, partial(velocity_with, [first, second]))):
+            rows[title] = as_sampled(ALL[method], Thetas(pipe.velocity, None, theta))
+        values = next(final(row) for row in own if (row["method"], row["seed"]) == (method, seed))
+        sentences.append(in_words(title, values, original))
+    draw_sheet(pipe, toy.references(), drawn, unseen_texts(toy.class_word), file, sentences,
+               Second(CONCEPTS[names[1]].references(), drawn_two))
+
+
+def strips(pairs: list[Two], folder: Path, file: Path) -> None:
+    """Two learned concepts in one text: a row for each method, of each pair on the first seed."""
+    rows = []
+    for pair in pairs:
+        drawn = (folder / pair.file).with_suffix(".png")
+        if pair.seed == 0 and drawn.exists():
+            pictures = np.split(np.asarray(Image.open(drawn)), 12, axis=1)
+            rows.append((f"{' and '.join(pair.names)}: {pair.method}".replace("_", " "), pictures))
+    sheet(rows, [], side=64).save(file)
 
 
 def scene_unseen(setup: Setup) -> Texts:

@@ -2,38 +2,50 @@
 
     PART/results.json, results.csv      every measure of every snapshot of every cell
     PART/table.md                       the tables that the command prints
-    main/*.png, further/fronts.png      figures.py says what they show
+    main/*.png                          figures.py says what they show
+    main/two.json                       two learned concepts in one text (two.py)
 
-Read next: README.md, the report on the shipped results.
+Read next: page.py.
 """
 
 import csv
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from purecc_min.benchmark.cells import Cell
 from purecc_min.benchmark.claims import claims_table
-from purecc_min.benchmark.figures import curves, figure_8, first_picture, fronts, samples, typical_seed
-from purecc_min.benchmark.plans import plan
+from purecc_min.benchmark.figures import (
+    curves,
+    figure_8,
+    first_picture,
+    fronts,
+    samples,
+    strips,
+    typical_seed,
+)
 from purecc_min.benchmark.tables import (
     Results,
     add_fidelity,
     equal_fidelity,
     front,
+    further_table,
     grouped,
     measures_table,
     methods_tables,
     name_of,
     rows_of,
-    stopped_early,
     terms_table,
     tuning_table,
-    variants_tables,
 )
+from purecc_min.benchmark.two import Two, two_table
 from purecc_min.measure.measures import MEASURES
 from tinyflow.files import write_whole
+
+# at equal fidelity: a method, and what it is compared with
+COMPARED = (("bound", "switched-off"), ("bound-half", "bound"), ("bound-paper", "bound"), ("bound", "token"),
+            ("paper", "lora"), ("paper, v_0", "anchor"), ("anchor", "lora"))
+ON_EARLIER = ("further", "claims", "factors")    # parts
 
 
 def write_data(results: Results, part: str, folder: Path) -> None:
@@ -57,30 +69,34 @@ def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
     return rows
 
 
-def draw_figures(results: Results, folder: Path, shipped: bool) -> None:
+def draw_figures(results: Results, pairs: list[Two], folder: Path, shipped: bool) -> None:
     """The pictures that need what the cells of this folder have left."""
     out = folder / "main"
-    concept, steps = results[0]["concept"], results[0]["steps"]
     for name in dict.fromkeys(result["concept"] for result in results):
         samples(results, folder, out / f"samples-{name}.png", name)
     if shipped:
         return
     curves(results, out / "curves.png")
-    first_picture(results, concept, folder, out / "first.png")
-    typical = Cell(concept, "paper", typical_seed(results, concept), steps=steps)
+    concept = results[0]["concept"]
+    typical = Cell(concept, "paper", typical_seed(results, concept), steps=results[0]["steps"])
     figure_8(typical, folder, out / "figure8.png")
+    if pairs:
+        first_picture(results, folder, out / "first.png")
+        strips(pairs, folder, out / "two.png")
 
 
 def main_text(results: Results) -> str:
     """The main part's tables."""
-    with_stopped = results + stopped_early(results)
-    return "\n\n".join([by_method(with_stopped),
-                        *(equal_fidelity(results, reference) for reference in ("lora", "token")),
-                        terms_table(results), measures_table(with_stopped)])
+    return "\n\n".join([by_method(results), equal_fidelity(results, COMPARED), terms_table(results),
+                        measures_table(results)])
 
 
 def by_method(results: Results) -> str:
     return methods_tables({(title,): group for title, group in grouped(results).items()})
+
+
+def further_text(results: Results) -> str:
+    return f"{by_method(results)}\n\n{further_table(results)}"
 
 
 def by_concept(results: Results) -> str:
@@ -97,36 +113,36 @@ def by_concept(results: Results) -> str:
 
 
 def phrase_text(results: Results) -> str:
-    """The phrase taken apart: means over the individuals, then each alone, then fronts at equal fidelity."""
-    results = [row for row in results if row["way"] != "switched off"]       # with [V] it draws the same
+    """The phrase taken apart: means over the individuals, then each alone, then a front at equal fidelity."""
     braced = {(f"{title}, braces",): group for title, group in
               grouped([row for row in results if "braces" in row["concept"]]).items() if title == "bound"}
     plain = [row for row in results if "braces" not in row["concept"]]
     texts = [methods_tables({(title,): group for title, group in grouped(plain).items()} | braced)]
     for concept in dict.fromkeys(row["concept"] for row in plain):
         texts.append(f"{concept}\n\n{by_method([row for row in plain if row['concept'] == concept])}")
-    ends = [row for row in plain if row["on_the_way"]]
-    return "\n\n".join([*texts, equal_fidelity(ends, "bound")])
+    return "\n\n".join([*texts, equal_fidelity(plain, [("bound-paper", "bound")])])
 
 
-def report(part: str, cells: list[Cell], folder: Path, shipped: bool = False) -> str:
+def report(part: str, cells: list[Cell], pairs: list[Two], folder: Path, shipped: bool = False) -> str:
     """Writes a part's tables, data and pictures into folder/part; returns the tables.
 
     Args:
         shipped: whether results that came with this repository fill the gaps. Their pictures are not there.
     """
-    results = gather(cells, folder, shipped)
+    results, out = gather(cells, folder, shipped), folder / part
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "further": by_method,
+    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "further": further_text,
               "phrase": phrase_text}
     text = tables.get(part, by_concept)(results)
-    if part == "further":
-        main = [replace(cell, steps=cells[0].steps) for cell in plan("main")]
-        text += "\n\n" + variants_tables(results + gather(main, folder, shipped=True))
-    write_whole(folder / part / "table.md", (text + "\n").encode())
-    if part in ("main", "further"):
-        fronts(results, folder / part / "fronts.png")
+    if part in ON_EARLIER:
+        text = f"Measured on earlier concepts, chosen by hand, which trials have looked at.\n\n{text}"
+    if pairs:
+        rows = [pair.result(folder, shipped) for pair in pairs]
+        text += f"\n\n{two_table(rows)}"
+        write_whole(out / "two.json", json.dumps(rows).encode())
+    write_whole(out / "table.md", (text + "\n").encode())
     if part == "main":
-        draw_figures(results, folder, shipped)
-    left = ", ".join(sorted(file.name for file in (folder / part).iterdir()))
-    return f"{text}\n\n{folder / part} holds {left}"
+        fronts(results, out / "fronts.png")
+        draw_figures(results, pairs, folder, shipped)
+    left = ", ".join(sorted(file.name for file in out.iterdir()))
+    return f"{text}\n\n{out} holds {left}"

@@ -7,6 +7,8 @@ settings, on the tuning concepts alone, and is used for nothing else: it is the 
 and of what was preserved. Read next: claims.py.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from purecc_min.benchmark.cells import ALL, STEPS, Cell
@@ -134,15 +136,6 @@ def pairs_at_equal_fidelity(results: Results, method: str, reference: str) -> li
     return pairs
 
 
-def stopped_early(results: Results) -> Results:
-    """lora where it first is as similar to the references as the paper's method at its end.
-
-    Where it never is, it is taken at its own end.
-    """
-    pairs = pairs_at_equal_fidelity(results, "lora", "paper")
-    return [{**run, "changes": {"stopped": "early"}, "snapshots": {"0": values}} for run, values, _ in pairs]
-
-
 # ----------------------------------------------------------------------------------------------------- tables
 def plus_minus(name: str, values: list[float], signed: bool = False) -> str:
     """The mean of a measure's values with its interval. signed: they are differences, so "+" is shown."""
@@ -203,6 +196,11 @@ def passes_of(group: Results) -> str:
     return f"{forward:.3g} + {backward:.3g}"
 
 
+def trained_of(group: Results) -> str:
+    """How many numbers are trained for what is kept."""
+    return f"{group[0]['trained']:,}" if "trained" in group[0] else ""
+
+
 def budget(group: Results) -> str:
     """A mark for rows that were not trained for as many steps as the benchmark's."""
     run = group[0]
@@ -223,52 +221,45 @@ def methods_tables(groups: dict[tuple[str, ...], Results], first: tuple[str, ...
         rows = [[*row[:-1], row[-1] + budget(group), *(entry(group, name) for name in names)]
                 for row, group in groups.items()]
         if not texts:                            # the first one also tells what a row costs
-            header, rows = [*header, "passes"], [[*row, passes_of(group)]
-                                                 for row, group in zip(rows, groups.values())]
+            header = [*header, "trained", "passes"]
+            rows = [[*row, trained_of(group), passes_of(group)] for row, group in zip(rows, groups.values())]
         texts.append(f"{title}\n\n{markdown(header, rows, len(first))}")
     return "\n\n".join(texts)
 
 
-def equal_fidelity(results: Results, reference: str = "paper") -> str:
-    """Every method's measures minus the reference's, at equal fidelity.
+def equal_fidelity(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
+    """For each (method, reference): the method's measures minus the reference's, at equal fidelity.
 
-    They are means over concepts, with intervals over seeds.
+    They are means over concepts, with intervals over seeds. A pair without common runs is left out.
     """
     names, rows = (*DAMAGES, "retention, held out", "text kept", "mask IoU", "composition"), []
-    for title in grouped([r for r in results if r["method"] in ALL and name_of(r) != reference]):
-        pairs, cells = pairs_at_equal_fidelity(results, title, reference), []
-        for name in names:
-            differences = [(run["seed"], own[name] - other[name]) for run, own, other in pairs if name in own]
+    for method, reference in pairs:
+        read, cells = pairs_at_equal_fidelity(results, method, reference), []
+        for name in names if read else ():
+            differences = [(run["seed"], own[name] - other[name]) for run, own, other in read
+                           if name in own and name in other]
             cells.append(plus_minus(name, mean_by_seed(differences), signed=True) if differences else "")
-        level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in pairs]))
-        rows.append([title, f"{level:.2f}", *cells])
-    return markdown([f"method minus {reference}", "at fidelity", *names], rows, first=2)
+        if read:
+            level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in read]))
+            rows.append([f"{method} minus {reference}", f"{level:.2f}", *cells])
+    shown = [n for n, column in enumerate(zip(*rows)) if any(column)]    # no front has the other forms
+    header = ["at equal fidelity", "of", *names]
+    return markdown([header[n] for n in shown], [[row[n] for n in shown] for row in rows], first=2)
 
 
-def variants_tables(results: Results) -> str:
-    """What each further method has more or less of than those it stands beside, in two tables.
+def further_table(results: Results) -> str:
+    """What each further method has more or less of than those it is compared with, at the end of training.
 
-    One is at the end of training, the other at equal fidelity. A place is empty where cells are missing.
+    A place is empty where cells are missing.
     """
-    names = ("sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak", "neighbour leak",
-             "path KL")
-    at_the_end, at_equal_fidelity = [], []
-
-    def shown(name: str, values: list[float]) -> str:
-        return plus_minus(name, values, signed=True) if values else ""
-
+    names, rows = ("fidelity", "sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak",
+                   "neighbour leak", "path KL"), []
     for title, method in FURTHER.items():
         for other in method.beside:
-            first = f"{title} minus {other}"
-            ends = [shown(name, difference(results, title, other, name)) for name in ("fidelity", *names)]
-            at_the_end.append([first, *ends])
-            pairs = pairs_at_equal_fidelity(results, title, other)
-            equals = [shown(name, mean_by_seed([(run["seed"], own[name] - others[name])
-                                                for run, own, others in pairs if name in own]))
-                      for name in names]
-            at_equal_fidelity.append([first, *equals])
-    return "\n\n".join([markdown(["at the end", "fidelity", *names], at_the_end),
-                        markdown(["at equal fidelity", *names], at_equal_fidelity)])
+            values = [difference(results, title, other, name) for name in names]
+            rows.append([f"{title} minus {other}", *(plus_minus(name, own, signed=True) if own else ""
+                                                     for name, own in zip(names, values))])
+    return markdown(["at the end", *names], rows)
 
 
 def terms_table(results: Results) -> str:
@@ -290,7 +281,7 @@ def terms_table(results: Results) -> str:
 
 def tuning_table(results: Results) -> str:
     """The score of every try on each tuning concept."""
-    groups, rows = grouped([r for r in results if r["method"] not in ENDS]), []
+    groups, rows = grouped([r for r in results if r["method"] not in ENDS and r["way"] == ""]), []
     for name, group in groups.items():
         scores = [score(final(result)) for result in group]
         rows.append([name, *(f"{value:.3f}" for value in (*scores, np.mean(scores)))])

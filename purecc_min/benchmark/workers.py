@@ -13,7 +13,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -28,9 +28,13 @@ from purecc_min.benchmark.cells import (
     theta_1_cell,
     train_cell,
 )
+from purecc_min.benchmark.entries import as_sampled
+from purecc_min.benchmark.two import SCENES, Two, run_two
 from purecc_min.branch import Branch
 from purecc_min.measure.draw import FEW_STEPS, count_pictures, draw
+from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
+from purecc_min.registry import is_held
 from tinyflow.errors import InputError
 
 
@@ -51,27 +55,45 @@ def start_worker() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
-def time_cell(cell: Cell, steps: int = 6) -> float:
-    """Seconds that a cell will take, from a few of its steps and one group of pictures."""
-    setup, method = set_up(cell.concept), ALL[cell.method]
-    Y, theta_1 = torch.zeros(setup.pipe.mmdit.config.depth, setup.pipe.mmdit.config.width), None
-    if method.extractor:
-        theta_1 = Branch.fresh(setup.pipe, Y if method.extractor.embeddings else None, 4,
-                               where=method.extractor.where).requires_grad_(False)
-    asked = len(CURVE) * len(TIMES) if method.has_theta_1 else 0     # so often the terms are asked for
+class Pace(NamedTuple):
+    """How fast a method is on this machine, in seconds."""
+    concept: float                               # to set a concept up
+    step: float                                  # of training
+    picture: float
+
+
+def pace_of(cell: Cell, steps: int = 6) -> Pace:
+    """From a few of a cell's steps and one group of pictures."""
+    begun = time.perf_counter()
+    setup, method, theta_1 = set_up(cell.concept), ALL[cell.method], None
+    concept = time.perf_counter() - begun
+    if teacher := method.extractor:
+        Y = torch.zeros(setup.pipe.mmdit.config.depth, setup.pipe.mmdit.config.width)
+        theta_1 = Branch.fresh(setup.pipe, Y if teacher.embeddings else None, cell.config().rank,
+                               where=teacher.where).requires_grad_(False)
     trained = train_cell(cell, theta_1)
     _, thetas, _ = next(trained)                 # the first step pays for what is made once
     begun = time.perf_counter()
     done = sum(1 for _ in itertools.islice(trained, steps))
-    per_step = (time.perf_counter() - begun) / max(1, done)
+    step = (time.perf_counter() - begun) / max(1, done)
 
     texts = [prompt.complete for prompt in setup.toy.prompts()["unsaid"]]
     begun = time.perf_counter()
-    draw(setup.pipe, thetas.theta, texts, setup.toy.class_word, steps=FEW_STEPS)
-    per_picture = (time.perf_counter() - begun) / len(texts)
-    drawings = len(cell.snapshots) + ("own empty text" in method.ways)
-    pictures = count_pictures(setup.toy, forms=True) + 12    # 12 pictures' time for the velocities
-    return per_step * (cell.config().steps + asked) + per_picture * pictures * drawings
+    draw(setup.pipe, texts=texts, class_word=setup.toy.class_word, steps=FEW_STEPS,
+         **as_sampled(method, thetas))
+    return Pace(concept, step, (time.perf_counter() - begun) / len(texts))
+
+
+def seconds_of(work: Cell | Two, pace: Pace) -> float:
+    """How long a cell takes without its extractor, or a pair."""
+    if isinstance(work, Two):
+        return 3 * SCENES * pace.picture         # each concept alone, and both
+    toy, method = CONCEPTS[work.concept], ALL[work.method]
+    again = -36 if is_held(method) else 12        # pictures that are not drawn again; or the velocities' time
+    on_the_way = (len(work.snapshots) - 1) * (count_pictures(toy) + again)
+    at_the_end = len(method.ways) * (count_pictures(toy, forms=True) + again)
+    asked = len(CURVE) * len(TIMES) if method.has_theta_1 and not method.imagines else 0    # for the terms
+    return pace.step * (work.config().steps + asked / 2) + pace.picture * (on_the_way + at_the_end)
 
 
 @contextlib.contextmanager
@@ -92,11 +114,11 @@ def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def finish(pool: ProcessPoolExecutor, title: str, work: Callable, cells: list[Cell], folder: Path) -> list:
+def finish(pool: ProcessPoolExecutor, title: str, work: Callable, cells: list, folder: Path) -> list:
     """work(cell, folder) for each cell, behind a progress bar; the results in the order of the cells."""
     futures = [pool.submit(work, cell, folder) for cell in cells]
     waiting = set(futures)
-    with tqdm(total=len(futures), desc=f"{title:24s}", unit="cell") as bar:
+    with tqdm(total=len(futures), desc=f"{title:24s}", unit="cell", disable=not futures) as bar:
         while waiting:                           # a cell may take minutes; the clock goes on meanwhile
             done, waiting = wait(waiting, timeout=10, return_when=FIRST_COMPLETED)
             for future in done:
@@ -106,28 +128,41 @@ def finish(pool: ProcessPoolExecutor, title: str, work: Callable, cells: list[Ce
     return [future.result() for future in futures]
 
 
-def leave_extractors(pool: ProcessPoolExecutor, cells: list[Cell], folder: Path) -> None:
-    """Trains every extractor once, before several cells take it."""
-    extractors = set(map(theta_1_cell, cells)) - {None}
-    finish(pool, "extractors", learned_file, list(extractors), folder)
+def extractors_of(cells: list[Cell]) -> list[Cell]:
+    """Every extractor that these cells take, once."""
+    return list({theta_1_cell(cell) for cell in cells} - {None})
 
 
-def run(cells: list[Cell], folder: Path, workers: int, shipped: bool = False) -> None:
+def run(work: list[Cell | Two], folder: Path, workers: int, shipped: bool = False) -> None:
     """Runs what is not done yet, after saying how long that will take.
 
     Args:
-        shipped: whether a cell of which a result came with this repository counts as done.
+        shipped: whether what came with this repository counts as done.
     """
-    waiting = [cell for cell in cells if cell.result(folder, shipped) is None]
+    waiting = [one for one in work if one.result(folder, shipped) is None]
     if not waiting:
         return
+    cells, pairs = ([one for one in waiting if isinstance(one, kind)] for kind in (Cell, Two))
+    extractors = extractors_of(cells)
     with pool_of(workers) as pool:
-        kinds = {cell.method: cell for cell in waiting if cell.method in ALL}    # one of each
-        print(f"{len(waiting)} of {len(cells)} cells to do; timing a few steps of each method ...",
-              flush=True)
-        seconds = dict(zip(kinds, pool.map(time_cell, kinds.values())))
-        total = sum(seconds.get(cell.method, 0.0) for cell in waiting) / workers
-        total += seconds.get("paper", 0.0)       # one is trained again for the pictures (figures.py)
-        print(f"about {total / 60:.0f} min on {workers} worker{'s' * (workers > 1)}", flush=True)
-        leave_extractors(pool, waiting, folder)
-        finish(pool, "cells", run_cell, waiting, folder)
+        print(f"{len(waiting)} of {len(work)} cells to do; timing a few steps of each method ...", flush=True)
+        print(f"about {estimate(pool, cells, extractors, pairs) / 60 / workers:.0f} min on {workers} "
+              f"worker{'s' * (workers > 1)}", flush=True)
+        finish(pool, "extractors", learned_file, extractors, folder)
+        finish(pool, "cells", run_cell, cells, folder)
+        finish(pool, "two in one text", run_two, pairs, folder)
+
+
+def estimate(pool: ProcessPoolExecutor, cells: list[Cell], extractors: list[Cell], pairs: list[Two]) -> float:
+    """Seconds that all this takes one worker."""
+    learning = [one for one in (*cells, *extractors, *itertools.chain(*(pair.cells for pair in pairs)))
+                if one.method in ALL]
+    kinds = {cell.method: cell for cell in learning}                     # one of each
+    paces = dict(zip(kinds, pool.map(pace_of, kinds.values())))
+    concepts = {cell.concept for cell in (*cells, *learning)}
+    setting_up = max([pace.concept for pace in paces.values()], default=0.0) * len(concepts)
+    return (setting_up + sum(seconds_of(one, paces[one.method]) for one in (*cells, *pairs)
+                             if one.method in ALL)
+            + sum(paces[cell.method].step * cell.config().steps for cell in extractors))
+
+

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from purecc_min import __version__
 from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for, usable_device
-from purecc_min.commands.demo import LEARNED, demo
+from purecc_min.commands.demo import ROWS, demo
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.learn import learn_folder
 from purecc_min.commands.memory import memory_table
@@ -24,7 +24,7 @@ TINY, PUBLIC = BASE_MODELS["tiny"], BASE_MODELS["sd3.5-medium"]
 # ----------------------------------------------------------------------------------------------- the commands
 def demo_command(options: argparse.Namespace) -> None:
     pipe = open_base_model("tiny", None, None, TINY.size, usable_device(options.device))
-    demo(pipe, {name: training_config(options, training_for("tiny", name)) for name in LEARNED}, options.out)
+    demo(pipe, {name: training_config(options, training_for("tiny", name)) for name in ROWS}, options.out)
 
 
 def learn_command(options: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
     add("--steps", positive, "steps of each stage; more: closer to the references, and more damage")
     add("--batch", number(int, 1, 1024), "pictures a step")
-    add("--rank", number(int, 1, 1024), "rank of the adapters")
+    add("--rank", number(int, 1, 1024), "rank of the adapters", "the method's own")
     add("--learning-rate", number(float, 0, 10), "of the adapters", "the method's own")
     add("--embedding-learning-rate", number(float, 0, 10), "of the embeddings Y", "the method's own")
     add("--eta", number(float, 0, 1000), "weight of what a method adds to L_CC: L_PureCC in Eq. 15, the "

@@ -36,6 +36,7 @@ from tinyflow.picturebook.world import Scene
 from tinyflow.pipeline import Pipeline, Velocity, to_pictures, to_pixels
 
 PLAIN = 12                                       # pictures in the group of that name
+UNNAMED = ("plain", "other")                     # the groups whose texts are without [V]
 FEW_STEPS = 8                                    # the base model draws as it is told as often as with 28
 AT_ONCE = 6                                      # with guidance these are 12 samples, which fit a CPU's cache
 LAYOUT = ("size", "place", "background")         # what a concept leaves as it is
@@ -79,6 +80,8 @@ def draw_groups(pipe: Pipeline, theta: Velocity | None, toy: Toy, bar: tqdm | No
     for group, rows in texts.items():
         if group not in drawn:
             drawn[group] = draw(pipe, theta, rows, toy.class_word, bar, **options)
+        elif bar is not None:
+            bar.update(len(rows))
     return drawn | {"plain": drawn.get("plain", drawn["concept"][:PLAIN])}      # the original drew them there
 
 

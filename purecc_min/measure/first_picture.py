@@ -1,30 +1,38 @@
 """The picture that a newcomer sees: what several methods draw for the same texts, from the same noise.
 
-In one column [V] stands beside another thing of its class. There nobody can hide: adapters that act
-everywhere, and those that are switched off for texts without [V], change both. Read next: measures.py.
+New scenes with [V]; [V] beside a plain thing of its class, named first and named second; two learned concepts
+in one text; and two texts without [V]. Where [V] stands beside a plain thing nobody can hide: adapters that
+act everywhere, and those that are switched off for texts without [V], change both. Read next: measures.py.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from purecc_min.concept import TOKEN, ConceptSet, base_text
+from purecc_min.concept import TOKEN, ConceptSet, base_text, styles_among
 from purecc_min.measure.draw import draw
 from purecc_min.measure.toy import STYLE_WORD
 from tinyflow.files import write_picture
 from tinyflow.picturebook.sheet import sheet
 from tinyflow.pipeline import Pipeline, Velocity, to_pictures
 
-# Places and backgrounds that the references never show; one more beside another of its class; without [V].
-UNSEEN = ["a small {} on the left in the snow", "a big {} on the right in the meadow",
-          "a small {} in the middle at night", "a big {} on the left and a small {} on the right in the snow",
-          "a big {} on the left in the snow", "a big purple cat on the right on the beach",
-          "a small red house in the middle in the room"]
-WITH_TOKEN = 4                                   # of these texts, the first ones
+UNSEEN = ["a small {} on the left at night", "a big {} on the right in the meadow",
+          "a big {} on the left and a small {} on the right in the room",
+          "a small {1} on the left and a big {0} on the right in the meadow",
+          "a big {} on the left in the room", "a big purple cat on the right on the beach"]
 STYLE = ["{} small ball on the left in the snow", "{} big tree on the right in the meadow",
          "{} small robot in the middle at night", "{} big star on the left on the beach",
-         "a big tree on the left in the snow", "a big purple cat on the right on the beach",
-         "a small red house in the middle in the room"]
+         "a big tree on the left in the snow", "a big purple cat on the right on the beach"]
+WITH_TOKEN = 4                                   # of these texts, the first ones
+TWO = "a small [V1] {} on the left and a big [V2] {} on the right at night"
+Who = dict[str, dict[str, Velocity]]             # a row's name -> who answers which text (as_sampled)
+
+
+class Second(NamedTuple):
+    """A second concept, which stands beside the first one in one more column."""
+    concept: ConceptSet
+    drawn: Who                                   # with the adapters of both
 
 
 def unseen_texts(class_word: str) -> list[str]:
@@ -35,17 +43,29 @@ def unseen_texts(class_word: str) -> list[str]:
     return named + [text.format(class_word) for text in UNSEEN[WITH_TOKEN:]]
 
 
-def draw_sheet(pipe: Pipeline, concept: ConceptSet, drawn: dict[str, dict[str, Velocity]], texts: list[str],
-               path: Path, notes: list[str] = ()) -> None:
+def draw_sheet(pipe: Pipeline, concept: ConceptSet, drawn: Who, texts: list[str], path: Path,
+               notes: list[str] = (), second: Second | None = None) -> None:
     """Rows: references, the original model with the base texts, each method with the complete ones. Below
     them, the notes.
-
-    drawn: name -> who answers which text (registry.as_sampled).
     """
-    def pictures(texts: list[str], theta: Velocity | None = None, **options) -> list[np.ndarray]:
-        return list(to_pictures(draw(pipe, theta, texts, concept.class_word, **options)))
+    references = [r.picture for r in concept.references][:len(texts)]
+    both, two = {}, []
+    if second:
+        both = {"[V1]": concept.class_word, "[V2]": second.concept.class_word}
+        two = [TWO.format(*both.values())]
+        references[WITH_TOKEN:] = [second.concept.references[0].picture]     # below the text that names it
 
-    rows = [("references", [r.picture for r in concept.references][:len(texts)]),
-            ("original model, base text", pictures([base_text(text) for text in texts]))]
-    rows += [(name, pictures(texts, **who)) for name, who in drawn.items()]
-    write_picture(path, sheet(rows, [(1, texts)], min(256, max(128, pipe.picture_size)), notes))
+    def pictures(one: list[str], two: list[str], of_one: dict, of_two: dict) -> list[np.ndarray]:
+        drawn = list(to_pictures(draw(pipe, texts=one, class_word=concept.class_word, **of_one)))
+        if two:
+            text = pipe.encode_text(two, both, styles_among(both))
+            drawn.insert(WITH_TOKEN, to_pictures(pipe.decode(pipe.sample(text, [0], **of_two)))[0])
+        return drawn
+
+    plain = [text.replace("[V1] ", "").replace("[V2] ", "") for text in two]
+    rows = [("references", references),
+            ("original model", pictures([base_text(text) for text in texts], plain, {"theta": None}, {}))]
+    rows += [(name, pictures(texts, two, who, second.drawn[name] if second else {}))
+             for name, who in drawn.items()]
+    headings = texts[:WITH_TOKEN] + two + texts[WITH_TOKEN:]
+    write_picture(path, sheet(rows, [(1, headings)], min(256, max(128, pipe.picture_size)), notes))

@@ -331,11 +331,14 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def in_words(name: str, values: dict[str, float], original: dict[str, float]) -> str:
-    """One sentence on what a method learned and what it cost. original: the values of the original model."""
-    learned = f"{values['similarity']:.2f} alike to the references (the original model's: " \
-              f"{original['similarity']:.2f})"
+    """What a method learned and what it cost, in words. original: the values of the original model."""
+    said = (f"{name}: pictures with [V] are {values['similarity']:.2f} alike to the references (the original "
+            f"model's: {original['similarity']:.2f})")
     if max(values["class drift"], values["drift"]) < 1e-4:       # last bits depend on the number of threads
-        return f"{name}: pictures with [V] are {learned}, and texts without [V] are drawn as they were."
-    return (f"{name}: pictures with [V] are {learned}. Without [V], pictures of the class changed by "
-            f"{100 * values['class drift']:.0f} % of the full range, and of other things by "
-            f"{100 * values['drift']:.0f} %.")
+        said += ", and texts without [V] are drawn as they were."
+    else:
+        said += (f". Without [V], pictures of the class change by {100 * values['class drift']:.0f} % of the "
+                 f"full range, and of other things by {100 * values['drift']:.0f} %.")
+    if "neighbour leak" in values:
+        said += f" A plain thing beside [V] takes on {100 * values['neighbour leak']:.0f} % of its traits."
+    return said

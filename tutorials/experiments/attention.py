@@ -17,7 +17,7 @@ first thing or the only one, its half reads the noun as well, and each of the tw
 Y is a key for all. Of two things, the word at [V] gets over ten times as much from one half as from the
 other; Y gets nearly the same from both, 1.2 to 1.4 %. It moves the neighbour's half by 29 and 27 %, [V]'s own
 by 24 and 30. The same adapters without Y move the right half by 0.4 % where [V] is the second. Bound to the
-phrase, the concept moves the neighbour's half by 5 and 6 %, its own by 38 and 49. Read next: pairs.py.
+phrase, the concept moves the neighbour's half by 5 and 6 %, its own by 38 and 49.
 """
 
 from dataclasses import replace

@@ -12,7 +12,7 @@ TIMES and on the same noise:
     grad L_CC, L_PureCC     norms and cosine, on what is trained, with the paper's L_PureCC and its extractor
     share of the loss       L_PureCC / (L_CC + L_PureCC)
 
-Read next: pairs.py.
+Read next: attention.py.
 """
 
 import os
@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from purecc_min.benchmark.cells import Cell, learn_theta_1, set_up, train_cell
+from purecc_min.benchmark.cells import Cell, learn_theta_1, learned_file, set_up, train_cell
 from purecc_min.benchmark.tables import markdown, mean_and_interval
-from purecc_min.benchmark.workers import finish, leave_extractors, pool_of
+from purecc_min.benchmark.workers import extractors_of, finish, pool_of
 from purecc_min.branch import Branch
 from purecc_min.concept import EncodedConcept, noised
 from purecc_min.measure.velocities import TIMES
@@ -35,7 +35,7 @@ from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
 
 CONCEPT, SEEDS = "striped_cat", 3
-STUDIED = ("lora", "paper", "not detached", "untouched v_original", "anchor", "embeddings")
+STUDIED = ("lora", "paper", "not detached", "paper, v_0", "anchor", "embeddings")
 
 
 def gradient(loss: Tensor, theta: Branch) -> Tensor:
@@ -75,7 +75,7 @@ def mechanism(folder: Path, workers: int) -> str:
     """Means over seeds with their 95 % interval; leaves mechanism/table.md."""
     cells = [Cell(CONCEPT, method, seed) for seed in range(SEEDS) for method in STUDIED]
     with pool_of(workers) as pool:
-        leave_extractors(pool, cells, folder)
+        finish(pool, "extractors", learned_file, extractors_of(cells), folder)
         found, rows = finish(pool, "cells", study, cells, folder), []
     for method in STUDIED:
         own = [values for cell, values in zip(cells, found) if cell.method == method]

@@ -79,10 +79,11 @@ from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, exp
 
 print("tuning concepts  ", ", ".join(TUNING))
 print("held-out concepts", ", ".join(HELD_OUT))
-print("tries of each method in MAIN:", {len(method.tries) for method in MAIN.values()})
+tries = {len(method.tries) for method in MAIN.values() if method.times == 1}
+print("tries of each method in MAIN:", tries)
 for part, seeds in SEEDS.items():
     print(f"part {part:8s} {len(set(plan(part))):4d} cells, training seeds: {seeds}")
-assert not set(TUNING) & set(HELD_OUT) and all(len(method.tries) == 3 for method in MAIN.values())
+assert not set(TUNING) & set(HELD_OUT) and tries == {5}
 
 # %% [markdown]
 # A **cell** is the benchmark's unit: one method, one concept, one training seed, trained and measured. A
@@ -92,7 +93,7 @@ assert not set(TUNING) & set(HELD_OUT) and all(len(method.tries) == 3 for method
 #   idea --> tries on TUNING concepts --> ONE setting --> cells on HELD-OUT concepts --> table --> verdict
 #                |         ^                                     |
 #                '-- look -'                                     '-- look ONCE
-#                 3 times, for every method
+#                 5 times, for every method
 # ```
 #
 # ## 1 · What is looked at once
@@ -198,7 +199,7 @@ assert abs((many > few).float().mean() - 30 / 33) < 0.01
 # %% [markdown]
 # The last number is $30/33$: all 33 scores are alike, and 30 of them belong to B. Three rules follow.
 #
-# * **The same number of tries for every method**, yours included. Here it is three (`tries` in `entries.py`);
+# * **The same number of tries for every method**, yours included. Here it is five (`tries` in `entries.py`);
 # the last tries of a method that you love are tries, too.
 # * **A tuning score chooses, and is then thrown away.** No table of results contains it.
 # * **Held-out concepts are looked at once.** Whoever looks, changes something, and looks again has a second
@@ -472,9 +473,9 @@ def run_small(cell):
     theta_1 = learn_theta_1(cell, KEPT_HERE)     # the frozen extractor, for the methods that want one
     for step, thetas, _ in train_cell(cell, theta_1):
         if step in SNAPS:
-            theta, options = as_sampled(thetas, "")      # the base model answers guidance's empty text
-            drawn = draw(s.pipe, theta, texts, s.toy.class_word, steps=FEW_STEPS, **options)
-            snapshots[str(step)] = measured(cell.concept, theta, drawn)
+            who = as_sampled(ALL[cell.method], thetas)   # the base model answers guidance's empty text
+            drawn = draw(s.pipe, texts=texts, class_word=s.toy.class_word, steps=FEW_STEPS, **who)
+            snapshots[str(step)] = measured(cell.concept, thetas.theta, drawn)
     models[cell], pictures[cell] = thetas, drawn
     return row_of(cell, snapshots)
 
@@ -794,7 +795,7 @@ assert abs(mean_and_interval(CASES[3][1])[1] - 0.13) < 0.01
 # Write each row as `(larger, sign, smaller, measure)`: the *measure* of `larger` is above that of `smaller`
 # (`">"`), or about equal to it (`"="`; then `larger` is `"paper"`). Careful: "better" is not "larger" for
 # every measure. The methods' names are `"DreamBooth"`, `"lora"` ($L_{CC}$ alone), `"paper"`, `"paper,
-# lambda 5"` and `"untouched v_original"`.
+# lambda 5"` and `"paper, v_0 rank=4"`.
 
 # %% tags=["exercise"]
 def in_symbols():
@@ -803,7 +804,7 @@ def in_symbols():
     return {"a": ("DreamBooth", ">", "paper", "outside change"),
             "b": ("paper", ">", "lora", "similarity"),
             "c": ("paper", ">", "paper, lambda 5", "text kept"),
-            "d": ("paper", "=", "untouched v_original", "similarity"),
+            "d": ("paper", "=", "paper, v_0 rank=4", "similarity"),
             "e": ("lora", ">", "paper", "path KL")}
     # END SOLUTION
 
@@ -812,7 +813,7 @@ def in_symbols():                                # the better method first, what
     return {"a": ("paper", ">", "DreamBooth", "outside change"),
             "b": ("paper", ">", "lora", "similarity"),
             "c": ("paper", ">", "paper, lambda 5", "text kept"),
-            "d": ("paper", "=", "untouched v_original", "similarity"),
+            "d": ("paper", "=", "paper, v_0 rank=4", "similarity"),
             "e": ("paper", ">", "lora", "path KL")}
 
 # %% tags=["wrong"]
@@ -820,7 +821,7 @@ def in_symbols():                                # "about as good" is tested as 
     return {"a": ("DreamBooth", ">", "paper", "outside change"),
             "b": ("paper", ">", "lora", "similarity"),
             "c": ("paper", ">", "paper, lambda 5", "text kept"),
-            "d": ("paper", ">", "untouched v_original", "similarity"),
+            "d": ("paper", ">", "paper, v_0 rank=4", "similarity"),
             "e": ("lora", ">", "paper", "path KL")}
 
 # %% tags=["check"]

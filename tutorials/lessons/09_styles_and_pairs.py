@@ -34,7 +34,7 @@
 # | Time | 40 minutes of reading, 2 hours with the exercises; a good minute and a half of computing on one CPU core |
 # | Needs | lesson 4 (adapters, hooks, $Y^l$), lesson 7 (leaks, bound adapters); the attention of lesson 2 |
 # | Keep open | [`branch.py`](../../purecc_min/branch.py), [`lora.py`](../../purecc_min/lora.py) and [`judge.py`](../../purecc_min/measure/judge.py), **after** you have tried |
-# | Read after | [`tutorials/experiments/pairs.py`](../experiments/pairs.py): two concepts in one text, with several seeds |
+# | Read after | [`purecc_min/benchmark/two.py`](../../purecc_min/benchmark/two.py): two concepts in one text, with several seeds |
 #
 # An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
 # solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
@@ -1256,7 +1256,7 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 # And what these numbers cannot say: each concept was trained once, with one seed, for fifty steps at a high
 # learning rate, and judged on four to six pictures by a network that errs itself. A difference of a few
 # hundredths between two rows is nothing. Lesson 8 is about how many pictures and seeds a verdict needs;
-# `python -m tutorials.experiments.pairs` measures pairs with fifty pictures and three seeds.
+# `python -m purecc_min.benchmark` measures pairs with fifty pictures and two seeds.
 #
 # ## What you can now say
 #
@@ -1274,7 +1274,7 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 # | `encoder_reach` | the causal attention in `tinyflow/text.py`: `TextLayer` |
 # | `look_similarity`, `change_outside` | `Judge.similarity` in `purecc_min/measure/judge.py`, `outside_change` in `purecc_min/measure/measures.py` |
 # | `change`, `combination` | `LoRA.hook` in `purecc_min/lora.py`, `velocity_with` in `purecc_min/branch.py` |
-# | `own_and_other` | `sees` in `purecc_min/measure/judge.py`, `judged` in `tutorials/experiments/pairs.py` |
+# | `own_and_other` | `sees` in `purecc_min/measure/judge.py`, `judged` in `purecc_min/benchmark/two.py` |
 # | `fence` | nowhere; `attention` in `tinyflow/attention.py` has the argument `bias` for it |
 # | `with_strength` | `sample_concepts` in `purecc_min/commands/sample.py` |
 #

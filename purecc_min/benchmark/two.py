@@ -1,0 +1,223 @@
+"""Two learned concepts in one text: two individuals in one picture, and an individual in a style.
+
+The text names both, as `python -m purecc_min sample` takes it: "a small [V1] cat on the left and a big [V2]
+tree on the right in the snow", or "[V2] small [V1] cat on the left in the snow" for a style. Each concept was
+learned alone, on pictures with one thing, by a cell of the main part. What is compared:
+
+    original    neither is named: the original model and the text without [V1] and [V2]
+    perfect     the renderer's pictures of these texts, with both concepts
+    alone       one is named, and only its adapters are attached: each concept is judged where it is the one
+    together    both are named, and both sets of adapters are attached
+
+by the share of each concept's traits that the reader sees on it, and by the share of the OTHER's traits that
+it sees there, where the two differ. A style of lines hides colours, so an individual in such a style is
+judged without them. Read next: workers.py.
+"""
+
+import hashlib
+import itertools
+import json
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from purecc_min.benchmark.cells import ALL, FEW_STEPS, RESULTS, Cell, learned, set_up
+from purecc_min.benchmark.entries import Setup, as_sampled
+from purecc_min.benchmark.tables import markdown
+from purecc_min.branch import Branch, velocity_with
+from purecc_min.concept import styles_among
+from purecc_min.measure.toy import CONCEPTS, HELD_OUT, turn
+from purecc_min.methods import Thetas
+from tinyflow.files import write_picture, write_whole
+from tinyflow.picturebook import world
+from tinyflow.picturebook.reader import COLOURLESS, Reading
+from tinyflow.picturebook.render import render_all
+from tinyflow.pipeline import to_pictures, to_pixels
+
+NAMES = ("[V1]", "[V2]")
+SAID = world.PLAIN_PARTS - {"colour"}
+KEYS = ("names", "method", "seed", "recipe")     # what tells one result from another
+METHODS = ("lora", "switched-off", "anchor", "paper", "token", "bound", "bound-half", "bound-pairs")
+SEEDS, SCENES, AT_ONCE = 2, 50, 10
+PAIRS = (HELD_OUT[:2], HELD_OUT[2:4], (HELD_OUT[0], HELD_OUT[4]))     # the last one: individual 1 in style 1
+
+
+class Two(NamedTuple):
+    """A pair of concepts that one method has learned; or what the original or the perfect one shows."""
+    names: tuple[str, str]
+    method: str
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        return f"two/{' and '.join(self.names)}/{self.method} seed{self.seed}.json"
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(name, self.method, self.seed) for name in self.names] if self.method in ALL else []
+
+    def recipe(self) -> str:
+        """A fingerprint of all that the result depends on, short of the code."""
+        parts = [[cell.recipe(measured=False) for cell in self.cells], FEW_STEPS, SCENES]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def result(self, folder: Path, shipped: bool = False) -> dict | None:
+        """What is known about this pair; None if it was not drawn yet, or with other settings.
+
+        shipped: whether a result that came with this repository will do.
+        """
+        file, shipped_file, known = folder / self.file, RESULTS / "two.json", []
+        if file.exists():
+            known = [json.loads(file.read_text())]
+        elif shipped and shipped_file.exists():
+            known = json.loads(shipped_file.read_text())
+        own = [list(self.names), self.method, self.seed, self.recipe()]
+        return next((row for row in known if [row[name] for name in KEYS] == own), None)
+
+
+def plan_two() -> list[Two]:
+    """All pairs; a method that imagines scenes of two things learns no style."""
+    ends = [Two(names, method) for names in PAIRS for method in ("original", "perfect")]
+    return ends + [Two(names, method, seed)
+                   for names, method, seed in itertools.product(PAIRS, METHODS, range(SEEDS))
+                   if not (ALL[method].imagines and any(CONCEPTS[name].is_style for name in names))]
+
+
+class Pair(NamedTuple):
+    """Two concepts, each as the benchmark knows it, and the scenes that texts ask for."""
+    setups: list[Setup]
+    scenes: list[world.Scene]
+
+    def texts(self, named: tuple[int, ...]) -> list[str]:
+        """The scenes' texts, with the names of these concepts."""
+        rows = []
+        for scene in self.scenes:
+            nouns = tuple(f"{NAMES[n]} {thing.object}" if n in named else thing.object
+                          for n, thing in enumerate(scene.things))
+            text = world.caption(scene, nouns, SAID)
+            style = [n for n in named if self.setups[n].toy.is_style]
+            rows.append(NAMES[style[0]] + text.removeprefix("a") if style else text)
+        return rows
+
+    @property
+    def shown(self) -> list[dict]:
+        """Of each concept the known traits, without those that the pair's style does not show."""
+        styles = {setup.toy.looks.get("style") for setup in self.setups}
+        hidden = ("colour", "accent") if styles & set(COLOURLESS) else ()
+        return [{head: value for head, value in setup.toy.known_traits.items() if head not in hidden}
+                for setup in self.setups]
+
+    def perfect(self) -> Tensor:
+        """The scenes with both concepts in them, as the renderer draws them: pixels [SCENES, 3, H, W]."""
+        rows = []
+        for scene in self.scenes:
+            for n, setup in enumerate(self.setups):
+                scene = setup.toy.wearing(scene, min(n, len(scene.things) - 1))
+            rows.append(scene)
+        return to_pixels(render_all(rows)[0])
+
+
+@cache
+def pair_of(names: tuple[str, str]) -> Pair:
+    """The two are of different sizes, the first on the left. An individual in a style stands everywhere."""
+    setups, scenes = [set_up(name) for name in names], []
+    words = [setup.toy.class_word for setup in setups if not setup.toy.is_style]
+    layouts = itertools.cycle(itertools.product(world.BACKGROUNDS, (world.SIZES, world.SIZES[::-1])))
+    for (background, sizes), n in zip(layouts, range(SCENES)):
+        place = turn(world.PLACES, n)
+        places = ("left", "right") if len(words) == 2 else (place,)
+        things = tuple(world.Thing(word, "red", size, where)     # texts leave out the colour
+                       for word, size, where in zip(words, sizes, places))
+        scenes.append(world.Scene(things, background))
+    return Pair(setups, scenes)
+
+
+@torch.no_grad()
+def drawn(pair: Pair, method: str, branches: list[Branch], named: tuple[int, ...],
+          count: int | None = None) -> Tensor:
+    """The pair's first scenes with these concepts, pixels [count, 3, H, W]; scene i from the noise of seed i.
+
+    named: the numbers of the concepts that the texts name; the adapters of no other are attached.
+    """
+    pipe, pictures, texts = pair.setups[0].pipe, [], pair.texts(named)[:count]
+    words, who = {NAMES[n]: pair.setups[n].toy.class_word for n in named}, {}
+    if named:
+        theta = partial(velocity_with, [branches[n] for n in named])
+        who = as_sampled(ALL[method], Thetas(pipe.velocity, None, theta))
+    for first in range(0, len(texts), AT_ONCE):
+        rows = texts[first:first + AT_ONCE]
+        text = pipe.encode_text(rows, words, styles_among(words))
+        seeds = list(range(first, first + len(rows)))
+        pictures.append(pipe.decode(pipe.sample(text, seeds, FEW_STEPS, **who)))
+    return torch.cat(pictures)
+
+
+def seen_share(reading: Reading, n: int, traits: dict) -> float:
+    """The share of these traits that are seen at object n."""
+    return float(np.mean([[seen == value for seen in reading.names(head, n)]
+                          for head, value in traits.items()]))
+
+
+def judged(pair: Pair, reading: Reading, n: int) -> dict[str, float]:
+    """What is seen of concept n: "own", its traits, and "other's", those of the other in their place."""
+    setup, traits, other = pair.setups[n], pair.shown[n], pair.shown[1 - n]
+    values = {"own": seen_share(reading, n, traits)}
+    if not setup.toy.is_style and not pair.setups[1 - n].toy.is_style:
+        foreign = {head: value for head, value in other.items()
+                   if head != "object" and traits.get(head) != value}
+        values["other's"] = seen_share(reading, n, foreign)
+    return values
+
+
+def run_two(two: Two, folder: Path) -> dict:
+    """Draws and judges a pair unless its file is there; returns what the file holds.
+
+    Returns: name, method, seed, and for each concept what is seen of it "together" and "alone".
+    """
+    if found := two.result(folder):
+        return found
+    pair = pair_of(two.names)
+    branches, reader = [learned(cell, folder) for cell in two.cells], pair.setups[0].reader
+    named = (0, 1) if branches else ()
+    both = pair.perfect() if two.method == "perfect" else drawn(pair, two.method, branches, named)
+    result = {**two._asdict(), "names": list(two.names), "recipe": two.recipe(),
+              "together": [judged(pair, reader(both), n) for n in (0, 1)]}
+    if branches:
+        result["alone"] = [judged(pair, reader(drawn(pair, two.method, branches, (n,))), n) for n in (0, 1)]
+    strip = np.concatenate(to_pictures(both[:12]), axis=1)
+    write_picture((folder / two.file).with_suffix(".png"), Image.fromarray(strip))
+    write_whole(folder / two.file, json.dumps(result).encode())
+    return result
+
+
+def of_pairs(rows: list[dict], method: str, has_style: bool = False) -> dict[str, float]:
+    """What two.py saw of a method, a mean over its pairs, concepts and seeds.
+
+    Returns: the shares of "own" traits that a concept shows "alone" and "together", what it "keeps", and of
+    the "other's" traits. has_style: of the pairs with a style, where the individual alone is judged.
+    """
+    own = [row for row in rows if row["method"] == method]
+    own = [row for row in own if has_style == ("other's" not in row["together"][0])]
+    judged = [(row, n) for row in own for n in ((0,) if has_style else (0, 1))]
+    values = {"together": [row["together"][n]["own"] for row, n in judged],
+              "alone": [row["alone"][n]["own"] for row, n in judged if "alone" in row],
+              "other's": [row["together"][n]["other's"] for row, n in judged if not has_style]}
+    means = {name: float(np.mean(seen)) for name, seen in values.items() if seen}
+    return means | ({"keeps": means["together"] / means["alone"]} if "alone" in means else {})
+
+
+def two_table(rows: list[dict]) -> str:
+    """Two learned concepts in one text: what the lottery's four individuals show, and one in a style."""
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        pairs, styled = of_pairs(rows, method), of_pairs(rows, method, has_style=True)
+        cells = [pairs.get(name) for name in ("alone", "together", "keeps", "other's")]
+        cells += [styled.get(name) for name in ("alone", "together", "keeps")]
+        table.append([method, *("" if value is None else f"{value:.3f}" for value in cells)])
+    return markdown(["two in one text", "own traits, alone", "together", "share kept", "the other's",
+                     "in a style: alone", "together", "share kept"], table)
