@@ -13,7 +13,7 @@
 
 import sys
 
-from tinyflow.errors import report_errors
+from tinyflow.terminal import report_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         from purecc_min.commands.options import build_parser  # loads torch, which takes seconds to stop in
         from tinyflow.threads import room_for_others
         options = build_parser(__doc__).parse_args(arguments)
-        with room_for_others():
+        with report_errors(options.goes_on), room_for_others():
             options.run(options)
 
 

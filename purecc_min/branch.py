@@ -53,7 +53,7 @@ class Branch(nn.Module):
         tensors, facts = load_concept_file(path)
         depth, width = pipe.mmdit.config.depth, pipe.mmdit.config.width
         Y = torch.zeros(depth, width) if "embeddings.Y" in tensors else None
-        branch = cls.fresh(pipe, Y, facts["rank"], where=facts.get("where", "everywhere"))
+        branch = cls.fresh(pipe, Y, facts["rank"], where=facts["where"])
         load_into(branch, tensors, path)
         check_base(path, facts, pipe)
         return branch.to(pipe.device).requires_grad_(False), facts
@@ -65,10 +65,11 @@ def load_concept_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     Raises: InputError for a file that is missing, foreign or damaged, or that does not say what it must.
     """
     tensors, facts = load_tensors(path, "concept")
-    for name, kind in {"rank": int, "class_word": str}.items():
-        if not isinstance(facts.get(name), kind):
+    facts = {"where": "everywhere", "base": "tiny", "size": 64, "method": ""} | facts    # of older versions
+    for name, kind in {"rank": int, "class_word": str, "base": str, "size": int, "method": str}.items():
+        if type(facts.get(name)) is not kind:
             raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
-    if facts.get("where", "everywhere") not in list(TARGETS):
+    if facts["where"] not in list(TARGETS):
         raise InputError(f"{path}: its adapters act in {shown(facts['where'])}, which this version does not "
                          "know; learn it again")
     return tensors, facts

@@ -20,7 +20,7 @@ from purecc_min.methods import LossOfStep, Thetas
 from tinyflow.errors import InputError
 from tinyflow.files import read_log, write_whole
 from tinyflow.flow import sample_times
-from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
+from tinyflow.weights import resume, save_checkpoint
 
 SAVE_EVERY = 25                                  # steps between checkpoints
 SCALE = 2**12                                    # of gradients on their way: in fp16 small ones would be zero
@@ -88,7 +88,7 @@ def train_steps(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConcept, 
         stage: 1 or 2 of Algorithm 1; each has draws of its own.
     Raises: InputError for a loss that is not finite.
     """
-    theta = thetas.theta
+    theta, scale = thetas.theta, SCALE
     for step in range(first, config.steps):
         batch = draw_batch(data, config, stage, step, theta.pipe.shift)
         loss, log = loss_of_step(thetas, batch, config.eta)
@@ -96,12 +96,18 @@ def train_steps(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConcept, 
             raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; "
                              "try a lower learning rate")
         optimizer.zero_grad()
-        (SCALE * loss).backward()                # a power of 2 rounds nothing
+        (scale * loss).backward()                # a power of 2 rounds nothing
         for parameter in theta.parameters():
             if parameter.grad is not None:
-                parameter.grad /= SCALE
-        torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
-        optimizer.step()
+                parameter.grad /= scale
+        norm = torch.nn.utils.clip_grad_norm_(theta.parameters(), 1.0)
+        if norm.isfinite():
+            optimizer.step()
+        else:                                    # too large for fp16: this step is left out
+            scale, log = scale / 2, {**log, "skipped": torch.ones(())}
+            if scale < 1:
+                raise InputError(f"the gradients are not finite at step {step + 1} of stage {stage}; try a "
+                                 "lower learning rate")
         yield {"step": step + 1, "loss": loss.item(), **{name: value.item() for name, value in log.items()}}
 
 
@@ -114,26 +120,17 @@ def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConce
     Raises: InputError for another run's checkpoint, and for a loss that is not finite (the checkpoint stays).
     """
     theta, log_file = thetas.theta, checkpoint.with_suffix(".jsonl")
-    optimizer, first, log = optimizer_for(theta, config), 0, []
+    optimizer = optimizer_for(theta, config)
     facts = {"config": asdict(config), "stage": stage, "loss": loss_of_step.__name__, "origin": origin}
-    if checkpoint.exists():
-        tensors, saved = load_tensors(checkpoint, "training checkpoint")
-        first = saved.pop("step")
-        if saved != facts:
-            raise InputError(f"{checkpoint.parent}: this folder holds another run (other pictures, texts or "
-                             "settings); choose another --out")
-        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-        load_into(theta, weights, checkpoint)
-        load_optimizer(optimizer, tensors)
-        log = [row for row in read_log(log_file) if row["step"] <= first]
+    first = resume(checkpoint, theta, optimizer, facts) if checkpoint.exists() else 0
+    log = [row for row in read_log(log_file) if row["step"] <= first]
 
     try:
         for row in train_steps(loss_of_step, thetas, data, config, stage, optimizer, first):
             log.append(row)
             if row["step"] % SAVE_EVERY == 0 or row["step"] == config.steps:
                 write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())
-                tensors = theta.state_dict() | optimizer_tensors(optimizer)
-                save_tensors(checkpoint, "training checkpoint", tensors, {**facts, "step": row["step"]})
+                save_checkpoint(checkpoint, theta, optimizer, facts, row["step"])
             yield row
     except InputError as error:
         kept = f"; {checkpoint} holds the last good state" if checkpoint.exists() else ""

@@ -19,6 +19,11 @@ def folder(tmp_path):
     return tmp_path
 
 
+def without_texts(folder):
+    for file in folder.glob("*.txt"):
+        file.unlink()
+
+
 def refused(folder, message, class_word="fish"):
     with pytest.raises(InputError, match=message) as caught:
         load_concept(folder, class_word, 32)
@@ -30,17 +35,17 @@ def test_sidecar_texts_are_the_complete_ones_and_base_and_target_follow(folder):
     assert [(r.id, r.complete, r.base, r.target) for r in concept.references][1] == (
         "1.png", "a [V] fish, picture 1", "a fish, picture 1", "[V] fish")
     assert all(r.picture.shape == (32, 32, 3) and r.picture.dtype == np.uint8 for r in concept.references)
-    assert not concept.notes
+    assert concept.notes == ["3 pictures, texts from .txt"]
 
 
 def test_without_any_text_there_is_a_stated_default(folder):
-    for file in folder.glob("*.txt"):
-        file.unlink()
+    without_texts(folder)
     reference = load_concept(folder, "fish", 32).references[0]
     assert (reference.complete, reference.base, reference.target) == ("a [V] fish", "a fish", "[V] fish")
 
 
 def test_metadata_jsonl_pairs_by_file_name_whatever_the_order(folder):
+    without_texts(folder)
     lines = [json.dumps({"file_name": f"{n}.png", "text": f"a [V] fish number {n}"}) for n in (2, 0, 1)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     references = load_concept(folder, "fish", 32).references
@@ -48,6 +53,7 @@ def test_metadata_jsonl_pairs_by_file_name_whatever_the_order(folder):
 
 
 def test_the_released_csv_is_read_with_its_own_base_and_target(folder):
+    without_texts(folder)
     rows = ["image_path,prompt,target_prompt,base_prompt,instance_word"]
     rows += [f"data/{n}.png,a [v] fish at night {n},[v] fish,a fish at night,fish" for n in (1, 0, 2)]
     (folder / "train.csv").write_text("\n".join(rows))
@@ -78,21 +84,31 @@ def test_pictures_too_small_or_too_wide(folder, size):
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "L", "P", "1", "I;16", "LA"])
 def test_unusual_modes_are_converted_with_one_line_that_says_so(folder, mode):
     if mode == "I;16":
-        picture = Image.fromarray(np.full((40, 40), 32896, np.uint16))
+        picture = Image.fromarray(np.full((40, 40), 32896, np.uint16) + np.arange(40, dtype=np.uint16))
+        picture.putpixel((0, 0), 65535)
     else:
-        picture = Image.new("RGB", (40, 40), (128, 128, 128)).convert(mode)
+        picture = Image.new("RGB", (40, 40), (128, 128, 128))
+        picture.paste((140, 140, 140), (0, 0, 8, 8))         # a picture of one colour is refused
+        picture = picture.convert(mode)
     name = "1.jpg" if mode == "CMYK" else "1.png"
     (folder / "1.png").unlink()
     picture.save(folder / name)
+    if mode == "1":
+        picture.putpixel((20, 20), 255)
+    picture.save(folder / name)
     concept = load_concept(folder, "fish", 32)
-    assert len(concept.notes) == 1 and concept.notes[0].startswith(f"{name}: converted from")
+    assert len(concept.notes) == 2 and concept.notes[1].startswith(f"{name}: converted from")
     if mode != "1":
         assert abs(int(concept.references[1].picture.mean()) - 128) <= 2
 
 
 def test_transparency_lies_on_white(folder):
-    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(folder / "1.png")
-    assert load_concept(folder, "fish", 32).references[1].picture.min() == 255
+    clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    clear.save(folder / "1.png")
+    refused(folder, "1.png: all of it is one colour")        # as are white drawings on nothing
+    clear.paste((0, 0, 0, 255), (18, 18, 22, 22))
+    clear.save(folder / "1.png")
+    assert load_concept(folder, "fish", 32).references[1].picture[0, 0].min() == 255
 
 
 def test_exif_rotation_and_animation(folder):
@@ -103,12 +119,13 @@ def test_exif_rotation_and_animation(folder):
     tall.save(folder / "1.jpg", exif=exif)
     (folder / "1.png").unlink()
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    frames[0].putpixel((0, 0), (255, 255, 255))
     frames[0].save(folder / "2.gif", save_all=True, append_images=frames[1:])
     (folder / "2.png").unlink()
     concept = load_concept(folder, "fish", 32)
     notes, turned = concept.notes, concept.references[1].picture
     assert turned[2, :, 0].min() > 200 and turned[-2, :, 2].min() > 200
-    assert notes[0] == "1.jpg: turned upright" and "2.gif: the first frame of an animation" in notes[1]
+    assert notes[1] == "1.jpg: turned upright" and "2.gif: the first frame of an animation" in notes[2]
 
 
 def test_the_token_must_be_in_complete_and_not_in_base(folder):
@@ -116,6 +133,7 @@ def test_the_token_must_be_in_complete_and_not_in_base(folder):
     refused(folder, r"1.png: the complete text 'a fish at night' has no \[V\].*before the class word")
     (folder / "1.txt").write_text("")
     refused(folder, r"has no \[V\]")
+    without_texts(folder)
     rows = ["image_path,prompt,base_prompt", *(f"{n}.png,a [V] fish,a [v] fish" for n in range(3))]
     (folder / "train.csv").write_text("\n".join(rows))
     refused(folder, r"base text.*has \[V\] in it")
@@ -124,6 +142,7 @@ def test_the_token_must_be_in_complete_and_not_in_base(folder):
 def test_captions_that_do_not_match_the_pictures(folder):
     (folder / "1.txt").unlink()
     refused(folder, "1.png: this picture has no text")
+    without_texts(folder)
     (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a [V] fish"}')
     refused(folder, "metadata.jsonl: the captions name '9.png'")
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png"}\nnot json')
@@ -131,6 +150,54 @@ def test_captions_that_do_not_match_the_pictures(folder):
     (folder / "metadata.jsonl").unlink()
     (folder / "train.csv").write_text("image_path;prompt\n0.png;a [V] fish\n")
     refused(folder, "needs the columns")
+
+
+def test_what_a_user_supplied_is_used_or_named(folder):
+    """Texts with nearly right names were passed over, and all pictures were then "a [V] fish"."""
+    (folder / "0.txt").rename(folder / "0.TXT")
+    (folder / "1.txt").rename(folder / "1.caption")
+    (folder / "2.txt").rename(folder / "2.PNG.txt")
+    (folder / "5.heic").write_text("")
+    (folder / "9.txt").write_text("a [V] fish")
+    (folder / "old").mkdir()
+    concept = load_concept(folder, "fish", 32)
+    assert [r.complete for r in concept.references] == [f"a [V] fish, picture {n}" for n in range(3)]
+    assert concept.notes == ["3 pictures, texts from .caption and .txt; not used: '9.txt', '5.heic', 'old/'"]
+    (folder / "1.txt").write_text("a [V] fish")
+    refused(folder, "'1.png' has a text in another file already")
+    (folder / "train.csv").write_text("image_path,prompt\n0.png,a [V] fish\n")
+    refused(folder, "texts in 'train.csv' and in '0.TXT'")
+
+
+def test_texts_of_no_picture_are_refused(folder):
+    for n in range(3):
+        (folder / f"{n}.txt").rename(folder / f"picture {n}.txt")
+    refused(folder, "picture 0.txt: a text of no picture")
+
+
+def test_a_csv_loses_nothing_in_silence(folder):
+    """A comma outside quotes once cut the text, or made a base text of its tail."""
+    without_texts(folder)
+    lines = [f"{n}.png,a [V] fish,red" for n in range(3)]
+    (folder / "train.csv").write_text("\n".join(["image_path,prompt", *lines]))
+    refused(folder, "train.csv, line 2: more fields")
+    (folder / "train.csv").write_text("\n".join(["image_path,prompt,base_promt", *lines]))
+    assert "not used: 'column base_promt of train.csv'" in load_concept(folder, "fish", 32).notes[0]
+    (folder / "other.csv").write_text("image_path,prompt\n")
+    refused(folder, "texts in 'other.csv' and in 'train.csv'")
+
+
+def test_a_picture_in_a_folder_below_is_pointed_to(folder, tmp_path):
+    below = tmp_path / "all" / "photos"
+    below.mkdir(parents=True)
+    (folder / "0.png").rename(below / "0.png")
+    refused(tmp_path / "all", "there are some in 'photos'")
+
+
+def test_numbers_of_12_bits_are_no_dark_picture(folder):
+    """They were read as 16 bits: nearly black."""
+    Image.fromarray(np.linspace(0, 4000, 1600).reshape(40, 40).astype(np.uint16)).save(folder / "1.png")
+    assert load_concept(folder, "fish", 32).references[1].picture.max() > 230
 
 
 def test_a_class_word_is_needed(folder):

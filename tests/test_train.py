@@ -24,7 +24,7 @@ from purecc_min.pairs import imagine
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.errors import InputError
-from tinyflow.weights import tensor_hash
+from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
 LORA, PAPER = METHODS["lora"], METHODS["paper"]
 CONFIG = TrainConfig(steps=4, batch=2, rank=2, learning_rate=1e-2)
@@ -215,8 +215,10 @@ def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint(trained, tmp_p
 def test_another_runs_folder_is_refused(trained):
     pipe, data, theta_1, folder = trained
     brighter = data._replace(variants=data.variants + 1)
-    for other_data, other_config in ((data, replace(CONFIG, seed=1)), (brighter, CONFIG)):
-        with pytest.raises(InputError, match="holds another run"):
+    for other_data, other_config, differs in ((data, replace(CONFIG, seed=1), "seed is 0 there and 1 here"),
+                                              (data, replace(CONFIG, steps=3), "steps is 4 there and 3 here"),
+                                              (brighter, CONFIG, "other pictures")):
+        with pytest.raises(InputError, match=f"holds another run .*{differs}"):
             list(stage_1(pipe, other_data, other_config, folder, LORA)[1])
     list(stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)[1])
     with pytest.raises(InputError, match="holds another run"):
@@ -290,6 +292,55 @@ def test_every_method_goes_on_where_it_stopped(pipe, robot, tmp_path, monkeypatc
     assert len(list(learn(pipe, robot, CONFIG, tmp_path / "cut", method, imagined=imagined))) < len(rows)
     whole, cut = (tmp_path / run / "concept.safetensors" for run in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["lora", "paper"])
+def test_a_finished_run_goes_on_to_more_steps(pipe, robot, tmp_path, name):
+    """It was "another run", though what step k draws does not depend on how many there are."""
+    for folder, steps in (("whole", (6,)), ("longer", (4, 6))):
+        for count in steps:
+            rows = list(learn(pipe, robot, replace(CONFIG, steps=count), tmp_path / folder, METHODS[name]))
+    assert len(rows) == (2 if name == "lora" else 2 + 6)         # stage 2 begins anew behind a longer stage 1
+    whole, longer = (tmp_path / folder / "concept.safetensors" for folder in ("whole", "longer"))
+    assert whole.read_bytes() == longer.read_bytes()
+
+
+@pytest.mark.parametrize("change", [
+    {"step": step} for step in ("25", None, -5, 1.5, float("nan"), [], True, 5, 0)
+] + [{"config": None}, {"config": {}}, {"optimizer": None}])
+def test_a_checkpoint_that_says_nonsense_of_itself_is_one_line(trained, change):
+    """One at step 61 of 60 was finished, and one without its optimizer went on as if nothing were missing."""
+    pipe, data, _, folder = trained
+    checkpoint = folder / "stage1.safetensors"
+    tensors, facts = load_tensors(checkpoint, "training checkpoint")
+    save_tensors(checkpoint, "training checkpoint", tensors, facts | change)
+    with pytest.raises(InputError, match="stage1.safetensors: .*delete it"):
+        list(stage_1(pipe, data, CONFIG, folder, LORA)[1])
+
+
+@pytest.mark.parametrize("spoil", [lambda name: None, lambda name: name.replace("exp_avg", "exp"),
+                                   lambda name: name.replace("optimizer.", "optimizer.9")])
+def test_an_optimizer_that_is_not_whole_is_one_line(trained, spoil):
+    pipe, data, _, folder = trained
+    checkpoint = folder / "stage1.safetensors"
+    tensors, facts = load_tensors(checkpoint, "training checkpoint")
+    first = next(name for name in tensors if name.endswith("exp_avg"))
+    moved = {spoil(name) if name == first else name: tensor for name, tensor in tensors.items()}
+    moved.pop(None, None)
+    save_tensors(checkpoint, "training checkpoint", moved, facts)
+    with pytest.raises(InputError, match="optimizer's state is not whole"):
+        list(stage_1(pipe, data, CONFIG, folder, LORA)[1])
+
+
+def test_a_step_whose_gradients_are_too_large_is_left_out_and_counted(trained, monkeypatch):
+    """One infinite gradient made every weight nan."""
+    pipe, data, _, folder = trained
+    monkeypatch.setattr(train, "SCALE", 2.0**100)                # times such a loss it is no number of fp32
+    large = replace(LORA, loss=lambda *step: (1e30 * l_cc(*step)[0], {}))
+    theta, rows = stage_1(pipe, data, CONFIG, folder / "new", large)
+    before = [parameter.clone() for parameter in theta.parameters()]
+    assert next(rows)["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, theta.parameters()))
 
 
 def test_settings_that_make_no_sense_are_refused():

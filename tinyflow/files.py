@@ -11,6 +11,8 @@ import io
 import json
 import math
 import os
+import secrets
+from itertools import chain, count
 from pathlib import Path
 from typing import Iterable
 
@@ -52,11 +54,17 @@ def read_text(path: str | Path, largest: float = LARGEST_TEXT) -> str:
     return text
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_log(file: Path) -> list[dict]:
     """The rows of a log, none if it is not there. Raises InputError if it is damaged."""
     lines = read_text(file, math.inf).splitlines() if file.exists() else []
     try:
         rows = [dict(json.loads(line)) for line in lines]
+        if not all(type(row["step"]) is int and all(map(is_number, row.values())) for row in rows):
+            raise ValueError
         return sorted(rows, key=lambda row: row["step"])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: damaged; delete it, and the run goes on without it") from None
@@ -69,9 +77,9 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")      # nobody has taken this name
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -80,6 +88,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with -2, -3, ... before its ending the first at which there is no file."""
+    names = chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> None:

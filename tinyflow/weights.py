@@ -74,7 +74,9 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     found = about.get("kind", "nothing of ours")
     if found != kind:
         raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {found}")
-    if about.get("sha256") != seal(kind, tensors, about.get("facts")):
+    if not isinstance(about.get("facts"), dict):
+        raise InputError(f"{path}: it says nothing about itself; make it again")
+    if about.get("sha256") != seal(kind, tensors, about["facts"]):
         raise InputError(f"{path}: the content does not match the file's SHA-256; it is damaged, "
                          "copy or make it again")
     check_finite(path, tensors, "make the file again, with lower learning rates")
@@ -118,3 +120,57 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             _, n, key = name.split(".")
             state.setdefault(int(n), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def progress(tensors: dict[str, Tensor], step: int) -> dict:
+    """What a training checkpoint says of how far it is: its step, and its optimizer's parts."""
+    parts = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
+                   if name.startswith("optimizer."))
+    return {"step": step, "optimizer": text_hash("\n".join(parts))}
+
+
+def reached_step(tensors: dict[str, Tensor], facts: dict, where: str | Path) -> int:
+    """The step that a training checkpoint has reached; what `progress` said is taken out of its facts.
+
+    Raises: InputError if it says none of those that its run has, or if its optimizer's state is not whole.
+    """
+    step, parts, config = facts.pop("step", None), facts.pop("optimizer", None), facts.get("config")
+    steps = config.get("steps") if isinstance(config, dict) else None
+    if type(step) is not int or type(steps) is not int or not 1 <= step <= steps:
+        raise InputError(f"{where}: it does not say which of its run's steps it has reached; delete it, and "
+                         "the run begins anew")
+    if parts != progress(tensors, step)["optimizer"]:
+        raise InputError(f"{where}: the optimizer's state is not whole; delete it, and the run begins anew")
+    return step
+
+
+def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict,
+                    step: int) -> None:
+    """Keeps all that `resume` needs. facts: which run it is of, with its settings as "config"."""
+    tensors = module.state_dict() | optimizer_tensors(optimizer)
+    save_tensors(path, "training checkpoint", tensors, {**facts, **progress(tensors, step)})
+
+
+def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> int:
+    """Puts back what `save_checkpoint` kept; returns the step that it has reached.
+
+    A run may go on to more steps. Then stage 1 ends elsewhere, and stage 2 begins anew: 0 is returned.
+    Raises: InputError for a checkpoint that is damaged, or of another run; it names what differs.
+    """
+    tensors, saved = load_tensors(path, "training checkpoint")
+    step, there, here = reached_step(tensors, saved, path), saved["config"], facts["config"]
+    longer = there["steps"] < here["steps"]
+    wrong = [f"{name} is {there.get(name)} there and {here[name]} here" for name in here
+             if there.get(name) != here[name] and not (longer and name == "steps")]
+    others = {name for name in facts if name != "config" and saved.get(name) != facts[name]}
+    begins_anew = longer and facts["stage"] == 2 and others == {"origin"}
+    if others and not begins_anew:
+        wrong.append("other pictures, texts or methods")
+    if wrong:
+        raise InputError(f"{path.parent}: this folder holds another run ({'; '.join(wrong)}); choose another "
+                         "--out")
+    if begins_anew:
+        return 0
+    load_into(module, {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}, path)
+    load_optimizer(optimizer, tensors)
+    return step

@@ -18,7 +18,8 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
-from tinyflow.errors import InputError, Parser, report_errors
+from tinyflow.errors import InputError
+from tinyflow.terminal import Parser, report_errors
 
 FOLDER = Path(__file__).parent
 LONGEST = 48                                     # lines of text that a cell may print: a screen

@@ -21,8 +21,9 @@ from purecc_min.benchmark.plans import plan
 from purecc_min.benchmark.report import gather
 from purecc_min.benchmark.tables import Results
 from purecc_min.measure.toy import HELD_OUT
-from tinyflow.errors import InputError, Parser, file_path, report_errors
+from tinyflow.errors import InputError
 from tinyflow.files import write_whole
+from tinyflow.terminal import Parser, file_path, report_errors
 
 PAGE = Path(__file__).with_name("play.html")
 PLACE = re.compile(r'(?<=<script id="gallery" type="application/json">).*(?=</script>)')

@@ -21,8 +21,9 @@ from purecc_min.benchmark.plans import SEEDS, plan
 from purecc_min.benchmark.two import plan_two
 from purecc_min.benchmark.workers import run
 from purecc_min.measure.toy import CONCEPTS
-from tinyflow.errors import InputError, Parser, file_path, number, positive, report_errors, shown
+from tinyflow.errors import InputError, shown
 from tinyflow.files import locked, make_folder
+from tinyflow.terminal import Parser, file_path, number, positive, report_errors
 from tinyflow.threads import room_for_others
 
 
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     part, methods, concepts = options.part, options.methods, options.concepts
-    with report_errors():
+    with report_errors(goes_on=True):
         try:
             from purecc_min.benchmark.report import report
         except ModuleNotFoundError as error:

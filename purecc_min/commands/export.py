@@ -38,12 +38,12 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
     """
     check_output(Path(out), ".safetensors", [Path(concept)])
     tensors, facts = load_concept_file(concept)
-    if facts.get("base", "tiny") == "tiny":
+    if facts["base"] == "tiny":
         raise InputError(f"{concept}: learned on the tiny base model, which no other program has; "
                          "only concepts on public weights are exported")
     if facts["base"] not in BASE_MODELS:
         raise InputError(f"{concept}: learned on {shown(facts['base'])}, which this version does not know")
-    if facts.get("where", "everywhere") != "everywhere":
+    if facts["where"] != "everywhere":
         raise InputError(f"{concept}: its adapters act on [V]'s {facts['where']} and nowhere else; a LoRA "
                          "file cannot say so, and other programs would use them everywhere; for diffusers "
                          "there is attach_concept (tinyflow/sd3/README.md)")
@@ -123,7 +123,7 @@ def attach_concept(transformer: torch.nn.Module, concept: str | Path, tokens: To
                          "empty text comes first")
     slots, phrases = ((places > 0).repeat_interleave(copies, dim=0)[..., None]          # [B, T, 1]
                       for places in (tokens.slots, tokens.phrases))
-    where = facts.get("where", "everywhere")
+    where = facts["where"]
     acting = phrases if where == "phrase" else slots
 
     Y, hooks = tensors.get("embeddings.Y", [None] * depth), []

@@ -1,17 +1,21 @@
 """A folder of 3 to 5 reference pictures, read as a custom set (concept.py says what that is).
 
-Texts come from a `.txt` file beside each picture, from `metadata.jsonl` (file_name, text), or from a CSV
-with the columns of the released PureCC (image_path, prompt, target_prompt, base_prompt, instance_word).
-Without any of them the texts are "a [V] <class word>" and its base. A given text is the COMPLETE one. Texts
-are matched to pictures by the file's name. A picture that says where the concept is may lie beside each
-(`1.mask.png` beside `1.jpg`): only what is white in it counts in L_CC.
+Texts come from a `.txt` or `.caption` file beside each picture, from `metadata.jsonl` (file_name, text), or
+from a CSV with the columns of the released PureCC (COLUMNS). Without any of them the texts are "a [V] <class
+word>" and its base. A given text is the COMPLETE one. A picture that says where the concept is may lie beside
+each (`1.mask.png` beside `1.jpg`): only what is white in it counts in L_CC. Texts and masks are matched to
+pictures by the files' names, whatever their case. What was taken, and what was not, is said in one line.
 """
 
 import copy
 import csv
 import io
 import json
+import re
+import unicodedata
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,12 +25,30 @@ from purecc_min.measure.toy import STYLE_WORD
 from tinyflow.errors import InputError, shown
 from tinyflow.files import ordinary_file, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")      # that people bring; no other is opened
+CAPTIONS, TABLE = (".txt", ".caption"), "metadata.jsonl"
+COLUMNS = ("image_path", "prompt", "target_prompt", "base_prompt", "instance_word")
 SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
 MOST = 100                                       # pictures
-MASK = ".mask"                                   # ends the stem of a mask's file
+MASK = re.compile(r"(.+)[._-]mask(?:label)?", re.IGNORECASE)         # the stem of a mask's file
+RANGES = (255, 1023, 4095, 16383, 65535)         # of 8, 10, 12, 14 and 16 bits
 UPRIGHT, ORIENTATION = 1, 0x0112                 # of a camera's EXIF data
-UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+Rows = dict[str, dict[str, str]]                 # same(file name) of a picture -> column -> text
+
+
+class Contents(NamedTuple):
+    """What lies in a folder, by what it is for."""
+    pictures: list[Path]
+    masks: dict[str, Path]                       # same(stem) of a picture -> its mask
+    captions: list[Path]
+    tables: list[Path]
+    others: list[Path]
+
+
+def same(name: str) -> str:
+    """A file's name as it is compared: in one case and in one Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def load_concept(folder: str | Path, class_word: str | None, size: int, variants: int = 1,
@@ -43,20 +65,59 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
-    paths, masks = find_pictures(folder)
-    rows = read_rows(folder, paths)
+    found = look_through(folder)
+    rows, source, unused = read_rows(folder, found)
     class_word = one_class_word(folder, class_word, rows)
 
-    references, notes, rng = [], [], np.random.default_rng(seed)
-    for path in paths:
-        if rows and path.name not in rows:
+    references, converted, rng = [], [], np.random.default_rng(seed)
+    for path in found.pictures:
+        if rows and same(path.name) not in rows:
             raise InputError(f"{path}: this picture has no text, though others in the folder do")
-        complete, base, target = three_texts(path, rows.get(path.name, {}), class_word)
-        pictures, white, converted = read_picture(path, masks.get(path.stem), size, variants, rng)
+        complete, base, target = three_texts(path, rows.get(same(path.name), {}), class_word)
+        pictures, white, changes = read_picture(path, found.masks.get(same(path.stem)), size, variants, rng)
         references.append(Reference(path.name, pictures, complete, base, target, white))
-        if converted:
-            notes.append(f"{path.name}: {', '.join(converted)}")
-    return ConceptSet(class_word, references, notes)
+        if changes:
+            converted.append(f"{path.name}: {', '.join(changes)}")
+    taken = f"{len(references)} picture{'s' * (len(references) > 1)}, texts from {source}"
+    if found.masks:
+        taken += f", {len(found.masks)} masks: only what is white in them counts in L_CC"
+    unused += [f"{path.name}/" if path.is_dir() else path.name for path in found.others]
+    taken += f"; not used: {', '.join(map(shown, unused))}" if unused else ""
+    return ConceptSet(class_word, references, [taken, *converted])
+
+
+def look_through(folder: Path) -> Contents:
+    """Every file of a folder, by what it is for. Hidden files are passed over.
+
+    Raises: InputError if there is no picture, if there are too many, and if a mask or a picture stands alone.
+    """
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    stems, masks = {same(path.stem) for path in images}, {}
+    for path in images:
+        named = MASK.fullmatch(path.stem)
+        if named and (same(named[1]) in stems or path.stem.lower().endswith(".mask")):
+            masks[same(named[1])] = path
+    pictures = [path for path in images if path not in masks.values()]
+    captions = [path for path in paths if path.suffix.lower() in CAPTIONS]
+    tables = [path for path in paths if same(path.name) == TABLE or path.suffix.lower() == ".csv"]
+    others = [path for path in paths if path not in (*images, *captions, *tables)]
+    if not pictures:
+        inside = [path for path in others if path.is_dir()
+                  and any(file.suffix.lower() in SUFFIXES for file in path.iterdir())]
+        hint = f"; there are some in {shown(inside[0].name)}" if inside else ""
+        raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)}){hint}")
+    if len(pictures) > MOST:
+        raise InputError(f"{folder}: {len(pictures)} pictures; a concept is learned from 3 to 5, and from "
+                         f"{MOST} at most")
+    for path in pictures:
+        if masks and same(path.stem) not in masks:
+            raise InputError(f"{path}: this picture has no mask, though others in the folder do; give it "
+                             f"{path.stem}.mask.png")
+    alone = sorted(masks.keys() - {same(path.stem) for path in pictures})
+    if alone:
+        raise InputError(f"{masks[alone[0]]}: a mask of no picture; there is no {shown(alone[0])} beside it")
+    return Contents(pictures, masks, captions, tables, others)
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -72,38 +133,59 @@ def one_class_word(folder: Path, given: str | None, rows: dict[str, dict[str, st
     return words.pop()
 
 
-def read_rows(folder: Path, paths: list[Path]) -> dict[str, dict[str, str]]:
-    """File name -> its texts, by the columns of the CSV; empty if the folder has none."""
-    tables = sorted(folder.glob("*.csv"))
-    if (folder / "metadata.jsonl").exists():
-        table = folder / "metadata.jsonl"
-        rows = read_jsonl(table)
-    elif tables:
-        table = tables[0]
-        rows = read_csv(table)
-    else:
-        sidecars = {path.name: path.with_suffix(".txt") for path in paths}
-        return {name: {"prompt": read_text(sidecar)}
-                for name, sidecar in sidecars.items() if sidecar.exists()}
-    absent = sorted(rows.keys() - {path.name for path in paths})
+def read_rows(folder: Path, found: Contents) -> tuple[Rows, str, list[str]]:
+    """The pictures' texts, where they are from in words, and what was not used of it.
+
+    Raises: InputError for texts in two places, or of no picture.
+    """
+    sources = [*found.tables, *found.captions[:1]]
+    if len(sources) > 1:
+        raise InputError(f"{folder}: there are texts in {shown(sources[0].name)} and in "
+                         f"{shown(sources[1].name)}; keep one of them")
+    if not sources:
+        return {}, "the class word alone", []
+    if found.captions:
+        return read_captions(found)
+    table, names = sources[0], {same(path.name): path for path in found.pictures}
+    rows, unused = read_csv(table) if table.suffix.lower() == ".csv" else read_jsonl(table)
+    absent = sorted(rows.keys() - names.keys())
     if absent:
         raise InputError(f"{table}: the captions name {shown(absent[0])}, which is not in the folder")
-    return rows
+    return rows, table.name, unused
 
 
-def enter(rows: dict[str, dict[str, str]], table: Path, number: int, name: str, row: dict[str, str]) -> None:
+def read_captions(found: Contents) -> tuple[Rows, str, list[str]]:
+    """One text a file: `1.txt`, `1.caption` or `1.png.txt` for 1.png. Raises as `read_rows` does."""
+    rows, unused, kinds = {}, [], set()
+    for caption in found.captions:
+        own = [path for path in found.pictures if same(caption.stem) in (same(path.stem), same(path.name))]
+        for path in own:
+            if same(path.name) in rows:
+                raise InputError(f"{caption}: {shown(path.name)} has a text in another file already")
+            rows[same(path.name)] = {"prompt": read_text(caption)}
+        if own:
+            kinds.add(caption.suffix.lower())
+        else:
+            unused.append(caption.name)
+    if not rows:
+        raise InputError(f"{found.captions[0]}: a text of no picture; name it after its picture, or take it "
+                         "out of the folder")
+    return rows, " and ".join(sorted(kinds)), unused
+
+
+def enter(rows: Rows, table: Path, number: int, name: str, row: dict[str, str]) -> None:
     """Adds a picture's texts. Raises InputError if it has some already, or if one of them is no text."""
     if not all(isinstance(text, str) for text in (name, *row.values())):
         raise InputError(f"{table}, line {number}: the file's name and its texts must be texts, in quotes")
-    name = name.replace("\\", "/").rpartition("/")[2]
+    name = same(name.replace("\\", "/").rpartition("/")[2])
     if name in rows:
         raise InputError(f"{table}, line {number}: {shown(name)} has its texts in an earlier line already")
     rows[name] = row
 
 
-def read_jsonl(table: Path) -> dict[str, dict[str, str]]:
-    rows = {}
-    for number, line in enumerate(read_text(table).splitlines(), start=1):
+def read_jsonl(table: Path) -> tuple[Rows, list[str]]:
+    rows, others = {}, set()
+    for number, line in enumerate(read_text(table).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -112,20 +194,25 @@ def read_jsonl(table: Path) -> dict[str, dict[str, str]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{table}, line {number}: needs JSON with file_name and text") from None
         enter(rows, table, number, name, {"prompt": text})
-    return rows
+        others |= row.keys() - {"file_name", "text"}
+    return rows, [f"{name} of {table.name}" for name in sorted(others)]
 
 
-def read_csv(table: Path) -> dict[str, dict[str, str]]:
-    rows, lines = {}, csv.DictReader(io.StringIO(read_text(table), newline=""))
+def read_csv(table: Path) -> tuple[Rows, list[str]]:
+    rows, lines = {}, csv.DictReader(io.StringIO(read_text(table), newline=""), strict=True)
     try:
         for row in lines:
+            if None in row:
+                raise InputError(f"{table}, line {lines.line_num}: more fields than there are columns; put a "
+                                 "text that holds a comma into quotes")
             if not row.get("image_path") or not row.get("prompt"):
                 raise InputError(f"{table}: needs the columns image_path and prompt, filled in every row")
-            texts = {key: text for key, text in row.items() if key and text}
+            texts = {key: text for key, text in row.items() if key in COLUMNS and text}
             enter(rows, table, lines.line_num, row["image_path"], texts)
     except csv.Error as error:
         raise InputError(f"{table}, line {lines.line_num}: not a readable CSV ({error})") from None
-    return rows
+    others = [name for name in lines.fieldnames or () if name not in COLUMNS]
+    return rows, [f"column {name} of {table.name}" for name in others]
 
 
 def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, str, str]:
@@ -154,29 +241,6 @@ def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, 
 
 
 # --------------------------------------------------------------------------------------------------- pictures
-def find_pictures(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The pictures in a folder, and the masks beside them, by the stem of the picture that each is for.
-
-    Raises: InputError if there is no picture, if there are too many, and if a mask or a picture stands alone.
-    """
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    masks = {path.stem.removesuffix(MASK): path for path in found if path.stem.endswith(MASK)}
-    pictures = [path for path in found if not path.stem.endswith(MASK)]
-    if not pictures:
-        raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)})")
-    if len(pictures) > MOST:
-        raise InputError(f"{folder}: {len(pictures)} pictures; a concept is learned from 3 to 5, and from "
-                         f"{MOST} at most")
-    for path in pictures:
-        if masks and path.stem not in masks:
-            raise InputError(f"{path}: this picture has no mask, though others in the folder do; give it "
-                             f"{path.stem}{MASK}.png")
-    alone = sorted(masks.keys() - {path.stem for path in pictures})
-    if alone:
-        raise InputError(f"{masks[alone[0]]}: a mask of no picture; there is no {shown(alone[0])} beside it")
-    return pictures, masks
-
-
 def read_picture(path: Path, mask: Path | None, size: int, variants: int,
                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     """A picture file as uint8 RGB [variants, size, size, 3], its mask, and what had to be converted.
@@ -190,7 +254,7 @@ def read_picture(path: Path, mask: Path | None, size: int, variants: int,
     pictures = squares_of(image, size, variants, rng)
     if mask is None:
         return pictures, None, converted
-    white = open_picture(mask)[0]
+    white = open_picture(mask, paper="black")[0]
     if white.size != image.size:
         raise InputError(f"{mask}: the mask has {white.width} x {white.height} pixels and its picture "
                          f"{image.width} x {image.height}")
@@ -203,11 +267,16 @@ def read_picture(path: Path, mask: Path | None, size: int, variants: int,
     return pictures, masks, converted
 
 
-def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
-    """A picture file as an upright RGB image, and what had to be converted. Raises InputError."""
+def open_picture(path: Path, paper: str = "white") -> tuple[Image.Image, list[str]]:
+    """A picture file as an upright RGB image, and what had to be converted. Raises InputError.
+
+    paper: what shows through where the picture is transparent.
+    """
     ordinary_file(path)                          # a pipe would be waited for
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=known) as image:
             if image.mode == "F":
                 raise InputError(f"{path}: its pixels are fractions, whose range nobody knows; save it with "
                                  "8 bits a channel")
@@ -221,14 +290,17 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
                 converted.append("turned upright")
             if image.mode != "RGB":
                 converted.append(f"converted from {image.mode} to RGB")
-            return to_rgb(image), converted
+            rgb = to_rgb(image, paper)
     except InputError:
         raise
-    except UNREADABLE as error:
-        reason = f"it cannot be read ({error})"
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is not a picture"
-        raise InputError(f"{path}: {reason}; replace it or take it out of the folder") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: it is not a picture; replace it or take it out of the folder") from None
+    except Exception as error:                   # a decoder may raise anything
+        raise InputError(f"{path}: it cannot be read ({error}); replace it or take it out of the "
+                         "folder") from None
+    if paper == "white" and all(low == high for low, high in rgb.getextrema()):
+        raise InputError(f"{path}: all of it is one colour; there is nothing to learn from it")
+    return rgb, converted
 
 
 def squares_of(image: Image.Image, size: int, variants: int, rng: np.random.Generator) -> np.ndarray:
@@ -247,11 +319,13 @@ def random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Im
     return ImageOps.mirror(square) if rng.random() < 0.5 else square
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB. Transparency is laid on white; 16-bit grey is scaled to 8 bits."""
+def to_rgb(image: Image.Image, paper: str) -> Image.Image:
+    """Any mode to RGB. Transparency is laid on paper; more than 8 bits are scaled by the range they need."""
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+        numbers = np.asarray(image).astype(np.float64)
+        most = next((most for most in RANGES if numbers.max() <= most), numbers.max())
+        image = Image.fromarray((numbers * 255 / most).clip(0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, paper), image).convert("RGB")
     return image.convert("RGB")

@@ -26,7 +26,7 @@ from purecc_min.pairs import ON_PUBLIC_WEIGHTS, check_has_halves, imagine_resuma
 from purecc_min.registry import METHODS, as_sampled
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError, shown
-from tinyflow.files import write_picture
+from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.sheet import sheet
 from tinyflow.picturebook.world import OBJECTS
@@ -51,10 +51,7 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
     concept = load_concept(folder, class_word, size, model.variants, config.seed)
     if not model.public:                         # it may be the CSV's
         check_noun(concept.class_word)
-    for note in concept.notes:
-        print("converted", note)
-    if concept.references[0].masks is not None:
-        print("masks: only what is white in them counts in L_CC")
+    print("\n".join(concept.notes))
     check_texts(open_tokenizer(base_model, weights, text), concept, folder)
     way = METHODS[method]
     if way.imagines:
@@ -84,7 +81,9 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
         if not model.public and concept.class_word.lower() in OBJECTS:   # the reader knows these by name
             toy = Toy(dict(object=concept.class_word.lower()), {})
             results, sentences = assess(pipe, toy, concept, drawn)
-            print("\n".join(["", table(results), "", *sentences]))
+            report = "\n".join([table(results), "", *sentences])
+            write_whole(out / "table.md", f"{report}\n".encode())
+            print(f"\n{report}")
     print(f"\nlearned: {out}/concept.safetensors; {out}/comparison.png shows it")
 
 

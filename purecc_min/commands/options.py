@@ -15,8 +15,9 @@ from purecc_min.commands.speed import speed
 from purecc_min.commands.words import words
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
-from tinyflow.errors import Parser, file_path, number, positive, seed
+from tinyflow.files import check_output, free_name
 from tinyflow.sd3.load import SD35_MEDIUM
+from tinyflow.terminal import Parser, file_path, number, positive, seed
 
 TINY, PUBLIC = BASE_MODELS["tiny"], BASE_MODELS["sd3.5-medium"]
 
@@ -44,8 +45,10 @@ def sample_command(options: argparse.Namespace) -> None:
 
 
 def export_command(options: argparse.Namespace) -> None:
-    count = export_lora(options.concept, options.out)
-    print(f"{options.out}: {count} tensors; the layer-wise embeddings stay behind (tinyflow/sd3/README.md)")
+    check_output(options.out, ".safetensors", [options.concept])
+    out = free_name(options.out)                 # what stands there may be another concept
+    count = export_lora(options.concept, out)
+    print(f"{out}: {count} tensors; the layer-wise embeddings stay behind (tinyflow/sd3/README.md)")
 
 
 def memory_command(options: argparse.Namespace) -> None:
@@ -128,7 +131,7 @@ def add_learn(commands) -> None:
     one.add_argument("--size", type=positive,
                      help=f"pixels a side; on public weights, a multiple of 16 ({PUBLIC.size})")
     add_training_options(one)
-    one.set_defaults(run=learn_command)
+    one.set_defaults(run=learn_command, goes_on=True)
 
 
 def add_sample(commands) -> None:
@@ -157,13 +160,14 @@ def add_sample(commands) -> None:
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(prog="python -m purecc_min", description=description, formatter_class=RAW)
+    parser.set_defaults(goes_on=False)
     parser.add_argument("--version", action="version", version=f"purecc-min {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     one = commands.add_parser("demo", help="what runs without a command")
     add_out(one, "output/demo", RUN_FOLDER)
     add_training_options(one)
-    one.set_defaults(run=demo_command)
+    one.set_defaults(run=demo_command, goes_on=True)
 
     add_learn(commands)
     add_sample(commands)

@@ -1,7 +1,8 @@
 """What the commands share: the folder that a run owns, and its progress bars.
 
 A folder belongs to one run, and to one process at a time. Its run.json (settings, versions) says which run it
-is. A run that ends before it has saved anything leaves no run.json, so a corrected command can start there.
+is. The same run may go on to more steps. A run that ends before it has saved anything leaves nothing, so a
+corrected command can start there.
 """
 
 import contextlib
@@ -17,16 +18,22 @@ from tqdm import tqdm
 
 from purecc_min.concept import ConceptSet
 from purecc_min.train import TrainConfig
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
 from tinyflow.files import check_place, locked, present, read_text, write_whole
 
 
 def check_run_folder(folder: Path) -> None:
     """Raises: InputError or OSError if no run can live there, before any work is done for it."""
     check_place(folder)
-    found = list(folder.iterdir()) if present(folder) else []    # an interrupted write leaves a .part
-    if any(path.suffix != ".part" for path in found) and not (folder / "run.json").exists():
-        raise InputError(f"{folder}: this folder holds other files; choose another --out")
+    if others_in(folder) and not (folder / "run.json").exists():
+        raise InputError(f"{folder}: this folder holds other files, such as {shown(others_in(folder)[0])}; "
+                         "choose another --out")
+
+
+def others_in(folder: Path) -> list[str]:
+    """What lies in a folder, but for hidden files and what an interrupted write has left."""
+    found = sorted(path.name for path in folder.iterdir()) if present(folder) else []
+    return [name for name in found if not name.startswith(".") and not name.endswith(".part")]
 
 
 @contextlib.contextmanager
@@ -43,30 +50,38 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
     check_run_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        file = folder / "run.json"
-        if is_new := not file.exists():
-            write_whole(file, json.dumps({**run, "versions": versions}, indent=1).encode())
-        elif not is_same(run, file):
-            raise InputError(f"{folder}: this folder holds another run (see its run.json); "
-                             "choose another --out")
+        for path in folder.glob("*.part"):
+            path.unlink()
+        file, hidden = folder / "run.json", set(folder.iterdir())
+        is_new = not file.exists()
+        if not is_new:
+            check_same(run, file)
+        write_whole(file, json.dumps({**run, "versions": versions}, indent=1).encode())
         try:
             yield
         except BaseException:
-            left = list(folder.iterdir())
+            left = [path for path in folder.iterdir() if path not in hidden]
             if is_new and not any(path.suffix == ".safetensors" for path in left):
                 for path in left:
-                    if path.suffix in (".json", ".jsonl", ".part"):
-                        path.unlink()
+                    path.unlink()
             raise
 
 
-def is_same(run: dict, file: Path) -> bool:
-    """Whether a run.json is of this run. Raises InputError if it cannot be read."""
+def check_same(run: dict, file: Path) -> None:
+    """Raises: InputError if a run.json cannot be read, or is of another run, which may have fewer steps."""
     try:
-        found = dict(json.loads(read_text(file)))
-    except (ValueError, TypeError, RecursionError):
+        there = dict(json.loads(read_text(file)))
+        config = dict(there["config"])
+        longer = config["steps"] < run["config"]["steps"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{file}: damaged; choose another --out or delete the folder") from None
-    return {name: found.get(name) for name in run} == run
+    wrong = [name for name in ("base", "class_word", "references", "method") if there.get(name) != run[name]]
+    wrong += [f"{name}, which is {config.get(name)} there and {value} here"
+              for name, value in run["config"].items()
+              if config.get(name) != value and not (longer and name == "steps")]
+    if wrong:
+        raise InputError(f"{file.parent}: this folder holds another run (other {'; '.join(wrong)}); choose "
+                         "another --out")
 
 
 def follow(title: str, rows: Iterator[dict], steps: int) -> None:

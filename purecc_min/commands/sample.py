@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +12,7 @@ from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_
 from purecc_min.concept import TOKEN, styles_among
 from purecc_min.registry import METHODS
 from tinyflow.errors import InputError, shown
-from tinyflow.files import check_output, write_picture
+from tinyflow.files import check_output, free_name, write_picture
 from tinyflow.picturebook.sheet import sheet
 
 AT_ONCE = 4                                      # pictures
@@ -31,7 +30,7 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
     Raises: InputError for files that do not go together, or that the prompt does not name.
     """
     facts, words = [load_concept_file(file)[1] for file in files], {}
-    learned_on = [(its.get("base", "tiny"), its.get("size", 64)) for its in facts]
+    learned_on = [(its["base"], its["size"]) for its in facts]
     for file, name, its, where in zip(files, names_of(len(files)), facts, learned_on):
         word = words[name] = its["class_word"]
         if name not in prompt:
@@ -42,7 +41,7 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
         if where != learned_on[0]:
             raise InputError(f"{file}: learned on {where[0]} at {where[1]} px, and {files[0]} on "
                              f"{learned_on[0][0]} at {learned_on[0][1]} px; they cannot stand in one picture")
-    named_only = [its.get("method") in METHODS and METHODS[its["method"]].named_only for its in facts]
+    named_only = [its["method"] in METHODS and METHODS[its["method"]].named_only for its in facts]
     return *learned_on[0], words, named_only
 
 
@@ -84,9 +83,3 @@ def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: 
     for seed, picture in zip(seeds, pictures):
         write_picture(free_name(out.with_name(f"{out.stem}-seed{seed}.png")), Image.fromarray(picture))
     print(f"{out}, and each picture beside it")
-
-
-def free_name(path: Path) -> Path:
-    """The path, or with -2, -3, ... before its ending the first at which there is no file."""
-    names = chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2)))
-    return next(name for name in names if not name.exists())

@@ -22,12 +22,12 @@ from PIL import Image
 
 from purecc_min.concept import TOKEN, ConceptSet, Reference
 from purecc_min.measure.lottery import draw_concepts
-from tinyflow.errors import Parser
 from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import HEADS
 from tinyflow.picturebook.render import render
 from tinyflow.picturebook.world import PLAIN_PARTS, Identity
+from tinyflow.terminal import Parser
 
 FOLDER = Path(__file__).parent / "references"
 STYLE_WORD = "a"                                 # the class word of a style

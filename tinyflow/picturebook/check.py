@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributions import Normal
 from tqdm import tqdm
 
-from tinyflow.errors import Parser, file_path, positive, report_errors
 from tinyflow.flow import noise_for, path, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.codec import quality
@@ -25,6 +24,7 @@ from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.reader import HEADS, IGNORED, Reader, Reading, shows, truth
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, to_pixels
+from tinyflow.terminal import Parser, file_path, positive, report_errors
 from tinyflow.threads import choose_device
 
 AT_ONCE = 50                                     # pictures

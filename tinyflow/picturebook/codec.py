@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflow.errors import Parser, file_path, positive, report_errors, seed
 from tinyflow.files import make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_codec, make_codec
 from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.pipeline import to_pixels
+from tinyflow.terminal import Parser, file_path, positive, report_errors, seed
 from tinyflow.vae import VAE
 from tinyflow.weights import save_tensors, tensor_hash
 

@@ -24,7 +24,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinyflow.errors import Parser, file_path, positive, report_errors, seed
 from tinyflow.files import make_folder
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
@@ -32,6 +31,7 @@ from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.pipeline import Pipeline, to_pixels
+from tinyflow.terminal import Parser, file_path, positive, report_errors, seed
 from tinyflow.threads import choose_device
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the MMDiT (needs a C++ compiler): about 1.2x faster on CPU")
     options = parser.parse_args(arguments)
-    with report_errors():
+    with report_errors(goes_on=True):
         make_folder(options.out)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = choose_device(options.device)

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.errors import Parser, file_path, positive, report_errors, seed
 from tinyflow.files import make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED
@@ -31,6 +30,7 @@ from tinyflow.picturebook.render import HALF, brightness, render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.picturebook.world import Identity
 from tinyflow.pipeline import to_pixels
+from tinyflow.terminal import Parser, file_path, positive, report_errors, seed
 from tinyflow.threads import choose_device
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 

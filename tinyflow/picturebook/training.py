@@ -24,7 +24,15 @@ from tinyflow.errors import InputError
 from tinyflow.files import locked, read_log, write_whole
 from tinyflow.picturebook.muon import Muon
 from tinyflow.threads import room_for_others
-from tinyflow.weights import load_into, load_optimizer, load_tensors, optimizer_tensors, save_tensors
+from tinyflow.weights import (
+    load_into,
+    load_optimizer,
+    load_tensors,
+    optimizer_tensors,
+    progress,
+    reached_step,
+    save_tensors,
+)
 
 # What a stage that starts from trained weights changes in its config: lower learning rates, falling soon.
 LATER = {"lr": 8e-4, "matrix_lr": .01, "flat": .1}
@@ -90,7 +98,7 @@ class Training:
         tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         save_tensors(file, f"{self.kind} checkpoint", tensors,
-                     {"step": k, "seconds": seconds, "config": asdict(self.config)})
+                     {"seconds": seconds, "config": asdict(self.config), **progress(tensors, k)})
 
     def load(self, file: Path) -> tuple[int, float]:
         """Returns the step to go on with and the seconds spent so far.
@@ -98,14 +106,15 @@ class Training:
         Raises: InputError if the file is from another configuration.
         """
         tensors, facts = load_tensors(file, f"{self.kind} checkpoint")
-        if facts["config"] != asdict(self.config):
+        if facts.get("config") != asdict(self.config):
             raise InputError(f"{file}: the run in this folder has another configuration; "
                              "choose another --out")
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             load_into(module, own, file)
+        step = reached_step(tensors, facts, file)
         load_optimizer(self.optimizer, tensors)
-        return facts["step"], facts["seconds"]
+        return step, float(facts["seconds"])
 
 
 def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int, float]]:

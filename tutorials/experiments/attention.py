@@ -38,13 +38,13 @@ from purecc_min.benchmark.tables import markdown, mean_and_interval
 from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN
 from purecc_min.measure.toy import turn
-from tinyflow.errors import report_errors
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for, path
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, Text, Velocity
+from tinyflow.terminal import report_errors
 from tinyflow.threads import room_for_others
 
 CONCEPT, NOUN, SEEDS, SCENES, TIMES = "checked_robot", "robot", 3, 60, (.9, .6)

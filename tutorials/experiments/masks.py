@@ -21,7 +21,7 @@ from purecc_min.measure.draw import FEW_STEPS, draw_groups
 from purecc_min.measure.measures import measure
 from purecc_min.methods import Thetas
 from purecc_min.train import optimizer_for, train_steps
-from tinyflow.errors import report_errors
+from tinyflow.terminal import report_errors
 
 CONCEPT, METHODS, SEEDS = toy.TUNING[0], ("lora", "token"), 2
 SHOWN = ("similarity", "sees concept", "confounder contradicted", "confounder unsaid", "outside change",

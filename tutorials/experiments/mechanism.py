@@ -30,9 +30,9 @@ from purecc_min.concept import EncodedConcept, noised
 from purecc_min.measure.velocities import TIMES
 from purecc_min.methods import Thetas
 from purecc_min.objective import cosine, pcc_loss
-from tinyflow.errors import report_errors
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
+from tinyflow.terminal import report_errors
 
 CONCEPT, SEEDS = "striped_cat", 3
 STUDIED = ("lora", "paper", "not detached", "paper, v_0", "anchor", "embeddings")
