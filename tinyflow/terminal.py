@@ -46,6 +46,11 @@ def file_path(text: str) -> Path:
     return Path(text)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+                        help="auto takes CUDA, then MPS, then CPU")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says on one line what is wrong, and where the options are explained."""
 

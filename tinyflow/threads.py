@@ -15,6 +15,8 @@ from typing import Iterator
 
 import torch
 
+from tinyflow.errors import InputError
+
 SECONDS = 1.0                                    # between two looks
 
 
@@ -67,9 +69,14 @@ def room_for_others() -> Iterator[None]:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """A device by its name; "auto" takes CUDA, then MPS, then the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """A device by its name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises: InputError if this machine does not have it.
+    """
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: torch can use none on this machine; try --device cpu") from None

@@ -18,7 +18,6 @@ from tinyflow.errors import InputError
 from tinyflow.picturebook.model import load_tiny, make_tiny
 from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.load import load_sd3, load_tokenizer
-from tinyflow.threads import choose_device
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,6 @@ def check_base_model(name: str, weights: Path | None, size: int) -> None:
     if size % 16:
         nearest = max(16, size // 16 * 16)
         raise InputError(f"--size {size}: it must be a multiple of 16, for example {nearest}")
-
-
-def usable_device(name: str) -> torch.device:
-    """A device by name, or "auto". Raises InputError if this machine does not have it."""
-    device = choose_device(name)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: torch can use none on this machine; try --device cpu") from None
-    return device
 
 
 def open_tokenizer(name: str, weights: Path | None, text: Path | None):

@@ -11,7 +11,6 @@ from purecc_min.commands.base_models import (
     check_base_model,
     open_base_model,
     open_tokenizer,
-    usable_device,
 )
 from purecc_min.commands.demo import assess
 from purecc_min.commands.folder import load_concept
@@ -32,6 +31,7 @@ from tinyflow.picturebook.sheet import sheet
 from tinyflow.picturebook.world import OBJECTS
 from tinyflow.pipeline import Pipeline, to_pictures
 from tinyflow.sd3.load import read_config
+from tinyflow.threads import choose_device
 
 
 def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out: Path, method: str,
@@ -43,7 +43,7 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
 
     Raises: InputError for anything that cannot be used, before anything is trained.
     """
-    model, device = BASE_MODELS[base_model], usable_device(device_name)
+    model, device = BASE_MODELS[base_model], choose_device(device_name)
     check_base_model(base_model, weights, size)
     check_run_folder(out)
     if class_word and not model.public:

@@ -289,9 +289,11 @@ def fit(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, free
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left; without CUDA, those of the whole machine."""
+    """Bytes that the device has left; without CUDA, those of the machine, or 16 GB if it does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if not hasattr(os, "sysconf"):
+        return 16 * 10**9
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from purecc_min import __version__
-from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for, usable_device
+from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for
 from purecc_min.commands.demo import ROWS, demo
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.learn import learn_folder
@@ -17,14 +17,15 @@ from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.files import check_output, free_name
 from tinyflow.sd3.load import SD35_MEDIUM
-from tinyflow.terminal import Parser, file_path, number, positive, seed
+from tinyflow.terminal import Parser, add_device, file_path, number, positive, seed
+from tinyflow.threads import choose_device
 
 TINY, PUBLIC = BASE_MODELS["tiny"], BASE_MODELS["sd3.5-medium"]
 
 
 # ----------------------------------------------------------------------------------------------- the commands
 def demo_command(options: argparse.Namespace) -> None:
-    pipe = open_base_model("tiny", None, None, TINY.size, usable_device(options.device))
+    pipe = open_base_model("tiny", None, None, TINY.size, choose_device(options.device))
     demo(pipe, {name: training_config(options, training_for("tiny", name)) for name in ROWS}, options.out)
 
 
@@ -60,7 +61,7 @@ def words_command(options: argparse.Namespace) -> None:
 
 
 def speed_command(options: argparse.Namespace) -> None:
-    print(speed(options.steps, str(usable_device(options.device))))
+    print(speed(options.steps, str(choose_device(options.device))))
 
 
 def training_config(options: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
@@ -100,8 +101,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of every random draw (%(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-                        help="auto takes CUDA, then MPS, then CPU")
+    add_device(parser)
 
 
 def add_out(parser: argparse.ArgumentParser, default: str, about: str) -> None:

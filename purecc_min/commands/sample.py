@@ -8,12 +8,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from purecc_min.branch import Branch, load_concept_file, only_with_token, velocity_with
-from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model, usable_device
+from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model
 from purecc_min.concept import TOKEN, styles_among
 from purecc_min.registry import METHODS
 from tinyflow.errors import InputError, shown
 from tinyflow.files import check_output, free_name, write_picture
 from tinyflow.picturebook.sheet import sheet
+from tinyflow.threads import choose_device
 
 AT_ONCE = 4                                      # pictures
 
@@ -61,7 +62,7 @@ def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: 
     prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", prompt)
     base_model, size, words, off = read_facts(files, prompt)
     check_base_model(base_model, weights, size)
-    pipe = open_base_model(base_model, weights, text, size, usable_device(device_name))
+    pipe = open_base_model(base_model, weights, text, size, choose_device(device_name))
     branches = [Branch.load(pipe, file)[0] for file in files]
     for B in (B for branch in branches for B in branch.lora.B.values()):
         B.mul_(strength)

@@ -4,7 +4,6 @@ Stage 2 adds to stage 1's step one prediction for the base text and a frozen one
 without gradients. The ablations (methods.py) are timed beside it.
 """
 
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -45,8 +44,16 @@ def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
             begun = now
     if device == "cuda":
         return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e6
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(np.median(seconds)), resident / (1e6 if sys.platform == "darwin" else 1e3)
+    return float(np.median(seconds)), resident_memory()
+
+
+def resident_memory() -> float:
+    """The most memory that this process has held, in MB; nan where the system does not say it (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def speed(steps: int, device: str) -> str:

@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=CodecConfig.steps, help="training steps")
     parser.add_argument("--seed", type=seed, default=CodecConfig.seed, help="of weights, pictures and noise")
     options = parser.parse_args(arguments)
-    with report_errors():
+    with report_errors(goes_on=True):
         make_folder(options.out)
         torch.manual_seed(options.seed)
         codec = load_codec(options.start).requires_grad_(True) if options.start else make_codec()

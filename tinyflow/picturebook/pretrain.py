@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tinyflow.errors import InputError, shown
 from tinyflow.files import make_folder
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
@@ -31,7 +32,7 @@ from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.pipeline import Pipeline, to_pixels
-from tinyflow.terminal import Parser, file_path, positive, report_errors, seed
+from tinyflow.terminal import Parser, add_device, file_path, positive, report_errors, seed
 from tinyflow.threads import choose_device
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
@@ -149,6 +150,21 @@ def begin(start: Path | None, codec: Path | None, seed: int) -> Pipeline:
     return pipe.requires_grad_(True)
 
 
+def own_process() -> tuple[int, int, int]:
+    """This process's number among all and on its machine, and how many there are, as torchrun says it.
+
+    Raises: InputError for numbers that are none, or that do not belong together.
+    """
+    said = [os.environ.get(name, default) for name, default in
+            (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(number.isdecimal() for number in said) or not int(said[0]) < int(said[2]):
+        raise InputError(f"RANK {shown(said[0])}, LOCAL_RANK {shown(said[1])}, WORLD_SIZE {shown(said[2])}: "
+                         "these do not belong together; torchrun sets them, or leave them out")
+    if int(said[2]) > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError("WORLD_SIZE is set without MASTER_ADDR; start several processes with torchrun")
+    return int(said[0]), int(said[1]), int(said[2])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("python -m tinyflow.picturebook.pretrain",
                     description=__doc__.split("\n\n")[0])
@@ -167,18 +183,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=seed, default=1, help="of weights, pictures, captions and noise")
     parser.add_argument("--save-every", type=positive, default=500,
                         help="steps between checkpoints and samples")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_device(parser)
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the MMDiT (needs a C++ compiler): about 1.2x faster on CPU")
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
+        (rank, local, processes), device = own_process(), choose_device(options.device)
         make_folder(options.out)
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = choose_device(options.device)
         if processes > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             if device.type == "cuda":
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                device = torch.device("cuda", local)
         pipe = begin(options.start, options.codec, options.seed)
         start = tensor_hash(pipe.mmdit.state_dict()) if options.start else ""
         config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,

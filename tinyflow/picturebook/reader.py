@@ -30,7 +30,7 @@ from tinyflow.picturebook.render import HALF, brightness, render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.picturebook.world import Identity
 from tinyflow.pipeline import to_pixels
-from tinyflow.terminal import Parser, file_path, positive, report_errors, seed
+from tinyflow.terminal import Parser, add_device, file_path, positive, report_errors, seed
 from tinyflow.threads import choose_device
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
@@ -358,15 +358,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
     parser.add_argument("--steps", type=positive, default=ReaderConfig.steps, help="training steps")
     parser.add_argument("--seed", type=seed, default=ReaderConfig.seed, help="of weights, pictures and noise")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    add_device(parser)
     options = parser.parse_args(arguments)
-    with report_errors():
+    with report_errors(goes_on=True):
+        device = choose_device(options.device)
         make_folder(options.out)
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
         start = tensor_hash(reader.state_dict()) if options.start else ""
         config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
-        follow(ReaderTraining(config, reader.to(choose_device(options.device))), options.out, 500, "reader")
+        follow(ReaderTraining(config, reader.to(device)), options.out, 500, "reader")
 
 
 if __name__ == "__main__":
