@@ -113,16 +113,18 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def sample(self, text: Text, seeds: list[int], steps: int = 28, guidance: float | None = None,
-               theta: Velocity | None = None, theta_null: Velocity | None = None) -> Tensor:
+               theta: Velocity | None = None, theta_null: Velocity | None = None,
+               negative: str = "") -> Tensor:
         """Draws a picture for each row of `text`: x_0 [B, C, H, W]. Row i starts from the noise of seeds[i].
 
         Args:
             guidance: by default the pipeline's own. theta: the velocity to follow, by default `velocity`.
             theta_null: the velocity that answers guidance's empty text, by default theta.
+            negative: a text in its place, which says what should not be there.
         """
         guidance = self.guidance if guidance is None else guidance
         theta = theta or self.velocity
-        null = self.encode_text([""])[[0] * len(seeds)]
+        null = self.encode_text([negative])[[0] * len(seeds)]
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             if guidance == 1:

@@ -127,7 +127,7 @@ def build(source: Path, check: bool) -> str:
         (FOLDER / folder).mkdir(exist_ok=True)
     nbformat.write(made["learner"], FOLDER / "notebooks" / f"{source.stem}.ipynb")
     nbformat.write(solved, FOLDER / "solved" / f"{source.stem}.ipynb")
-    (FOLDER / "slides" / f"{source.stem}.html").write_text(page)
+    (FOLDER / "slides" / f"{source.stem}.html").write_text(page, encoding="utf-8")
     return f"{source.name}: {seconds:.0f} s, {slides} slides"
 
 

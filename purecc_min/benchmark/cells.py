@@ -66,7 +66,7 @@ def hash_of(file: Path) -> str:
 @cache
 def shipped_results() -> dict[str, dict]:
     """File name of a cell -> its result, of all results that came with this repository."""
-    parts = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))
+    parts = [json.loads(file.read_bytes()) for file in sorted(RESULTS.glob("*.json"))
              if file.stem != "two"]              # two.py's own
     return {Cell.of(result).file: result for part in parts for result in part}
 
@@ -139,7 +139,7 @@ class Cell:
         """
         file, found = folder / self.file, None
         if file.exists():
-            found = json.loads(file.read_text())
+            found = json.loads(file.read_bytes())
         elif shipped:
             found = shipped_results().get(self.file)
         return found if found and found["recipe"] == self.recipe() else None

@@ -109,4 +109,4 @@ def filled(text: str, known: dict[str, str]) -> str:
 if __name__ == "__main__":
     known = tables()
     for page in PAGES:
-        write_whole(page, filled(page.read_text(), known).encode())
+        write_whole(page, filled(page.read_text(encoding="utf-8"), known).encode())

@@ -73,9 +73,9 @@ class Two(NamedTuple):
         """
         file, shipped_file, known = folder / self.file, RESULTS / "two.json", []
         if file.exists():
-            known = [json.loads(file.read_text())]
+            known = [json.loads(file.read_bytes())]
         elif shipped and shipped_file.exists():
-            known = json.loads(shipped_file.read_text())
+            known = json.loads(shipped_file.read_bytes())
         own = [list(self.names), self.method, self.seed, self.recipe()]
         return next((row for row in known if [row[name] for name in KEYS] == own), None)
 

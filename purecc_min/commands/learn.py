@@ -1,9 +1,10 @@
 """`learn`: a concept from a folder of pictures, on the tiny base model or on public weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
-from purecc_min.algorithm import learn
+from purecc_min.algorithm import concept_facts, learn
 from purecc_min.branch import Branch
 from purecc_min.commands.base_models import (
     BASE_MODELS,
@@ -25,7 +26,7 @@ from purecc_min.pairs import ON_PUBLIC_WEIGHTS, check_has_halves, imagine_resuma
 from purecc_min.registry import METHODS, as_sampled
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError, shown
-from tinyflow.files import write_picture, write_whole
+from tinyflow.files import read_text, write_picture, write_whole
 from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.sheet import sheet
 from tinyflow.picturebook.world import OBJECTS
@@ -36,10 +37,11 @@ from tinyflow.threads import choose_device
 
 def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out: Path, method: str,
                  base_model: str, weights: Path | None, text: Path | None, size: int, device_name: str,
-                 samples_every: int | None = None) -> None:
-    """Learns the concept and leaves everything in `out`: concept.safetensors, logs, comparison.png.
+                 samples_every: int | None = None, prompts: Path | None = None) -> None:
+    """Learns the concept and leaves everything in `out`: concept.safetensors, logs, comparison.png, table.md.
 
-    samples_every: steps between sheets of samples on the way, samples-<stage>-<step>.png.
+    samples_every: steps between sheets of samples on the way, samples-<stage>-<step>.png, each with the
+        concept as it is then. prompts: a file with the texts of the sheets.
 
     Raises: InputError for anything that cannot be used, before anything is trained.
     """
@@ -52,7 +54,13 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
     if not model.public:                         # it may be the CSV's
         check_noun(concept.class_word)
     print("\n".join(concept.notes))
-    check_texts(open_tokenizer(base_model, weights, text), concept, folder)
+    tokenizer = open_tokenizer(base_model, weights, text)
+    check_texts(tokenizer, concept, folder)
+    texts = unseen_texts(concept.class_word)
+    if prompts:
+        texts = read_prompts(prompts, tokenizer, concept.class_word)
+    elif model.public:
+        texts = [r.complete for r in concept.references]
     way = METHODS[method]
     if way.imagines:
         check_has_halves(concept)
@@ -60,10 +68,6 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
     pipe = open_base_model(base_model, weights, text, size, device)
     pipe.mmdit.checkpointing = checkpointing
     with run_folder(out, concept, config, method, f"{base_model} at {size} px"):
-        texts = [r.complete for r in concept.references]
-        if not model.public:
-            texts = unseen_texts(concept.class_word)
-
         imagined = imagine_for(pipe, concept, config, out, model) if way.imagines else None
 
         def rows() -> Iterator[dict]:
@@ -72,6 +76,10 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
                     file = out / f"samples-{stage}-{row['step']:06d}.png"
                     title = f"stage {stage}, step {row['step']}"
                     draw_sheet(pipe, concept, {title: as_sampled(way, theta, pipe.velocity)}, texts, file)
+                    own = way if stage == 2 else way.extractor or way
+                    facts = concept_facts(pipe, concept.class_word, replace(config, steps=row["step"]),
+                                          own.name, base_model)
+                    theta.save(out / f"concept-{stage}-{row['step']:06d}.safetensors", facts)
                 yield {**row, "step": row["step"] + (stage - 1) * config.steps}
 
         follow(f"learning: {method}", rows(), (2 if way.extractor else 1) * config.steps)
@@ -119,6 +127,20 @@ def check_texts(tokenizer, concept: ConceptSet, folder: Path) -> None:
             tokenizer([reference.base, word], {word: word})      # where Y starts from
         except InputError as error:
             raise InputError(f"{folder / reference.id}: {error}") from None
+
+
+def read_prompts(file: Path, tokenizer, word: str) -> list[str]:
+    """The texts of a file, one a line. Raises InputError if there is none, or one that cannot be encoded."""
+    lines = [" ".join(line.split()).replace("[v]", TOKEN) for line in read_text(file).split("\n")]
+    texts = list(filter(None, lines))
+    if not texts:
+        raise InputError(f"{file}: there is no text in it; write one a line, such as 'a {TOKEN} {word}'")
+    for number, text in enumerate(texts, start=1):
+        try:
+            tokenizer([text], {TOKEN: word}, styles_among({TOKEN: word}))
+        except InputError as error:
+            raise InputError(f"{file}, text {number}: {error}") from None
+    return texts
 
 
 def check_noun(word: str) -> None:

@@ -35,14 +35,14 @@ def learn_command(options: argparse.Namespace) -> None:
     config = training_config(options, training_for(options.base, method))
     learn_folder(options.folder, options.class_word, config, options.out, method, options.base,
                  options.weights, options.text, options.size or model.size, options.device,
-                 options.samples_every)
+                 options.samples_every, options.prompts)
 
 
 def sample_command(options: argparse.Namespace) -> None:
     seeds = list(range(options.seed, options.seed + options.number))
     sample_concepts(options.concept, options.prompt, options.weights, options.text, seeds, options.steps,
-                    options.guidance, options.strength, options.empty_text, options.only_with_token,
-                    options.out, options.device)
+                    options.guidance, options.strength, options.negative, options.empty_text,
+                    options.only_with_token, options.out, options.device)
 
 
 def export_command(options: argparse.Namespace) -> None:
@@ -127,7 +127,9 @@ def add_learn(commands) -> None:
                      help="the base model to learn it on (%(default)s)")
     add_weights(one)
     one.add_argument("--samples-every", type=positive,
-                     help="draw the prompts of the final sheet every so many steps, to stop by eye")
+                     help="draw the final sheet every so many steps, and keep the concept as it is then, to "
+                          "stop by eye")
+    one.add_argument("--prompts", type=file_path, help="a file with the sheet's texts, one a line")
     one.add_argument("--size", type=positive,
                      help=f"pixels a side; on public weights, a multiple of 16 ({PUBLIC.size})")
     add_training_options(one)
@@ -148,6 +150,8 @@ def add_sample(commands) -> None:
     one.add_argument("--strength", type=number(float, 0, 10), default=1.0,
                      help="of the adapters; less: closer to the original model (%(default)s)")
     one.add_argument("--steps", type=number(int, 1, 1000), default=28, help="Euler steps (%(default)s)")
+    one.add_argument("--negative", default="", metavar="TEXT",
+                     help="what should not be there, in the place of guidance's empty text")
     one.add_argument("--empty-text", choices=("adapted", "base"), default="base",
                      help="who answers guidance's empty text: the adapted model or the base model, as in "
                           "every table and picture here (%(default)s)")

@@ -47,13 +47,14 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
 
 
 def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: Path | None, seeds: list[int],
-                    steps: int, guidance: float | None, strength: float, empty_text: str, named_only: bool,
-                    out: Path, device_name: str) -> None:
+                    steps: int, guidance: float | None, strength: float, negative: str, empty_text: str,
+                    named_only: bool, out: Path, device_name: str) -> None:
     """Draws the prompt at every seed: one PNG each, and a sheet with all of them. No file is overwritten.
 
     Args:
         files: of concepts; the names of several are [V1], [V2], ... in this order.
         strength: what the adapters' part of every layer's output is multiplied with.
+        negative: a text that says what should not be there, in the place of guidance's empty one.
         empty_text: who answers guidance's empty text, the "adapted" model or the "base" model.
         named_only: whether the adapters are off for every text without a concept's name; those of a method
             that says so are off in any case.
@@ -74,7 +75,7 @@ def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: 
     text, pictures = pipe.encode_text([prompt], words, styles_among(bound)), []
     for n in tqdm(range(0, len(seeds), AT_ONCE), "pictures", leave=False, delay=5):
         some = seeds[n:n + AT_ONCE]
-        x_0 = pipe.sample(text[[0] * len(some)], some, steps, guidance, theta, theta_null)
+        x_0 = pipe.sample(text[[0] * len(some)], some, steps, guidance, theta, theta_null, negative)
         if not x_0.isfinite().all():
             raise InputError("the pictures hold numbers that are not finite; try a lower --guidance")
         pictures += list(pipe.decode_images(x_0))
