@@ -180,6 +180,20 @@ def test_a_part_of_the_folder_and_shards_without_their_index_say_what_is_missing
         load_sd3(folder, size=64)
 
 
+def test_half_a_t5_is_no_absent_t5(sd3, tmp_path):
+    """With its config and no weights, everything was learned without T5, without a word."""
+    folder = tmp_path / "sd3"
+    shutil.copytree(sd3[0], folder)
+    for file in (folder / "text_encoder_3").glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(InputError, match="text_encoder_3: there is no model.safetensors in it; complete"):
+        load_sd3(folder, size=64)
+    shutil.rmtree(folder / "text_encoder_3")
+    (folder / "text_encoder_3").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="text_encoder_3: there is no model.safetensors"):
+        load_sd3(folder, size=64)
+
+
 @pytest.mark.parametrize("size", [0, -16, 7, 65])
 def test_a_size_that_makes_no_whole_patches_is_refused_at_once(sd3, size):
     """It was once a bare ValueError, after everything had been loaded."""

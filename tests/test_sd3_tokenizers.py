@@ -225,6 +225,13 @@ def test_a_placeholder_that_is_cut_off_is_an_error(both, t5_folder):
     assert "\n" not in str(error.value) and len(str(error.value)) < 220
 
 
+def test_a_text_that_is_cut_is_said_once(clip, capsys):
+    """Captions of more than 77 tokens were cut without a word."""
+    for _ in range(2):
+        clip(["a dog " * 50])
+    assert capsys.readouterr().err.count("longer than 77 tokens, and cut there") == 1
+
+
 def test_half_a_character_is_an_error(both):
     with pytest.raises(InputError, match="lone surrogate"):
         both(["a \udcff dog"])

@@ -53,8 +53,19 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(path, tensors, "nothing was saved; try lower learning rates")
     about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
-    # One entry of ours: safetensors writes several in a random order, and equal contents should be one file.
-    write_whole(path, save(tensors, {"tinyflow": about} | (metadata or {})))
+    write_whole(path, in_order(save(tensors, {"tinyflow": about} | (metadata or {}))))
+
+
+def in_order(data: bytes) -> bytes:
+    """The same safetensors file with sorted metadata: it is written in a random order, and equal contents
+    should be equal files.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= length
+    return data[:8] + text.ljust(length) + data[8 + length:]
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             from purecc_min.benchmark.report import report
         except ModuleNotFoundError as error:
             raise InputError(f"the benchmark's pictures need {error.name}: "
-                             "pip install -r tutorials/requirements.txt") from None
+                             "pip install matplotlib") from None
         check_known("methods", methods, ALL)
         check_known("concepts", concepts, CONCEPTS)
         if (options.quick or methods or concepts) and part != "main":

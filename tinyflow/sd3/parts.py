@@ -5,6 +5,7 @@ Stable Diffusion 3 consists of five models (transformer, VAE, CLIP-L, CLIP-G, T5
 """
 
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,7 +98,7 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: there is no such file or folder")
-    parts, tokenizers = {}, {}
+    parts, tokenizers, halves = {}, {}, {}
     if places[0].is_file():
         checkpoint = Checkpoint(places[:1])
         if checkpoint.under("transformer_blocks."):
@@ -117,9 +118,13 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
                 parts[name] = replace(parts[name], config=parts[name].config or config)
             elif checkpoint := Checkpoint.find(place / folder, stem):
                 parts[name] = Part(checkpoint, "", DIFFUSERS, config)
+            elif os.path.lexists(place / folder):
+                halves[name] = f"{place / folder}: there is no {stem}.safetensors in it"
         for name, folder in TOKENIZERS.items():
             if (place / folder).is_dir():
                 tokenizers.setdefault(name, place / folder)
+    if "t5" in halves and "t5" not in parts:     # without a word it would be learned without T5
+        raise InputError(f"{halves['t5']}; complete the download, or take the folder away: T5 may be absent")
     needed = [name for name in PARTS if name != "t5" or name in parts]
     missing = [f"{PARTS[name][0]}/" for name in needed if name not in parts]
     missing += [f"{TOKENIZERS[name]}/" for name in needed if name in TOKENIZERS and name not in tokenizers]

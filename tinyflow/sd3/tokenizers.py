@@ -11,6 +11,7 @@ import heapq
 import json
 import math
 import re
+import sys
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from tinyflow.errors import InputError, shown
 from tinyflow.files import read_text
@@ -44,6 +46,7 @@ class SlotTokenizer:
 
     def __init__(self, length: int, end: int, pad: int):
         self.length, self.end, self.pad = length, end, pad
+        self.cut: set[str] = set()               # texts of which somebody was told that they are cut
 
     def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
                  styles: tuple[str, ...] = ()) -> Tokens:
@@ -75,6 +78,10 @@ class SlotTokenizer:
                 slots[row, last[stop]] = n
             for n, start, stop in spans:
                 phrases[row, last[start] + 1:min(last[stop] + 1, self.length - 1)] = n
+            if len(tokens) > self.length - 1 and text not in self.cut:
+                self.cut.add(text)
+                tqdm.write(f"{shown(text)}: longer than {self.length} tokens, and cut there for "
+                           f"{type(self).__name__}", file=sys.stderr)
             tokens = [*tokens[:self.length - 1], self.end]
             ids[row, :len(tokens)] = torch.tensor(tokens)
         return Tokens(ids, slots, phrases)
