@@ -200,6 +200,20 @@ def test_numbers_of_12_bits_are_no_dark_picture(folder):
     assert load_concept(folder, "fish", 32).references[1].picture.max() > 230
 
 
+def test_what_is_opaque_is_the_mask_if_that_is_asked_for(folder):
+    for n in range(3):
+        picture = Image.open(folder / f"{n}.png")
+        alpha = Image.new("L", picture.size)
+        alpha.paste(255, (10, 20, 34, 44))
+        picture.putalpha(alpha)
+        picture.save(folder / f"{n}.png")
+    masks = [r.masks for r in load_concept(folder, "fish", 48, alpha_as_mask=True).references]
+    assert all(mask[0, 24, 24] == 255 and mask[0, 0, 0] == 0 for mask in masks)
+    Image.new("RGB", (48, 64), "red").save(folder / "1.png")
+    with pytest.raises(InputError, match="one colour|nothing in it is transparent"):
+        load_concept(folder, "fish", 48, alpha_as_mask=True)
+
+
 def test_a_class_word_is_needed(folder):
     refused(folder, "--class-word", class_word=None)
 

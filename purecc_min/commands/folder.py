@@ -51,14 +51,15 @@ def same(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def load_concept(folder: str | Path, class_word: str | None, size: int, variants: int = 1,
-                 seed: int = 0) -> ConceptSet:
+def load_concept(folder: str | Path, class_word: str | None, size: int, variants: int = 1, seed: int = 0,
+                 alpha_as_mask: bool = False) -> ConceptSet:
     """Reads a folder of pictures and texts.
 
     Args:
         class_word: an ordinary word close to the concept; may be left out if the CSV has instance_word.
         size: pictures become size x size pixels.
         variants: of each picture: itself, then random crops and flips of it, drawn from `seed`.
+        alpha_as_mask: whether what is opaque in a picture is its mask.
     Raises: InputError for a missing or empty folder, an unreadable picture, a complete text without [V], or
         a base text with it.
     """
@@ -66,6 +67,8 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     found = look_through(folder)
+    if alpha_as_mask and not found.masks:
+        found = found._replace(masks={same(path.stem): path for path in found.pictures})
     rows, source, unused = read_rows(folder, found)
     class_word = one_class_word(folder, class_word, rows)
 
@@ -254,7 +257,7 @@ def read_picture(path: Path, mask: Path | None, size: int, variants: int,
     pictures = squares_of(image, size, variants, rng)
     if mask is None:
         return pictures, None, converted
-    white = open_picture(mask, paper="black")[0]
+    white = opacity_of(mask) if mask == path else open_picture(mask, paper="black")[0]
     if white.size != image.size:
         raise InputError(f"{mask}: the mask has {white.width} x {white.height} pixels and its picture "
                          f"{image.width} x {image.height}")
@@ -301,6 +304,15 @@ def open_picture(path: Path, paper: str = "white") -> tuple[Image.Image, list[st
     if paper == "white" and all(low == high for low, high in rgb.getextrema()):
         raise InputError(f"{path}: all of it is one colour; there is nothing to learn from it")
     return rgb, converted
+
+
+def opacity_of(path: Path) -> Image.Image:
+    """Where a picture is opaque, in white. Raises InputError if it is opaque all over."""
+    with Image.open(path) as image:
+        opacity = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    if opacity.getextrema()[0] == 255:
+        raise InputError(f"{path}: nothing in it is transparent, so it is no mask of its own")
+    return opacity
 
 
 def squares_of(image: Image.Image, size: int, variants: int, rng: np.random.Generator) -> np.ndarray:

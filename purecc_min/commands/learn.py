@@ -37,7 +37,8 @@ from tinyflow.threads import choose_device
 
 def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out: Path, method: str,
                  base_model: str, weights: Path | None, text: Path | None, size: int, device_name: str,
-                 samples_every: int | None = None, prompts: Path | None = None) -> None:
+                 samples_every: int | None = None, prompts: Path | None = None,
+                 alpha_as_mask: bool = False) -> None:
     """Learns the concept and leaves everything in `out`: concept.safetensors, logs, comparison.png, table.md.
 
     samples_every: steps between sheets of samples on the way, samples-<stage>-<step>.png, each with the
@@ -50,7 +51,7 @@ def learn_folder(folder: Path, class_word: str | None, config: TrainConfig, out:
     check_run_folder(out)
     if class_word and not model.public:
         check_noun(class_word)
-    concept = load_concept(folder, class_word, size, model.variants, config.seed)
+    concept = load_concept(folder, class_word, size, model.variants, config.seed, alpha_as_mask)
     if not model.public:                         # it may be the CSV's
         check_noun(concept.class_word)
     print("\n".join(concept.notes))

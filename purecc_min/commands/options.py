@@ -35,7 +35,7 @@ def learn_command(options: argparse.Namespace) -> None:
     config = training_config(options, training_for(options.base, method))
     learn_folder(options.folder, options.class_word, config, options.out, method, options.base,
                  options.weights, options.text, options.size or model.size, options.device,
-                 options.samples_every, options.prompts)
+                 options.samples_every, options.prompts, options.alpha_as_mask)
 
 
 def sample_command(options: argparse.Namespace) -> None:
@@ -121,6 +121,8 @@ def add_learn(commands) -> None:
                           "part of each is to be learned: 1.mask.png is white where [V] is in 1.jpg")
     one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
     add_out(one, "output/learned", RUN_FOLDER)
+    one.add_argument("--alpha-as-mask", action="store_true",
+                     help="of pictures with transparency, what is opaque is the mask")
     one.add_argument("--method", choices=tuple(METHODS),
                      help=f"see below ({TINY.method}; on public weights {PUBLIC.method})")
     one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
