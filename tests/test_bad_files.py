@@ -177,7 +177,7 @@ def test_a_long_runs_log_is_read_whatever_its_size(tmp_path):
 def test_a_run_that_fails_before_it_saves_leaves_no_claim(photos, capsys, monkeypatch):
     def fails(*_, **__):
         raise OSError(28, "No space left on device", "out/stage1.safetensors")
-    monkeypatch.setattr("purecc_min.train.save_tensors", fails)
+    monkeypatch.setattr("purecc_min.train.save_checkpoint", fails)
     out = photos.parent / "out"
     with pytest.raises(SystemExit):
         purecc_min.main(["learn", str(photos), "--class-word", WORD, "--out", str(out), "--steps", "1",
