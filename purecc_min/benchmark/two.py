@@ -1,8 +1,8 @@
-"""Two learned concepts in one text: two individuals in one picture, and an individual in a style.
+"""Two learned concepts in one text: two individuals in one picture.
 
 The text names both, as `python -m purecc_min sample` takes it: "a small [V1] cat on the left and a big [V2]
-tree on the right in the snow", or "[V2] small [V1] cat on the left in the snow" for a style. Each concept was
-learned alone, on pictures with one thing, by a cell of the main part. What is compared:
+tree on the right in the snow". Each concept was learned alone, on pictures with one thing, by a cell of the
+main part. What is compared:
 
     original    neither is named: the original model and the text without [V1] and [V2]
     perfect     the renderer's pictures of these texts, with both concepts
@@ -10,8 +10,7 @@ learned alone, on pictures with one thing, by a cell of the main part. What is c
     together    both are named, and both sets of adapters are attached
 
 by the share of each concept's traits that the reader sees on it, and by the share of the OTHER's traits that
-it sees there, where the two differ. A style of lines hides colours, so an individual in such a style is
-judged without them. Read next: workers.py.
+it sees there, where the two differ. Read next: workers.py.
 """
 
 import hashlib
@@ -30,12 +29,11 @@ from purecc_min.benchmark.cells import ALL, FEW_STEPS, RESULTS, Cell, learned, s
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import markdown
 from purecc_min.branch import Branch, velocity_with
-from purecc_min.concept import styles_among
-from purecc_min.measure.toy import CONCEPTS, HELD_OUT, turn
+from purecc_min.measure.toy import HELD_OUT
 from purecc_min.methods import Thetas
 from tinyflow.files import write_picture, write_whole
 from tinyflow.picturebook import world
-from tinyflow.picturebook.reader import COLOURLESS, Reading
+from tinyflow.picturebook.reader import Reading
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import to_pictures, to_pixels
 
@@ -44,7 +42,7 @@ SAID = world.PLAIN_PARTS - {"colour"}
 KEYS = ("names", "method", "seed", "recipe")     # what tells one result from another
 METHODS = ("lora", "switched-off", "anchor", "paper", "token", "bound", "bound-half", "bound-pairs")
 SEEDS, SCENES, AT_ONCE = 2, 50, 10
-PAIRS = (HELD_OUT[:2], HELD_OUT[2:4], (HELD_OUT[0], HELD_OUT[4]))     # the last one: individual 1 in style 1
+PAIRS = HELD_OUT[:2], HELD_OUT[2:4]
 
 
 class Two(NamedTuple):
@@ -81,58 +79,35 @@ class Two(NamedTuple):
 
 
 def plan_two() -> list[Two]:
-    """All pairs; a method that imagines scenes of two things learns no style."""
     ends = [Two(names, method) for names in PAIRS for method in ("original", "perfect")]
-    return ends + [Two(names, method, seed)
-                   for names, method, seed in itertools.product(PAIRS, METHODS, range(SEEDS))
-                   if not (ALL[method].imagines and any(CONCEPTS[name].is_style for name in names))]
+    return ends + [Two(*row) for row in itertools.product(PAIRS, METHODS, range(SEEDS))]
 
 
 class Pair(NamedTuple):
-    """Two concepts, each as the benchmark knows it, and the scenes that texts ask for."""
+    """Two individuals, each as the benchmark knows it, and the scenes that texts ask for."""
     setups: list[Setup]
     scenes: list[world.Scene]
 
     def texts(self, named: tuple[int, ...]) -> list[str]:
         """The scenes' texts, with the names of these concepts."""
-        rows = []
-        for scene in self.scenes:
-            nouns = tuple(f"{NAMES[n]} {thing.object}" if n in named else thing.object
-                          for n, thing in enumerate(scene.things))
-            text = world.caption(scene, nouns, SAID)
-            style = [n for n in named if self.setups[n].toy.is_style]
-            rows.append(NAMES[style[0]] + text.removeprefix("a") if style else text)
-        return rows
-
-    @property
-    def shown(self) -> list[dict]:
-        """Of each concept the known traits, without those that the pair's style does not show."""
-        styles = {setup.toy.looks.get("style") for setup in self.setups}
-        hidden = ("colour", "accent") if styles & set(COLOURLESS) else ()
-        return [{head: value for head, value in setup.toy.known_traits.items() if head not in hidden}
-                for setup in self.setups]
+        return [world.caption(scene, tuple(f"{NAMES[n]} {thing.object}" if n in named else thing.object
+                                           for n, thing in enumerate(scene.things)), SAID)
+                for scene in self.scenes]
 
     def perfect(self) -> Tensor:
         """The scenes with both concepts in them, as the renderer draws them: pixels [SCENES, 3, H, W]."""
-        rows = []
-        for scene in self.scenes:
-            for n, setup in enumerate(self.setups):
-                scene = setup.toy.wearing(scene, min(n, len(scene.things) - 1))
-            rows.append(scene)
-        return to_pixels(render_all(rows)[0])
+        first, second = (setup.toy for setup in self.setups)
+        return to_pixels(render_all([second.wearing(first.wearing(scene), 1) for scene in self.scenes])[0])
 
 
 @cache
 def pair_of(names: tuple[str, str]) -> Pair:
-    """The two are of different sizes, the first on the left. An individual in a style stands everywhere."""
+    """The first is on the left, and the two are of different sizes."""
     setups, scenes = [set_up(name) for name in names], []
-    words = [setup.toy.class_word for setup in setups if not setup.toy.is_style]
     layouts = itertools.cycle(itertools.product(world.BACKGROUNDS, (world.SIZES, world.SIZES[::-1])))
-    for (background, sizes), n in zip(layouts, range(SCENES)):
-        place = turn(world.PLACES, n)
-        places = ("left", "right") if len(words) == 2 else (place,)
-        things = tuple(world.Thing(word, "red", size, where)     # texts leave out the colour
-                       for word, size, where in zip(words, sizes, places))
+    for (background, sizes), _ in zip(layouts, range(SCENES)):
+        things = tuple(world.Thing(setup.toy.class_word, "red", size, place)     # texts leave out the colour
+                       for setup, size, place in zip(setups, sizes, ("left", "right")))
         scenes.append(world.Scene(things, background))
     return Pair(setups, scenes)
 
@@ -151,7 +126,7 @@ def drawn(pair: Pair, method: str, branches: list[Branch], named: tuple[int, ...
         who = as_sampled(ALL[method], Thetas(pipe.velocity, None, theta))
     for first in range(0, len(texts), AT_ONCE):
         rows = texts[first:first + AT_ONCE]
-        text = pipe.encode_text(rows, words, styles_among(words))
+        text = pipe.encode_text(rows, words)
         seeds = list(range(first, first + len(rows)))
         pictures.append(pipe.decode(pipe.sample(text, seeds, FEW_STEPS, **who)))
     return torch.cat(pictures)
@@ -165,13 +140,9 @@ def seen_share(reading: Reading, n: int, traits: dict) -> float:
 
 def judged(pair: Pair, reading: Reading, n: int) -> dict[str, float]:
     """What is seen of concept n: "own", its traits, and "other's", those of the other in their place."""
-    setup, traits, other = pair.setups[n], pair.shown[n], pair.shown[1 - n]
-    values = {"own": seen_share(reading, n, traits)}
-    if not setup.toy.is_style and not pair.setups[1 - n].toy.is_style:
-        foreign = {head: value for head, value in other.items()
-                   if head != "object" and traits.get(head) != value}
-        values["other's"] = seen_share(reading, n, foreign)
-    return values
+    traits, other = (pair.setups[k].toy.known_traits for k in (n, 1 - n))
+    foreign = {head: value for head, value in other.items() if head != "object" and traits[head] != value}
+    return {"own": seen_share(reading, n, traits), "other's": seen_share(reading, n, foreign)}
 
 
 def run_two(two: Two, folder: Path) -> dict:
@@ -195,29 +166,25 @@ def run_two(two: Two, folder: Path) -> dict:
     return result
 
 
-def of_pairs(rows: list[dict], method: str, has_style: bool = False) -> dict[str, float]:
-    """What two.py saw of a method, a mean over its pairs, concepts and seeds.
+def of_pairs(rows: list[dict], method: str) -> dict[str, float]:
+    """What was seen of a method, means over pairs, concepts and seeds.
 
     Returns: the shares of "own" traits that a concept shows "alone" and "together", what it "keeps", and of
-    the "other's" traits. has_style: of the pairs with a style, where the individual alone is judged.
+    the "other's" traits.
     """
     own = [row for row in rows if row["method"] == method]
-    own = [row for row in own if has_style == ("other's" not in row["together"][0])]
-    judged = [(row, n) for row in own for n in ((0,) if has_style else (0, 1))]
-    values = {"together": [row["together"][n]["own"] for row, n in judged],
-              "alone": [row["alone"][n]["own"] for row, n in judged if "alone" in row],
-              "other's": [row["together"][n]["other's"] for row, n in judged if not has_style]}
-    means = {name: float(np.mean(seen)) for name, seen in values.items() if seen}
+    means = {name: np.mean([seen[key] for row in own for seen in row.get(where, ())])
+             for name, where, key in (("alone", "alone", "own"), ("together", "together", "own"),
+                                      ("other's", "together", "other's"))
+             if any(where in row for row in own)}
     return means | ({"keeps": means["together"] / means["alone"]} if "alone" in means else {})
 
 
 def two_table(rows: list[dict]) -> str:
-    """Two learned concepts in one text: what the lottery's four individuals show, and one in a style."""
+    """What the lottery's four individuals show in pairs, by method."""
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        pairs, styled = of_pairs(rows, method), of_pairs(rows, method, has_style=True)
-        cells = [pairs.get(name) for name in ("alone", "together", "keeps", "other's")]
-        cells += [styled.get(name) for name in ("alone", "together", "keeps")]
-        table.append([method, *("" if value is None else f"{value:.3f}" for value in cells)])
-    return markdown(["two in one text", "own traits, alone", "together", "share kept", "the other's",
-                     "in a style: alone", "together", "share kept"], table)
+        seen = of_pairs(rows, method)
+        table.append([method, *(f"{seen[name]:.3f}" if name in seen else ""
+                                for name in ("alone", "together", "keeps", "other's"))])
+    return markdown(["two in one text", "own traits, alone", "together", "share kept", "the other's"], table)
