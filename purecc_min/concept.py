@@ -47,7 +47,7 @@ class ConceptSet:
     """The references of one concept. The text encoder reads the class word where [V] stands."""
     class_word: str
     references: list[Reference]
-    notes: list[str] = field(default_factory=list)   # a line for each picture that was converted
+    notes: list[str] = field(default_factory=list)   # what was taken from a folder, and what was converted
 
 
 def styles_among(class_words: dict[str, str]) -> tuple[str, ...]:

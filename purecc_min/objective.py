@@ -2,8 +2,8 @@
 
 theta_1 is the frozen representation extractor (stage 1), theta_2 the model in training. Both are called as
 theta(x_t, t, text) and return a velocity [B, C, H, W]. R(y_tar) is what the concept alone adds to the
-extractor's prediction; R(y_complete, y_base) is what [V] adds to a whole text in theta_2. lambda* is how
-far the second reaches along the first, and L_PureCC asks that it should add nothing else.
+extractor's prediction; R(y_complete, y_base) is what [V] adds to a whole text in theta_2. lambda* is the
+length of the second along the first. L_PureCC is zero if the second points in the first one's direction.
 
 Put lambda* into Eq. 14, and L_PureCC is the squared part of R(y_complete, y_base) that is orthogonal to
 R(y_tar): it never pulls toward the concept, which L_CC alone does. The paper does not say whether

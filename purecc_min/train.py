@@ -23,12 +23,12 @@ from tinyflow.flow import sample_times
 from tinyflow.weights import resume, save_checkpoint
 
 SAVE_EVERY = 25                                  # steps between checkpoints
-SCALE = 2**12                                    # of gradients on their way: in fp16 small ones would be zero
+SCALE = 2**12                                    # of the loss, while gradients may be too small for fp16
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are for the tiny world; commands/base_models.py has those of SD3.5 Medium."""
+    """Every method sets its own: registry.py for the tiny model, commands/base_models.py for SD3.5 Medium."""
     steps: int = 400                             # of each stage
     batch: int = 4
     rank: int = 4
@@ -96,7 +96,7 @@ def train_steps(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConcept, 
             raise InputError(f"the loss is not finite at step {step + 1} of stage {stage}; "
                              "try a lower learning rate")
         optimizer.zero_grad()
-        (scale * loss).backward()                # a power of 2 rounds nothing
+        (scale * loss).backward()                # a product with a power of 2 is exact
         for parameter in theta.parameters():
             if parameter.grad is not None:
                 parameter.grad /= scale

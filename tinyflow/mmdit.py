@@ -44,7 +44,7 @@ class MMDiTConfig:
 
 
 class Modulation(NamedTuple):
-    """adaLN-Zero: what time and text say to one sublayer, each [B, 1, D]."""
+    """What adaLN-Zero makes of time and text for one sublayer, each [B, 1, D]."""
     shift: Tensor
     scale: Tensor
     gate: Tensor
