@@ -37,6 +37,13 @@ HEADLINE = {"lora": "LoRA", "switched-off": "LoRA, switched off for texts withou
             "paper": "PureCC, as the paper writes it",
             "paper, v_0": "PureCC, v_original from the base model (its Sec. 14)",
             "bound": "bound to [V]'s phrase"}    # rows of README's table
+OF_PHRASE = {"switched-off learning_rate=0.002 rank=4": "LoRA, switched off",
+             "token": "token, Y in the word's place",
+             "token, word kept learning_rate=0.004": "token, word kept",
+             "bound, Y replaces learning_rate=0.004 rank=4": "phrase, Y in the word's place",
+             "bound learning_rate=0.004 rank=4": "**phrase, word kept: `bound`**",
+             "bound, Y added learning_rate=0.004 rank=4": "phrase, Y added to the word",
+             "bound, values alone learning_rate=0.004 rank=4": "phrase, adapters on values alone"}
 LEARNED = ("fidelity", "sees concept", "beside, first", "beside, second", "confounder unsaid", "mask IoU",
            "outside change")
 KEPT = ("class leak", "drift", "neighbour leak", "neighbour change", "another kind: leak", "no places: leak",
@@ -58,11 +65,14 @@ def headline(results: Results, pairs: list[dict]) -> str:
     return markdown(["method", *columns, "two concepts in one text: kept ↑, mixed ↓", "passes"], rows)
 
 
-def of_methods(results: Results, names: tuple[str, ...], cost: bool = False) -> str:
-    """Methods as rows, these measures as columns."""
+def of_methods(results: Results, names: tuple[str, ...], cost: bool = False,
+               titles: dict[str, str] | None = None) -> str:
+    """Methods as rows, these measures as columns. titles: of these rows alone, by the methods' names."""
     header = ["method", *(f"{name} {better(name)}" for name in names), *(["trained", "passes"] * cost)]
-    rows = [[title, *(entry(group, name) for name in names),
-             *([trained_of(group), passes_of(group)] * cost)] for title, group in grouped(results).items()]
+    groups = grouped(results)
+    titles = titles or {name: name for name in groups}
+    rows = [[title, *(entry(groups[name], measure) for measure in names),
+             *([trained_of(groups[name]), passes_of(groups[name])] * cost)] for name, title in titles.items()]
     return markdown(header, rows)
 
 
@@ -74,6 +84,13 @@ def differences(results: Results) -> str:
              *(plus_minus(name, difference(results, larger, smaller, name, INDIVIDUALS), signed=True)
                for name in names)] for larger, smaller in AT_THE_END]
     return markdown(["at the end of training", *names], rows)
+
+
+def of_phrase(nowhere: Path) -> str:
+    """The phrase taken apart, on the individuals among the tuning concepts."""
+    rows = [row for row in gather(plan("phrase"), nowhere, shipped=True) if "braces" not in row["concept"]]
+    names = ("fidelity", "beside, first", "beside, second", "neighbour leak")
+    return of_methods(rows, names, titles=OF_PHRASE)
 
 
 def verdicts(results: Results) -> str:
@@ -96,7 +113,7 @@ def tables() -> dict[str, str]:
             "individuals": of_methods(individuals, ("fidelity", "beside another", "neighbour leak")),
             "differences": differences(results), "fronts": equal_fidelity(results, COMPARED),
             "two": two_table(pairs), "claims": verdicts(gather(plan("claims"), nowhere, shipped=True)),
-            "lambdas": terms_table(results)}
+            "lambdas": terms_table(results), "phrase": of_phrase(nowhere)}
 
 
 def filled(text: str, known: dict[str, str]) -> str:
