@@ -41,6 +41,7 @@ from purecc_min.methods import Thetas
 from purecc_min.pairs import IMAGINED, imagine
 from purecc_min.registry import is_held
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
+from tinyflow.errors import InputError
 from tinyflow.files import write_picture, write_whole
 from tinyflow.flow import noise_for
 from tinyflow.picturebook.model import SHIPPED, load_tiny
@@ -69,6 +70,16 @@ def shipped_results() -> dict[str, dict]:
     parts = [json.loads(file.read_bytes()) for file in sorted(RESULTS.glob("*.json"))
              if file.stem != "two"]              # two.py's own
     return {Cell.of(result).file: result for part in parts for result in part}
+
+
+def read_result(file: Path) -> dict:
+    """What a run has left. Raises InputError if it cannot be read."""
+    try:
+        result = dict(json.loads(file.read_bytes()))
+        result["recipe"]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file}: damaged; delete it, and it is run anew") from None
+    return result
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class Cell:
         """
         file, found = folder / self.file, None
         if file.exists():
-            found = json.loads(file.read_bytes())
+            found = read_result(file)
         elif shipped:
             found = shipped_results().get(self.file)
         return found if found and found["recipe"] == self.recipe() else None

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import ALL, FEW_STEPS, RESULTS, Cell, learned, set_up
+from purecc_min.benchmark.cells import ALL, FEW_STEPS, RESULTS, Cell, learned, read_result, set_up
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import markdown
 from purecc_min.branch import Branch, velocity_with
@@ -71,7 +71,7 @@ class Two(NamedTuple):
         """
         file, shipped_file, known = folder / self.file, RESULTS / "two.json", []
         if file.exists():
-            known = [json.loads(file.read_bytes())]
+            known = [read_result(file)]
         elif shipped and shipped_file.exists():
             known = json.loads(shipped_file.read_bytes())
         own = [list(self.names), self.method, self.seed, self.recipe()]

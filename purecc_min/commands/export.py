@@ -27,6 +27,7 @@ from tinyflow.sd3.layouts import DIFFUSERS, mmdit_layers
 from tinyflow.weights import save_tensors
 
 PREFIX = "transformer."                          # of every name in diffusers' LoRA files
+CLIP_TOKENS = 77                                 # T5's tokens come after them
 
 
 def export_lora(concept: str | Path, out: str | Path) -> int:
@@ -74,11 +75,14 @@ def put_Y(Y: Tensor | None, slots: Tensor):
     """
     def replace(block: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
         c = named["encoder_hidden_states"]                                              # [B, T, D]
-        if c.shape[:2] != slots.shape[:2]:
-            raise InputError(f"tokens: the transformer was given {c.shape[0]} texts of {c.shape[1]} "
-                             f"tokens, and here are {slots.shape[0]} texts of {slots.shape[1]}; give one "
-                             "row for each text of a batch, the empty one for guidance first, and "
-                             "copies=num_images_per_prompt")
+        if c.shape[1] != slots.shape[1]:
+            raise InputError(f"tokens: the transformer was given texts of {c.shape[1]} tokens, and here they "
+                             f"have {slots.shape[1]}; give the pipeline max_sequence_length="
+                             f"{slots.shape[1] - CLIP_TOKENS}")
+        if len(c) != len(slots):
+            raise InputError(f"tokens: the transformer was given {len(c)} texts, and here are {len(slots)}; "
+                             "give one row for each text of a batch, the empty one for guidance first, and "
+                             "copies=num_images_per_prompt; leave out skip_guidance_layers")
         c = c if Y is None else torch.where(slots.to(c.device), Y.to(c), c)
         return inputs, {**named, "encoder_hidden_states": c}
     return replace
