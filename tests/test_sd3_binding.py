@@ -171,8 +171,9 @@ def test_tokens_that_do_not_fit_are_one_error(bound, sd3):
     for wrong in (dict(tokens=rows_of(tokens, [1])), dict(tokens=tokens, rows=4)):
         with pytest.raises(InputError, match="one row for each text.*num_images_per_prompt"):
             call(**wrong)
-    for wrong in (dict(tokens=of_clip), dict(tokens=tokens, count=77 + 128)):
-        with pytest.raises(InputError, match="give the pipeline max_sequence_length="):
+    for wrong, advice in ((dict(tokens=of_clip), "use load_tokenizer's"),
+                          (dict(tokens=tokens, count=77 + 128), "give the pipeline max_sequence_length=256")):
+        with pytest.raises(InputError, match=advice):
             call(**wrong)
     assert not any(block._forward_pre_hooks for block in transformer.transformer_blocks)
     assert not any(block.attn.add_k_proj._forward_hooks for block in transformer.transformer_blocks)

@@ -76,9 +76,10 @@ def put_Y(Y: Tensor | None, slots: Tensor):
     def replace(block: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
         c = named["encoder_hidden_states"]                                              # [B, T, D]
         if c.shape[1] != slots.shape[1]:
+            behind = slots.shape[1] - CLIP_TOKENS
+            advice = f"give the pipeline max_sequence_length={behind}" if behind else "use load_tokenizer's"
             raise InputError(f"tokens: the transformer was given texts of {c.shape[1]} tokens, and here they "
-                             f"have {slots.shape[1]}; give the pipeline max_sequence_length="
-                             f"{slots.shape[1] - CLIP_TOKENS}")
+                             f"have {slots.shape[1]}; {advice}")
         if len(c) != len(slots):
             raise InputError(f"tokens: the transformer was given {len(c)} texts, and here are {len(slots)}; "
                              "give one row for each text of a batch, the empty one for guidance first, and "
