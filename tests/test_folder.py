@@ -169,6 +169,19 @@ def test_what_a_user_supplied_is_used_or_named(folder):
     refused(folder, "texts in 'train.csv' and in '0.TXT'")
 
 
+@pytest.mark.parametrize("name", ["{}.MASK.PNG", "{}-masklabel.png", "{}_mask.png"])
+def test_masks_are_known_by_the_names_that_other_programs_give_them(folder, name):
+    """They became reference pictures, and after 200 steps [V] was a white rectangle."""
+    for n in range(3):
+        white = Image.new("L", (48, 64))
+        white.paste(255, (10, 20, 38, 48))
+        white.save(folder / name.format(n))
+    concept = load_concept(folder, "fish", 32)
+    assert len(concept.references) == 3 and all(r.masks is not None for r in concept.references)
+    white.save(folder / "1.mask.png")
+    refused(folder, "'1' has another mask")
+
+
 def test_texts_of_no_picture_are_refused(folder):
     for n in range(3):
         (folder / f"{n}.txt").rename(folder / f"picture {n}.txt")

@@ -100,6 +100,8 @@ def look_through(folder: Path) -> Contents:
     for path in images:
         named = MASK.fullmatch(path.stem)
         if named and (same(named[1]) in stems or path.stem.lower().endswith(".mask")):
+            if same(named[1]) in masks:
+                raise InputError(f"{path}: {shown(named[1])} has another mask, {masks[same(named[1])].name}")
             masks[same(named[1])] = path
     pictures = [path for path in images if path not in masks.values()]
     captions = [path for path in paths if path.suffix.lower() in CAPTIONS]

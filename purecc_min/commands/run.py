@@ -50,7 +50,7 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
     check_run_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for path in folder.glob("*.part"):
+        for path in folder.glob("*.????????.part"):                  # of a write that was interrupted
             path.unlink()
         file, hidden = folder / "run.json", set(folder.iterdir())
         is_new = not file.exists()
