@@ -169,7 +169,7 @@ def test_a_corrected_command_runs_in_the_same_folder(photos, capsys, monkeypatch
 
 def test_a_long_runs_log_is_read_whatever_its_size(tmp_path):
     """A caption of 10 MB cannot be right; the log of 50,000 steps is as large."""
-    row = json.dumps({"step": 1, "about": "x" * 1000})
+    row = json.dumps({"step": 1} | {f"term {n}": n / 7 for n in range(40)})
     (tmp_path / "log.jsonl").write_text("\n".join([row] * 11_000))
     assert len(read_log(tmp_path / "log.jsonl")) == 11_000
 
@@ -191,6 +191,8 @@ def test_a_byte_order_mark_is_no_word(photos):
     for file in photos.glob("*.txt"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert [r.complete for r in load_concept(photos, WORD, 64).references] == [r.complete for r in plain]
+    for file in photos.glob("*.txt"):
+        file.unlink()
     rows = ["image_path,prompt", *(f"{r.id},{r.complete}" for r in plain)]
     (photos / "train.csv").write_bytes("\n".join(rows).encode("utf-8-sig"))
     assert [r.complete for r in load_concept(photos, WORD, 64).references] == [r.complete for r in plain]
