@@ -150,7 +150,7 @@ def test_embeddings_start_from_the_class_words_states(pipe):
 
 def test_a_concept_file_round_trips_bitwise(pipe, tmp_path):
     branch = make_branch(pipe)
-    facts = {"class_word": "robot", "rank": 2}
+    facts = {"class_word": "robot", "rank": 2, "base": "tiny", "size": 64, "method": "lora"}
     branch.save(tmp_path / "c.safetensors", facts)
     loaded, its_facts = Branch.load(pipe, tmp_path / "c.safetensors")
     assert its_facts == {**facts, "where": "everywhere"}

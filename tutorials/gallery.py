@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f"{folder}: nothing of {min(missing)} was drawn there; "
                              f"python -m purecc_min.benchmark --out {folder} draws it")
         data = {concept: concept_data(results, folder, concept) for concept in HELD_OUT}
-        page, places = PLACE.subn(lambda _: json.dumps(data, separators=(",", ":")), PAGE.read_text(encoding="utf-8"))
+        new, old = json.dumps(data, separators=(",", ":")), PAGE.read_text(encoding="utf-8")
+        page, places = PLACE.subn(lambda _: new, old)
         assert places == 1
         write_whole(PAGE, page.encode())
         print(f"{PAGE} shows {len(data)} concepts; it has {len(page) / 1e6:.1f} MB")

@@ -41,5 +41,6 @@ def deck(notebook, title: str) -> tuple[str, int]:
                     raise ValueError(f"there is no picture before the slide {text.splitlines()[0]!r}")
                 text = text.replace("![](last)", f"![](data:image/png;base64,{''.join(picture.split())})")
             slides.append(f"<section>\n{markdown.render(text)}</section>")
-    page = PAGE.read_text(encoding="utf-8").replace("TITLE", html.escape(title)).replace("SLIDES", "\n".join(slides))
+    page = PAGE.read_text(encoding="utf-8")
+    page = page.replace("TITLE", html.escape(title)).replace("SLIDES", "\n".join(slides))
     return page, len(slides)
