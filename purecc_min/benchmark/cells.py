@@ -202,13 +202,14 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
         counted["forward"] += len(out)
         counted["backward"] += len(out) * out.requires_grad
 
-    hook = setup.pipe.mmdit.register_forward_hook(count)     # a copy of the model has it, too
     data = setup.data
+    if method.imagines:                          # it may be imagined here, which is counted below
+        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
+    hook = setup.pipe.mmdit.register_forward_hook(count)     # a copy of the model has it, too
     theta = start(method, setup.pipe, setup.data, config, theta_1)
     loss = method.loss_for(setup, config)
     before = dict(counted)
     if method.imagines:
-        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
         counted["forward"] += cell.imagined * IMAGINING_STEPS * 2        # guidance asks twice
         before = dict(counted)
     batch = draw_batch(data, config, method.stage, 0, setup.pipe.shift)

@@ -34,7 +34,7 @@ from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline, Text, Velocity
 
 IMAGINED = 32                                    # scenes that the base model imagines
-LONGER = 5                                       # times as many steps: nearly the passes of bound-pairs
+LONGER = 5                                       # times as many steps: no fewer passes than bound-pairs
 
 
 @dataclass(frozen=True)
