@@ -467,7 +467,7 @@ for name, x in rows.items():
 assert high > low + 0.4 and table["perfect"][1] == 0
 assert min(table[f"{kind}: with [V]"][0] for kind in KINDS) > 0.2
 assert max(table[f"{kind}: with [V]"][1] for kind in KINDS) < table["original"][1]
-assert table["LoRA: without"][0] > 0.1 and torch.equal(without["token"], original)
+assert table["LoRA: without"][0] > 0.1 and (without["token"] - original).abs().max() < 1e-3     # last bits
 
 # %% [markdown] tags=["slide"]
 # ## A style that leaks
