@@ -227,6 +227,12 @@ def test_what_is_opaque_is_the_mask_if_that_is_asked_for(folder):
         load_concept(folder, "fish", 48, alpha_as_mask=True)
 
 
+def test_a_style_may_be_written_with_a_capital(folder):
+    """--class-word A was asked to stand behind [V]."""
+    (folder / "1.txt").write_text("[V] big fish at night")
+    assert load_concept(folder, "A", 32).references[1].complete == "[V] big fish at night"
+
+
 def test_a_class_word_is_needed(folder):
     refused(folder, "--class-word", class_word=None)
 

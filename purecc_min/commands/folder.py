@@ -236,7 +236,7 @@ def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, 
         if TOKEN not in text:
             raise InputError(f"{path}: the {kind} text {shown(text)} has no {TOKEN}; {advice}")
         after = text.partition(TOKEN)[2].lower()
-        if class_word != STYLE_WORD and class_word.lower() not in after:
+        if class_word.lower() != STYLE_WORD and class_word.lower() not in after:
             raise InputError(f"{path}: in the {kind} text {shown(text)} no {shown(class_word)} follows "
                              f"{TOKEN}; {advice}")
     if TOKEN.lower() in base.lower():
