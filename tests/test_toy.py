@@ -140,10 +140,10 @@ def test_a_composition_asks_for_colours_that_the_concept_does_not_wear():
         assert not asked & {looks["colour"], looks["accent"]}
 
 
-@pytest.mark.parametrize("class_word", ["robot", STYLE_WORD])
+@pytest.mark.parametrize("class_word", ["robot", STYLE_WORD, STYLE_WORD.upper()])
 def test_the_first_picture_shows_what_no_reference_does(class_word):
     """For a style it once asked for "a small [V] a"."""
-    toy = next(toy for toy in CONCEPTS.values() if toy.class_word == class_word)
+    toy = next(toy for toy in CONCEPTS.values() if toy.class_word == class_word.lower())
     texts, tokenizer = unseen_texts(class_word), make_tiny().tokenizer
     assert [TOKEN in text for text in texts] == [True] * 4 + [False] * 2
     tokenizer(texts, {TOKEN: class_word})        # it knows every word

@@ -37,7 +37,7 @@ class Second(NamedTuple):
 
 def unseen_texts(class_word: str) -> list[str]:
     """What a sheet shows: texts with [V], then texts without. The class word "a" stands for a style."""
-    if class_word == STYLE_WORD:
+    if class_word.lower() == STYLE_WORD:
         return [text.format(TOKEN) for text in STYLE]
     named = [text.format(f"{TOKEN} {class_word}", class_word) for text in UNSEEN[:WITH_TOKEN]]
     return named + [text.format(class_word) for text in UNSEEN[WITH_TOKEN:]]
