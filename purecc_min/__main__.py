@@ -12,6 +12,7 @@
 """
 
 import sys
+from importlib import import_module
 
 from tinyflow.terminal import report_errors
 
@@ -25,8 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         from purecc_min.commands.options import build_parser  # loads torch, which takes seconds to stop in
         from tinyflow.threads import room_for_others
         options = build_parser(__doc__).parse_args(arguments)
+        command = import_module(f"purecc_min.commands.{options.command}")
         with report_errors(options.goes_on), room_for_others():
-            options.run(options)
+            getattr(command, f"{options.command}_command")(options)
 
 
 if __name__ == "__main__":

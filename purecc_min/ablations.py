@@ -10,8 +10,9 @@ Read next: pairs.py.
 import torch
 from torch import Tensor
 
+from purecc_min.branch import Thetas
 from purecc_min.concept import Batch
-from purecc_min.methods import Loss, LossOfStep, Thetas, log_of, paper
+from purecc_min.methods import Loss, LossOfStep, log_of, paper
 from purecc_min.objective import pcc_loss
 from tinyflow.pipeline import Text, Velocity
 

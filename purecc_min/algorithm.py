@@ -1,87 +1,82 @@
-"""Algorithm 1: stage 1 teaches the representation extractor theta_1, stage 2 teaches theta_2 purely.
+"""Algorithm 1 of the paper, as a script: read it from top to bottom, run it, change a line, run it again.
 
-Stage 1 (lines 1-7) trains adapters and concept embeddings on the flow-matching loss of the references (Eq. 3,
-7). The result is frozen: theta_1. Stage 2 (lines 8-18) starts theta_2 from fresh adapters and a copy of
-theta_1's embeddings, and trains it on the paper's L_PCC (Eq. 15). A method without an extractor is one stage
-with its own loss. Read next: registry.py, which lists the methods.
+    python -m purecc_min.algorithm                                    learns the robot that comes with this
+    python -m purecc_min.algorithm photos/ --class-word robot         or your own pictures
+
+Stage 1 (lines 1-7 of the algorithm) teaches the representation extractor theta_1 on the flow-matching loss.
+Stage 2 (lines 8-18) teaches theta_2 with L_PCC. Every line here calls a piece of the core that you have read.
+`python -m purecc_min learn` is the comfortable form: more methods, resumed runs, measures.
 """
 
-import sys
-from dataclasses import asdict, replace
+import argparse
 from pathlib import Path
-from typing import Iterator
 
-import torch
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from purecc_min.branch import Branch
-from purecc_min.concept import TOKEN, ConceptSet, EncodedConcept, encode
+from purecc_min.concept import TOKEN, ConceptSet, Reference, base_text, encode
 from purecc_min.embeddings import class_word_states
-from purecc_min.methods import Method, Thetas
-from purecc_min.train import TrainConfig, generator_for, train_resumably
-from tinyflow.pipeline import Pipeline
-from tinyflow.weights import sample_of, tensor_hash, text_hash
+from purecc_min.objective import pcc_loss
+from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for, update
+from tinyflow.flow import squared_error
+from tinyflow.picturebook.model import load_tiny
 
-Training = tuple[Branch, Iterator[dict]]         # what is trained, and the loop that trains it
+ROBOT = Path(__file__).parent / "measure" / "references" / "checked_robot"
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("folder", type=Path, nargs="?", default=ROBOT, help="PNG pictures, with a .txt for each")
+parser.add_argument("--class-word", default="robot", help="an ordinary word for the kind of thing [V] is")
+parser.add_argument("--steps", type=int, default=200, help="of each stage")
+parser.add_argument("--out", type=Path, default=Path("output/algorithm"))
+options = parser.parse_args()
 
+# ----------------------------------------------------------------------- the base model and the references
+pipe, word = load_tiny(), options.class_word
+references, side = [], (pipe.picture_size, pipe.picture_size)
+for file in sorted(options.folder.glob("*.png")):
+    picture = Image.open(file).convert("RGB").resize(side, Image.Resampling.BOX)
+    complete = file.with_suffix(".txt").read_text(encoding="utf-8").strip()     # "a [V] robot in the desert"
+    references.append(Reference(file.name, np.asarray(picture)[None], complete, base_text(complete),
+                                f"{TOKEN} {word}"))
+data = encode(pipe, ConceptSet(word, references))        # x_0; y_complete, y_base, y_tar and the empty text
 
-def stage_1(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, method: Method,
-            name: str = "stage1") -> Training:
-    """The extractor, or all of a method without one: a branch that starts from the class word, and its loop.
+# ------------------------------------------------------------- stage 1: the representation extractor, theta_1
+config = TrainConfig(steps=options.steps, learning_rate=2e-3)
+generator = generator_for(config.seed, 1, step=-1)
+Y = class_word_states(pipe, data, generator)             # {Y^l} starts as the class word (Sec. 4.2)
+theta_1 = Branch.fresh(pipe, Y, config.rank, generator)  # with adapters that change nothing yet
+optimizer = optimizer_for(theta_1, config)
+for step in tqdm(range(config.steps), "stage 1: theta_1"):
+    batch = draw_batch(data, config, 1, step, pipe.shift)                               # x_t, t, v, texts
+    v_complete = theta_1(batch.x_t, batch.t, batch.texts.complete)                      # Eq. 7
+    update(theta_1, optimizer, squared_error(v_complete, batch.v))                      # Eq. 3
+theta_1.requires_grad_(False)                            # frozen from here on
 
-    Nothing is trained before the loop is iterated over. Freeze an extractor when it is done.
+# --------------------------------------------------------------------------- stage 2: pure learning, theta_2
+config = TrainConfig(steps=options.steps, learning_rate=1e-3)
+Y = theta_1.state_dict()["embeddings.Y"]
+theta_2 = Branch.fresh(pipe, Y, config.rank, generator_for(config.seed, 2, step=-1))
+optimizer = optimizer_for(theta_2, config)
+for step in (bar := tqdm(range(config.steps), "stage 2: theta_2")):
+    batch = draw_batch(data, config, 2, step, pipe.shift)
+    loss, terms = pcc_loss(theta_1, theta_2, batch, config.eta)                         # Eq. 8 to 15
+    update(theta_2, optimizer, loss)
+    bar.set_postfix({"lambda*": f"{terms.lam.mean():.2f}", "L_PureCC": f"{terms.loss_purecc:.4f}"})
 
-    Args:
-        name: of the checkpoint.
-    """
-    generator = generator_for(config.seed, 1, step=-1)
-    Y = class_word_states(pipe, data, generator) if method.embeddings else None
-    theta = Branch.fresh(pipe, Y, config.rank, generator, method.where)
-    theta.lora.requires_grad_(method.adapters)
-    origin = text_hash(data.fingerprint() + tensor_hash(pipe.mmdit.state_dict()))
-    thetas, checkpoint = Thetas(pipe.velocity, None, theta), folder / f"{name}.safetensors"
-    return theta, train_resumably(method.loss, thetas, data, config, 1, checkpoint, origin)
-
-
-def stage_2(pipe: Pipeline, theta_1: Branch, data: EncodedConcept, config: TrainConfig, folder: Path,
-            method: Method, name: str = "stage2") -> Training:
-    """theta_2, from fresh adapters and a copy of theta_1's Y, and its loop. name: of the checkpoint."""
-    generator = generator_for(config.seed, 2, step=-1)
-    Y = theta_1.embeddings.Y.detach() if method.embeddings else None
-    theta_2 = Branch.fresh(pipe, Y, config.rank, generator, method.where)
-    origin = text_hash(data.fingerprint() + tensor_hash(theta_1.state_dict()))
-    thetas, checkpoint = Thetas(pipe.velocity, theta_1, theta_2), folder / f"{name}.safetensors"
-    return theta_2, train_resumably(method.loss, thetas, data, config, 2, checkpoint, origin)
-
-
-def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path, method: Method,
-          base_model: str = "tiny",
-          imagined: EncodedConcept | None = None) -> Iterator[tuple[int, Branch, dict]]:
-    """Yields (stage, what it trains, row of the log) and leaves folder/concept.safetensors.
-
-    Args:
-        imagined: scenes of two things, for a method that wants them (pairs.py).
-    Raises: RuntimeError if the base model was written to, which its hash would show.
-    """
-    data, before = encode(pipe, concept), tensor_hash(pipe.mmdit.state_dict())
-    if method.extractor is None:
-        theta, rows = stage_1(pipe, data._replace(imagined=imagined), config, folder, method)
-        yield from ((1, theta, row) for row in rows)
-    else:
-        first = replace(config, learning_rate=config.extractor_learning_rate or config.learning_rate)
-        theta_1, rows = stage_1(pipe, data, first, folder, method.extractor)
-        yield from ((1, theta_1, row) for row in rows)
-        theta_1.requires_grad_(False)
-        theta, rows = stage_2(pipe, theta_1, data._replace(imagined=imagined), config, folder, method)
-        yield from ((2, theta, row) for row in rows)
-    if tensor_hash(pipe.mmdit.state_dict()) != before:
-        raise RuntimeError("the base model changed during training")
-    facts = concept_facts(pipe, concept.class_word, config, method.name, base_model)
-    theta.save(folder / "concept.safetensors", facts)
-
-
-def concept_facts(pipe: Pipeline, class_word: str, config: TrainConfig, method: str, base_model: str) -> dict:
-    """What a concept's file says about itself, and by what the base model's weights are recognised."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__.split("+")[0]}
-    return {"token": TOKEN, "class_word": class_word, "method": method, "rank": config.rank,
-            "size": pipe.picture_size, "base": base_model, "base_sample": sample_of(pipe.mmdit),
-            "seed": config.seed, "config": asdict(config), "versions": versions}
+# ------------------------------------------------------------------------------------------ draw, and save
+texts = [f"a small {TOKEN} {word} on the left at night", f"a big {TOKEN} {word} on the right in the meadow",
+         f"a big {TOKEN} {word} on the left and a small {word} on the right in the room",
+         f"a big {word} on the left in the room"]
+text = pipe.encode_text(texts, {TOKEN: word})
+rows = []
+for theta in (pipe.velocity, theta_1, theta_2):          # the base model reads the class word at [V]
+    x_0 = pipe.sample(text, seeds=list(range(len(texts))), theta=theta, theta_null=pipe.velocity)
+    rows.append(np.concatenate(pipe.decode_images(x_0), axis=1))
+options.out.mkdir(parents=True, exist_ok=True)
+page = Image.fromarray(np.concatenate(rows))             # a column for each text, a row for each model
+page.resize((3 * page.width, 3 * page.height), Image.Resampling.NEAREST).save(options.out / "pictures.png")
+facts = {"class_word": word, "rank": config.rank, "method": "paper"}
+theta_2.save(options.out / "concept.safetensors", facts)
+print(f"{options.out}/pictures.png: the base model, theta_1 and theta_2, from above; each draws\n  "
+      + "\n  ".join(texts))

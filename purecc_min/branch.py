@@ -2,27 +2,27 @@
 
 theta_1 and theta_2 are branches, and are called like the paper's velocity: theta(x_t, t, text).
 `velocity_with` is the one place at which [V] enters the model. A branch without embeddings leaves the word at
-[V] as it is: then the concept is its adapters alone. A learned concept is a branch in one small safetensors
-file, which also says the token, the class word, the settings, the seed and the versions that made it. Several
-concepts can stand in one text, each with a name of its own. Read next: objective.py.
+[V] as it is: then the concept is its adapters alone. Several concepts can stand in one text, each with a name
+of its own. A learned concept is a branch in one small safetensors file (concept_file.py reads it). Read next:
+objective.py.
 """
 
 import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from purecc_min.embeddings import ConceptEmbeddings
-from purecc_min.lora import TARGETS, LoRA
-from tinyflow.errors import InputError, shown
-from tinyflow.mmdit import Block
+from purecc_min.lora import LoRA
 from tinyflow.pipeline import Pipeline, Text, Velocity
-from tinyflow.weights import load_into, load_tensors, sample_of, save_tensors
+from tinyflow.weights import save_tensors
 
 
 class Branch(nn.Module):
     """theta(x_t, t, text) -> v. Its parameters are the adapters and Y; the base model in `pipe` is shared."""
+    pipe: Pipeline
 
     def __init__(self, pipe: Pipeline, lora: LoRA, embeddings: ConceptEmbeddings | None):
         super().__init__()
@@ -44,44 +44,12 @@ class Branch(nn.Module):
         """`facts` is what the file says about itself: at least "rank" and "class_word"."""
         save_tensors(path, "concept", self.state_dict(), {**facts, "where": self.lora.where})
 
-    @classmethod
-    def load(cls, pipe: Pipeline, path: str | Path) -> tuple["Branch", dict]:
-        """The branch, frozen, and its facts.
 
-        Raises: InputError for a file that is missing, foreign, damaged, or of another base model's size.
-        """
-        tensors, facts = load_concept_file(path)
-        depth, width = pipe.mmdit.config.depth, pipe.mmdit.config.width
-        Y = torch.zeros(depth, width) if "embeddings.Y" in tensors else None
-        branch = cls.fresh(pipe, Y, facts["rank"], where=facts["where"])
-        load_into(branch, tensors, path)
-        check_base(path, facts, pipe)
-        return branch.to(pipe.device).requires_grad_(False), facts
-
-
-def load_concept_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and facts of a concept's file.
-
-    Raises: InputError for a file that is missing, foreign or damaged, or that does not say what it must.
-    """
-    tensors, facts = load_tensors(path, "concept")
-    facts = {"where": "everywhere", "base": "tiny", "size": 64, "method": ""} | facts    # of older versions
-    for name, kind in {"rank": int, "class_word": str, "base": str, "size": int, "method": str}.items():
-        if type(facts.get(name)) is not kind:
-            raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
-    if facts["where"] not in list(TARGETS):
-        raise InputError(f"{path}: its adapters act in {shown(facts['where'])}, which this version does not "
-                         "know; learn it again")
-    return tensors, facts
-
-
-def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
-    """Raises: InputError if a concept was learned on other weights, which fit by their shapes alone."""
-    own = torch.tensor(sample_of(pipe.mmdit))
-    learned_on = torch.tensor(facts.get("base_sample", own.tolist()))
-    if learned_on.shape != own.shape or (learned_on - own).norm() > 0.05 * own.norm():
-        raise InputError(f"{path}: learned on other weights than these; use the base model that it was "
-                         "learned on")
+class Thetas(NamedTuple):
+    """The models of one step."""
+    theta_0: Velocity                            # the base model, untouched
+    theta_1: Branch | None                       # the frozen extractor, for the methods that have one
+    theta: Branch                                # the branch in training: theta_2 (theta_1 in stage 1)
 
 
 def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
@@ -89,7 +57,7 @@ def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) ->
 
     A bound set of adapters acts for its own concept only. Those that act everywhere add up.
     """
-    def visit(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
+    def visit(l: int, block: nn.Module, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         with contextlib.ExitStack() as stack:
             for n, branch in enumerate(branches, start=1):
                 if branch.embeddings is not None:

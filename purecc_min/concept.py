@@ -7,7 +7,6 @@ Row i of everything belongs to reference i: pictures and texts are paired once, 
 folder of pictures becomes a `ConceptSet` is in commands/folder.py. Read next: embeddings.py.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from tinyflow.flow import path, velocity_target
 from tinyflow.pipeline import Pipeline, Text
-from tinyflow.weights import tensor_hash, text_hash
 
 TOKEN = "[V]"                                    # the new concept's name in every text
-STYLE_WORDS = ("a", "style")                     # class words of a style: "[V] red ball", "in [V] style"
+STYLE_WORD = "a"                                 # the class word of a style: "[V] red ball"
+STYLE_WORDS = (STYLE_WORD, "style")              # or "a red ball in [V] style"
 STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])", re.IGNORECASE)
 
 
@@ -88,14 +87,6 @@ class EncodedConcept(NamedTuple):
         """[n, C, H, W], the pictures themselves."""
         return self.variants[:, 0]
 
-    def fingerprint(self) -> str:
-        """A SHA-256 over pictures, texts and their order."""
-        named = zip(Texts._fields, self.texts)
-        tensors = {f"{name}.{part}": tensor for name, text in named for part, tensor in vars(text).items()}
-        tensors |= {"variants": self.variants} | ({} if self.masks is None else {"masks": self.masks})
-        imagined = self.imagined.fingerprint() if self.imagined else ""
-        return text_hash(tensor_hash(tensors) + json.dumps(self.ids) + imagined)
-
 
 def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
     """Encodes a custom set. Raises InputError for words that the text encoder does not know."""
@@ -109,8 +100,9 @@ def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
     class_text = pipe.encode_text(class_texts, {word: word})
     masks = None
     if references[0].masks is not None:          # a latent counts as much as the pixels that it stands for
-        pixels = torch.tensor(np.stack([r.masks for r in references])).to(variants) / 255
-        masks = F.adaptive_avg_pool2d(pixels, variants.shape[-2:])[:, :, None]
+        pixels = torch.tensor(np.stack([r.masks for r in references if r.masks is not None]))
+        height, width = variants.shape[-2:]
+        masks = F.adaptive_avg_pool2d(pixels.to(variants) / 255, (height, width))[:, :, None]
     return EncodedConcept([r.id for r in references], variants, texts, class_text, masks)
 
 

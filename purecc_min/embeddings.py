@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from purecc_min.concept import EncodedConcept
 from tinyflow.flow import path, sample_times
-from tinyflow.mmdit import Block
 from tinyflow.pipeline import Pipeline, Text
 
 
@@ -32,7 +31,7 @@ def states_in_slots(pipe: Pipeline, x_t: Tensor, t: Tensor, text: Text) -> Tenso
     """The base model's hidden state at the slots of `text`, at the input of every block: the mean, [L, D]."""
     states = []
 
-    def record(l: int, block: Block, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
+    def record(l: int, block: nn.Module, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         states.append(c[text.slots > 0].float().mean(0))
         return block(x, c, vec)
 
@@ -48,7 +47,7 @@ def class_word_states(pipe: Pipeline, data: EncodedConcept, generator: torch.Gen
     Args:
         draws: times t and noises for each picture, over which the mean is taken.
     """
-    x_0, mean = data.x_0, 0.0
+    x_0, mean = data.x_0, torch.zeros(())
     for _ in range(draws):
         t = sample_times(len(x_0), pipe.shift, generator).to(x_0)
         x_1 = torch.randn(x_0.shape, generator=generator).to(x_0)

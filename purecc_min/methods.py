@@ -6,27 +6,19 @@
 
 A loss takes the models of a step, the batch and eta, the weight of what it adds to L_CC. It returns a number,
 which is minimised, and what is logged with it. More losses are in pairs.py and ablations.py; registry.py
-lists the methods that users have. Read next: train.py.
+lists the methods that users have. Read next: learning.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 from torch import Tensor
 
+from purecc_min.branch import Thetas
 from purecc_min.concept import Batch
 from purecc_min.objective import Terms, cosine, inner, pcc_loss
 from tinyflow.flow import squared_error
-from tinyflow.pipeline import Velocity
-
-
-class Thetas(NamedTuple):
-    """The models of one step, each called as theta(x_t, t, text)."""
-    theta_0: Velocity                            # the base model, untouched
-    theta_1: Velocity | None                     # the frozen extractor, for the methods that have one
-    theta: Velocity                              # the model in training: theta_2 (theta_1 in stage 1)
-
 
 Loss = tuple[Tensor, dict[str, Tensor]]          # what is minimised, and what is logged with it
 LossOfStep = Callable[[Thetas, Batch, float], Loss]      # (thetas, batch, eta) -> Loss
@@ -45,6 +37,11 @@ class Method:
     imagines: bool = False                       # whether its loss wants scenes of two things (pairs.py)
     named_only: bool = False                     # whether the base model answers texts without [V]
     settings: dict = field(default_factory=dict) # for TrainConfig, on the tiny model
+
+    @property
+    def stages(self) -> int:
+        """Of Algorithm 1: stage 2 follows a frozen extractor."""
+        return 2 if self.extractor else 1
 
 
 def l_cc(thetas: Thetas, batch: Batch, eta: float) -> Loss:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from purecc_min.branch import Thetas
 from purecc_min.concept import TOKEN, Batch, ConceptSet, EncodedConcept, Texts, styles_among
-from purecc_min.methods import Loss, Thetas, l_cc
+from purecc_min.concept_file import sample_of
+from purecc_min.methods import Loss, l_cc
 from purecc_min.objective import lambda_star
 from tinyflow.errors import InputError
 from tinyflow.flow import expand, squared_error
 from tinyflow.pipeline import Pipeline, Text
-from tinyflow.weights import load_tensors, sample_of, save_tensors
+from tinyflow.weights import load_tensors, save_tensors
 
 IMAGINED = 32                                    # scenes
 AT_ONCE = 8                                      # of them, while they are drawn

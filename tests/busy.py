@@ -16,8 +16,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 
-from purecc_min.algorithm import stage_1
 from purecc_min.concept import encode
+from purecc_min.learning import stage
 from purecc_min.measure.toy import CONCEPTS, TUNING
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
@@ -33,7 +33,7 @@ def seconds_a_step(polite: bool) -> float:
     pipe = load_tiny()
     data = encode(pipe, CONCEPTS[TUNING[0]].references())
     with (room_for_others() if polite else nullcontext()), tempfile.TemporaryDirectory() as folder:
-        _, rows = stage_1(pipe, data, TrainConfig(steps=WARMUP + STEPS), Path(folder), METHODS["lora"])
+        _, rows = stage(pipe, data, TrainConfig(steps=WARMUP + STEPS), Path(folder), METHODS["lora"])
         begun, counted = time.time(), 0
         for n, _ in enumerate(rows):
             if n + 1 == WARMUP:

@@ -26,15 +26,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from purecc_min.algorithm import stage_1
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.memory import OVERHEAD, dry_run, empty_data, fit
 from purecc_min.concept import encode
+from purecc_min.learning import SAVE_EVERY, stage, train_steps
 from purecc_min.measure.draw import draw
 from purecc_min.measure.toy import CONCEPTS, TUNING
-from purecc_min.methods import Thetas
 from purecc_min.registry import METHODS
-from purecc_min.train import SAVE_EVERY, TrainConfig, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, optimizer_for
 from tests.side_by_side import (
     STEPS,
     Case,
@@ -239,7 +238,7 @@ def tiny_cell(case: Case, steps: int, pictures: int) -> Rows:
     pipe, toy = load_tiny(case.device), CONCEPTS[TUNING[0]]
     data, config = encode(pipe, toy.references()), TrainConfig(steps)
     with TemporaryDirectory() as folder:
-        theta, rows = stage_1(pipe, data, config, Path(folder), METHODS["lora"])
+        theta, rows = stage(pipe, data, config, Path(folder), METHODS["lora"])
         learning = seconds(lambda: list(rows), case.device)
     prompts = [prompt.complete for prompt in toy.prompts()["concept"] * 4][:pictures]
     drawing = seconds(lambda: draw(pipe, theta, prompts, toy.class_word, steps=8), case.device)
@@ -254,7 +253,7 @@ def resuming(case: Case) -> Rows:
     for stops in ((), (SAVE_EVERY + 2,)):
         with TemporaryDirectory() as folder:
             for stop in (*stops, config.steps):
-                theta, rows = stage_1(pipe, data, config, Path(folder), METHODS["lora"])
+                theta, rows = stage(pipe, data, config, Path(folder), METHODS["lora"])
                 for row in rows:
                     if row["step"] == stop:
                         break
@@ -287,9 +286,9 @@ def measurements(case: Case) -> Iterator[tuple]:
     for backward in (False, True):
         yield "MMDiT", against_diffusers, case, backward, pairs
     rate = alone(case, matmul_rate, case, 8192 if full else 128)
-    for stage in (1, 2):
+    for number in (1, 2):
         for checkpointing in (False, True):
-            yield f"stage {stage}", training, case, stage, checkpointing, steps, rate
+            yield f"stage {number}", training, case, number, checkpointing, steps, rate
     for cap in CAPS if full else ():
         if cap * 1e9 < alone(case, card)[1]:
             yield f"{cap} GB", under_a_cap, case, cap

@@ -1,26 +1,91 @@
-"""A place full of traps, and the one way in which every command must fail in it.
+"""One case of bad input: a folder full of traps, a command that runs in it, and how it must end.
 
-test_bad_input.py and test_bad_files.py use it.
+It must end with exit code 2 and ONE line of at most 300 characters. Every file that was there must be byte
+for byte as it was, nothing new may lie there, and nothing may wait for ever. bad_input.py and bad_files.py
+have the cases.
 """
 
+import contextlib
+import io
 import os
 import shutil
+import signal
+import traceback
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Callable, NamedTuple
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"              # commands set no timers of their own then (threads.py)
 
-from purecc_min import __main__ as purecc_min
-from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
-from tinyflow.errors import LINE
+from purecc_min import __main__ as purecc_min  # noqa: E402
+from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING  # noqa: E402
+from tinyflow.errors import LINE  # noqa: E402
 
 REFERENCES, WORD = FOLDER / TUNING[0], CONCEPTS[TUNING[0]].class_word
 LONG = "x" * 300
+LIMIT = 60                                       # seconds after which a case is taken to wait for ever
+STOP = "nothing.txt: there is no text in it"     # `learn` says so when it has read all of the folder
+Prepare = Callable[[Path], None]
+
+
+class Case(NamedTuple):
+    kind: str
+    name: str                                    # of what is bad about it
+    arguments: tuple                             # of the command
+    prepare: Prepare | None = None               # spoils something in the case's folder
+    main: Callable[[list[str]], None] = purecc_min.main
+    says: str = ""                               # what the line must hold
+    environment: dict = {}
+
+
+class Hang(BaseException):
+    """No error that a command could catch."""
+
+
+# ------------------------------------------------------------------------------------------------- one case
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def outcome(case: Case, root: Path) -> str:
+    """"clear", or in a few words what is wrong with how the command ended."""
+    before, said, names = contents(root), io.StringIO(), set(root.rglob("*"))
+    signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(LIMIT)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            case.main(list(map(str, case.arguments)))
+        ended = "accepted"
+    except SystemExit as end:
+        ended = end.code
+    except Hang:
+        return "waits for ever"
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"traceback: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    finally:
+        signal.alarm(0)
+    lines = [line for line in said.getvalue().splitlines() if line.strip()]
+    if any(contents(root).get(path) != data for path, data in before.items()):
+        return "lost: a file that was there is gone, or another one"
+    if ended != 2:
+        return f"{ended}: {lines}"
+    left = [path for path in set(root.rglob("*")) - names if path.is_file() or path.name != "out"]
+    if left:
+        return f"left behind: {left}"
+    good = len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) <= LINE
+    return "clear" if good and case.says in lines[0] else f"unclear: {lines}"
+
+
+def hangs(*_) -> None:
+    raise Hang
 
 
 def set_traps(root: Path) -> None:
     """A folder of references, and everything that a path can be by mistake."""
     shutil.copytree(REFERENCES, root / "photos")
     (root / "file").write_text("mine")
+    (root / "nothing.txt").write_text(" \n")
     (root / "theirs").mkdir()
     (root / "theirs" / "thesis.txt").write_text("mine")
     (root / "loop").symlink_to(root / "loop")
@@ -30,29 +95,22 @@ def set_traps(root: Path) -> None:
     os.mkfifo(root / "pipe.png")
     os.mkfifo(root / "pipe")
     (root / "sheet.png").write_bytes(b"an older sheet")
+    shutil.copy(FOLDER.parent / "learned" / "dotted_house-bound.safetensors", root / "good.safetensors")
 
 
-def contents(root: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def refused(capsys, root: Path, main, *arguments) -> str:
-    """Runs a command in `root` that must fail well; returns its line."""
-    before, here = contents(root), os.getcwd()
-    os.chdir(root)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-    finally:
-        os.chdir(here)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert caught.value.code == 2 and len(lines) == 1, (caught.value.code, lines)
-    assert lines[0].startswith("error: ") and len(lines[0]) <= LINE, lines[0]
-    assert contents(root) == before
-    assert not (root / "out").exists() or not list((root / "out").iterdir())
-    return lines[0]
-
-
-def learn_spoiled(capsys, photos: Path, *options) -> str:
-    return refused(capsys, photos.parent, purecc_min.main, "learn", photos.name, "--class-word", WORD,
-                   "--out", "out", *options)
+def run(case: Case) -> str:
+    """The outcome of a case, in a folder of its own."""
+    here, environment = os.getcwd(), dict(os.environ)
+    with TemporaryDirectory() as place:
+        root = Path(place)
+        set_traps(root)
+        if case.prepare:
+            case.prepare(root)
+        os.chdir(root)
+        os.environ.update(case.environment)
+        try:
+            return outcome(case, root)
+        finally:
+            os.chdir(here)
+            os.environ.clear()
+            os.environ.update(environment)

@@ -29,12 +29,11 @@ from purecc_min.benchmark.cells import (
 from purecc_min.benchmark.entries import MAIN, start
 from purecc_min.benchmark.plans import QUICK, SEEDS, plan
 from purecc_min.benchmark.two import PAIRS, Two, drawn, judged, of_pairs, pair_of, run_two
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import Batch
 from purecc_min.measure import toy
 from purecc_min.measure.measures import MEASURES
 from purecc_min.measure.toy import CONCEPTS, EARLIER, HELD_OUT, TUNING
-from purecc_min.methods import Thetas
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.flow import noise_for, predict_x_0, shift_times

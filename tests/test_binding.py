@@ -10,6 +10,7 @@ from einops import rearrange
 from purecc_min import lora
 from purecc_min.branch import Branch, only_with_token, velocity_with
 from purecc_min.concept import Texts, noised
+from purecc_min.concept_file import load_branch
 from purecc_min.lora import LoRA, key_of, target_layers
 from purecc_min.objective import cosine, inner, pcc_loss
 from tests.conftest import make_pipe
@@ -273,7 +274,7 @@ def test_where_a_set_acts_is_saved_with_the_concept(pipe, tmp_path):
     for where in ("everywhere", "token", "phrase"):
         branch, file = make_bound(pipe, where=where), tmp_path / f"{where}.safetensors"
         branch.save(file, {"class_word": "robot", "rank": 2})
-        loaded, facts = Branch.load(pipe, file)
+        loaded, facts = load_branch(pipe, file)
         assert loaded.lora.where == facts["where"] == where
         (x_t, t), text = draw(), encode(pipe, PROMPT, BASE)
         assert torch.equal(loaded(x_t, t, text), branch(x_t, t, text))
@@ -288,7 +289,7 @@ def test_a_file_whose_adapters_act_somewhere_unknown_is_refused(pipe, tmp_path):
         facts = dict(class_word="robot", rank=2, where=where)
         save_tensors(tmp_path / "c.safetensors", "concept", tensors, facts)
         with pytest.raises(InputError, match="its adapters act in .*does not know; learn it again"):
-            Branch.load(pipe, tmp_path / "c.safetensors")
+            load_branch(pipe, tmp_path / "c.safetensors")
 
 
 def test_a_bound_set_adapts_two_layers_a_block_and_starts_as_nothing(pipe):

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from purecc_min.algorithm import concept_facts
 from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN, ConceptSet, Reference, encode
+from purecc_min.concept_file import load_branch
 from purecc_min.embeddings import class_word_states
+from purecc_min.learning import concept_facts
 from purecc_min.lora import LoRA, key_of, target_layers
 from purecc_min.train import TrainConfig
 from tests.conftest import make_pipe
@@ -152,7 +153,7 @@ def test_a_concept_file_round_trips_bitwise(pipe, tmp_path):
     branch = make_branch(pipe)
     facts = {"class_word": "robot", "rank": 2, "base": "tiny", "size": 64, "method": "lora"}
     branch.save(tmp_path / "c.safetensors", facts)
-    loaded, its_facts = Branch.load(pipe, tmp_path / "c.safetensors")
+    loaded, its_facts = load_branch(pipe, tmp_path / "c.safetensors")
     assert its_facts == {**facts, "where": "everywhere"}
     assert tensor_hash(loaded.state_dict()) == tensor_hash(branch.state_dict())
     branch.save(tmp_path / "d.safetensors", facts)
@@ -162,7 +163,7 @@ def test_a_concept_file_round_trips_bitwise(pipe, tmp_path):
 def test_a_concept_for_another_base_model_is_refused(pipe, tmp_path):
     make_branch(pipe).save(tmp_path / "c.safetensors", {"class_word": "robot", "rank": 2})
     with pytest.raises(InputError, match="do not fit this model.*embeddings.Y is"):
-        Branch.load(make_pipe(width=16, depth=3), tmp_path / "c.safetensors")
+        load_branch(make_pipe(width=16, depth=3), tmp_path / "c.safetensors")
 
 
 def test_a_seeds_picture_does_not_depend_on_the_batch(pipe):
@@ -177,11 +178,11 @@ def test_a_concept_is_refused_by_weights_that_fit_by_their_shapes_alone(pipe, tm
     """A concept of one base model once drew nonsense on another, with exit code 0."""
     facts = concept_facts(pipe, "robot", TrainConfig(rank=2), "lora", "tiny")
     make_branch(pipe).save(tmp_path / "c.safetensors", facts)
-    Branch.load(pipe, tmp_path / "c.safetensors")
-    Branch.load(make_pipe().to(torch.bfloat16), tmp_path / "c.safetensors")          # the same, rounded
+    load_branch(pipe, tmp_path / "c.safetensors")
+    load_branch(make_pipe().to(torch.bfloat16), tmp_path / "c.safetensors")          # the same, rounded
     other = make_pipe()
     with torch.no_grad():
         for parameter in other.mmdit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     with pytest.raises(InputError, match="learned on other weights than these"):
-        Branch.load(other, tmp_path / "c.safetensors")
+        load_branch(other, tmp_path / "c.safetensors")

@@ -6,17 +6,17 @@ from PIL import Image
 
 from purecc_min.benchmark.entries import MAIN
 from purecc_min.benchmark.entries import as_sampled as as_tabled
-from purecc_min.branch import Branch
+from purecc_min.branch import Thetas
 from purecc_min.commands.demo import LEARNED, ROWS, SECOND
+from purecc_min.concept_file import load_branch
 from purecc_min.measure.draw import draw
-from purecc_min.measure.first_picture import draw_sheet, unseen_texts
 from purecc_min.measure.toy import CONCEPTS
-from purecc_min.methods import Thetas
 from purecc_min.registry import METHODS, as_sampled
+from purecc_min.sheets import draw_sheet, unseen_texts
 from tests.test_commands import alike, few_sampling_steps, make_concept, sampled  # noqa: F401
 from tinyflow.picturebook.model import load_tiny
-from tinyflow.picturebook.sheet import GAP, MARGIN
 from tinyflow.pipeline import to_pictures
+from tinyflow.sheet import GAP, MARGIN
 from tinyflow.weights import load_tensors, save_tensors
 
 
@@ -31,7 +31,7 @@ def test_tables_sheets_and_sample_draw_a_method_in_one_way(name, tmp_path):
     by_sample = np.asarray(Image.open(tmp_path / "s-seed0.png")).astype(int)
 
     pipe = load_tiny()
-    theta = Branch.load(pipe, concept)[0]
+    theta = load_branch(pipe, concept)[0]
     in_tables = as_tabled(MAIN[name], Thetas(pipe.velocity, None, theta))
     drawn = to_pictures(draw(pipe, texts=[text], class_word="robot", **in_tables))[0].astype(int)
     assert alike(by_sample, drawn)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import Batch, encode
 from purecc_min.embeddings import class_word_states
+from purecc_min.learning import fingerprint
 from purecc_min.measure.toy import PAIR_TEMPLATES
-from purecc_min.methods import Thetas
 from purecc_min.pairs import imagine
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, generator_for
@@ -93,7 +93,7 @@ def test_an_encoded_mask_lies_on_its_latents_and_belongs_to_the_fingerprint(pipe
     *_, side = data.variants.shape
     assert data.masks.shape == (*data.variants.shape[:2], 1, side, side)
     assert data.masks[..., :side // 2, side // 2:].min() == 1 and data.masks.mean() == .25
-    assert data.fingerprint() != plain.fingerprint() and plain.masks is None
+    assert fingerprint(data) != fingerprint(plain) and plain.masks is None
     batch = draw_batch(data, TrainConfig(batch=3), 1, 0, 1.0)
     assert batch.mask.shape == (3, 1, side, side)
     assert torch.equal(batch.x_t, draw_batch(plain, TrainConfig(batch=3), 1, 0, 1.0).x_t)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from purecc_min.ablations import constant_lambda, not_detached, untouched_original
+from purecc_min.branch import Thetas
 from purecc_min.concept import Batch, Texts
-from purecc_min.methods import Thetas, log_of
+from purecc_min.methods import log_of
 from purecc_min.objective import cosine, inner, lambda_star, pcc_loss
 from tinyflow.flow import expand, squared_error
 from tinyflow.pipeline import Text

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from purecc_min.branch import Thetas
 from purecc_min.concept import ConceptSet, encode
+from purecc_min.learning import fingerprint
 from purecc_min.measure.judge import one_in_each_half
 from purecc_min.measure.toy import PAIR_TEMPLATES
-from purecc_min.methods import Thetas, l_cc
+from purecc_min.methods import l_cc
 from purecc_min.objective import cosine, inner
 from purecc_min.pairs import half_kept, imagine, imagine_resumably, pairs, pairs_with_lambda
 from purecc_min.train import TrainConfig, draw_batch
@@ -50,7 +52,7 @@ def test_draws_depend_on_seed_stage_and_step_and_leave_the_references_draws_alon
     assert torch.equal(batch.x_t, plain.x_t) and plain.imagined is None
     assert torch.equal(batch.imagined.x_t, again.imagined.x_t)
     assert not torch.equal(batch.imagined.x_t, draw_batch(scenes, config, 2, 6, pipe.shift).imagined.x_t)
-    assert scenes.fingerprint() != scenes._replace(imagined=None).fingerprint()
+    assert fingerprint(scenes) != fingerprint(scenes._replace(imagined=None))
 
 
 def test_where_M_is_nothing_the_target_of_pairs_is_the_base_models_prediction(pipe, scenes):
@@ -95,7 +97,7 @@ def test_scenes_are_kept_with_the_run(pipe, robot, tmp_path, monkeypatch):
     first = imagine_resumably(pipe, robot, PAIR_TEMPLATES, 0, file, steps=1)
     monkeypatch.setattr(pipe, "sample", None)    # it must not draw again
     again = imagine_resumably(pipe, robot, PAIR_TEMPLATES, 0, file, steps=1)
-    assert first.fingerprint() == again.fingerprint()
+    assert fingerprint(first) == fingerprint(again)
     with pytest.raises(InputError, match="scenes are of another run; choose another --out"):
         imagine_resumably(pipe, robot, PAIR_TEMPLATES, 1, file, steps=1)
 

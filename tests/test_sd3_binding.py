@@ -12,9 +12,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from purecc_min.__main__ import main
-from purecc_min.algorithm import concept_facts
 from purecc_min.branch import Branch
 from purecc_min.commands.export import attach_concept
+from purecc_min.concept_file import load_branch
+from purecc_min.learning import concept_facts
 from purecc_min.train import TrainConfig
 from tests.test_commands import fails
 from tests.test_sd3_learning import PUBLIC, ROBOT
@@ -64,7 +65,7 @@ def bound(request, learned, old):
 def test_a_bound_set_acts_at_clip_and_t5_positions_and_nowhere_else(bound, pipe):
     """At the phrase, or at [V] alone; Y^l stands at [V] in files that have one."""
     file, positions = bound
-    theta, facts = Branch.load(pipe, file)
+    theta, facts = load_branch(pipe, file)
     assert facts["method"] == "bound" and len(theta.lora.A) == 2 * 3
     assert facts["where"] == theta.lora.where == positions.removesuffix("s").replace("slot", "token")
     assert (theta.embeddings is None) == (positions == "phrases")
@@ -87,7 +88,7 @@ def test_a_bound_set_acts_at_clip_and_t5_positions_and_nowhere_else(bound, pipe)
 
 def test_a_text_without_the_token_is_the_base_models_bitwise(bound, pipe):
     """Also in whole guided pictures, and for braces that then are ordinary characters."""
-    theta, _ = Branch.load(pipe, bound[0])
+    theta, _ = load_branch(pipe, bound[0])
     x_t, t = torch.randn(3, 16, 8, 8), torch.tensor([0.1, 0.4, 0.9])
     text = pipe.encode_text([BASE, "", "a {robot"], STAND_INS)
     assert torch.equal(theta(x_t, t, text), pipe.velocity(x_t, t, text))
@@ -123,7 +124,7 @@ def model(request, sd3, pipe, tmp_path):
 def test_diffusers_draws_our_guided_pictures_with_a_bound_concept(bound, model, prompt):
     """Two pictures of one prompt: the empty text's rows come first, then the prompt's."""
     ours, pipeline, folder = model
-    theta, _ = Branch.load(ours, bound[0])
+    theta, _ = load_branch(ours, bound[0])
     text = ours.encode_text([prompt] * 2, STAND_INS)
     expected = ours.sample(text, [5, 6], steps=3, guidance=4.0, theta=theta)
     tokens = load_tokenizer(folder)(["", prompt], STAND_INS)

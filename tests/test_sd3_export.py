@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from purecc_min.algorithm import concept_facts
 from purecc_min.branch import Branch
 from purecc_min.commands.export import attach_concept, export_lora
+from purecc_min.learning import concept_facts
 from purecc_min.train import TrainConfig
 from tests.test_sd3 import TEXTS
 from tinyflow.flow import noise_for, sampling_times

@@ -10,12 +10,13 @@ from safetensors import safe_open
 
 from purecc_min.__main__ import main
 from purecc_min.ablations import not_detached
-from purecc_min.algorithm import stage_1, stage_2
 from purecc_min.branch import Branch
 from purecc_min.commands.base_models import half_precision, open_base_model
 from purecc_min.commands.export import attach_concept
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode
+from purecc_min.concept_file import load_branch
+from purecc_min.learning import stage
 from purecc_min.measure.toy import FOLDER
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch
@@ -186,9 +187,9 @@ def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, m
     results, config = [], TrainConfig(steps=2, batch=2)
     for name in ("off", "on"):
         pipe.mmdit.checkpointing = name == "on"
-        theta_1, rows = stage_1(pipe, data, config, tmp_path / name, METHODS["lora"])
+        theta_1, rows = stage(pipe, data, config, tmp_path / name, METHODS["lora"])
         list(rows)
-        theta_2, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, tmp_path / name, method)
+        theta_2, rows = stage(pipe, data, config, tmp_path / name, method, theta_1.requires_grad_(False))
         results.append(([row["loss"] for row in rows], tensor_hash(theta_2.state_dict())))
     pipe.mmdit.checkpointing = False
     assert results[0] == results[1]
@@ -197,7 +198,7 @@ def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, m
 def test_bf16_weights_are_trained_with_fp32_adapters(sd3, tmp_path):
     pipe = open_base_model("sd3.5-medium", sd3[0], None, 64, torch.device("cpu"))
     before, data = tensor_hash(pipe.mmdit.state_dict()), encode(pipe, load_concept(ROBOT, "robot", 64))
-    theta, rows = stage_1(pipe, data, TrainConfig(steps=2, batch=2), tmp_path, METHODS["lora"])
+    theta, rows = stage(pipe, data, TrainConfig(steps=2, batch=2), tmp_path, METHODS["lora"])
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
     assert {p.dtype for p in pipe.mmdit.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in theta.parameters()} == {torch.float32}
@@ -224,7 +225,7 @@ def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):
     assert "sha256" in metadata["tinyflow"]
     load_tensors(out, "exported LoRA")                           # the seal holds
     pipe = load_sd3(folder, size=64, dtype=torch.float32)
-    branch, _ = Branch.load(pipe, concept)
+    branch, _ = load_branch(pipe, concept)
     text = pipe.encode_text(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
     nowhere = replace(text, slots=torch.zeros_like(text.slots))  # the adapters alone: Y^l has no slot
     x_t, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([0.3, 0.9])
@@ -253,7 +254,7 @@ def test_the_readmes_recipe_for_diffusers_draws_our_picture(learned, sd3, tmp_pa
     concept = learned / "concept.safetensors"
     main(["export", str(concept), "--out", str(tmp_path / "pytorch_lora_weights.safetensors")])
     pipe = load_sd3(folder, size=64, dtype=torch.float32)
-    branch, _ = Branch.load(pipe, concept)
+    branch, _ = load_branch(pipe, concept)
     text = pipe.encode_text(["a [V] robot"], {"[V]": "robot"})
     expected = pipe.sample(text, [5], steps=3, guidance=4.0, theta=branch)
     tokens = load_tokenizer(folder)(["", "a [V] robot"], {"[V]": "robot"})

@@ -74,7 +74,7 @@ def test_a_bound_method_learns_and_its_concept_is_sampled(name, sd3, tmp_path, c
 def test_bound_pairs_that_was_stopped_twice_ends_bitwise_where_a_whole_run_does(sd3, tmp_path, capsys,
                                                                                 monkeypatch):
     """Once in either stage; the scenes are those that were imagined before."""
-    monkeypatch.setattr("purecc_min.train.SAVE_EVERY", 1)
+    monkeypatch.setattr("purecc_min.learning.SAVE_EVERY", 1)
     draw_sheet, runs = commands_learn.draw_sheet, [tmp_path / "whole", tmp_path / "stopped"]
     whole, stopped = ([*command(sd3[0], run, "bound-pairs"), "--samples-every", "1"] for run in runs)
     main(whole)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.test_sd3_tokenizers import PADS, clip_folder, hostile_prompts, t5_folder  # noqa: F401 (fixtures)
-from tinyflow.errors import LINE, InputError
+from tinyflow.errors import InputError
 from tinyflow.phrase import write_stand_ins
 from tinyflow.sd3.tokenizers import ClipTokenizer, T5Tokenizer
+from tinyflow.terminal import LINE
 
 tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
 

@@ -9,7 +9,6 @@ import pytest
 
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import TOKEN
-from purecc_min.measure.first_picture import unseen_texts
 from purecc_min.measure.lottery import draw_concepts
 from purecc_min.measure.toy import (
     CHOSEN,
@@ -21,6 +20,7 @@ from purecc_min.measure.toy import (
     TUNING,
     write_references,
 )
+from purecc_min.sheets import unseen_texts
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import make_tiny
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from purecc_min import ablations, methods, train
-from purecc_min.algorithm import learn, stage_1, stage_2
-from purecc_min.branch import Branch
+from purecc_min import ablations, learning, methods, train
+from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import ConceptSet, encode
+from purecc_min.learning import fingerprint, learn, stage
 from purecc_min.measure.toy import PAIR_TEMPLATES
-from purecc_min.methods import Thetas, l_cc, paper
+from purecc_min.methods import l_cc, paper
 from purecc_min.pairs import imagine
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
@@ -34,7 +34,7 @@ CONFIG = TrainConfig(steps=4, batch=2, rank=2, learning_rate=1e-2)
 def trained(pipe, robot, tmp_path):
     """An extractor after a few steps, and what stage 2 needs."""
     data = encode(pipe, robot)
-    theta_1, rows = stage_1(pipe, data, CONFIG, tmp_path, LORA)
+    theta_1, rows = stage(pipe, data, CONFIG, tmp_path, LORA)
     list(rows)
     return pipe, data, theta_1.requires_grad_(False), tmp_path
 
@@ -67,7 +67,7 @@ def test_pictures_and_texts_are_paired_by_id(pipe, robot):
         assert torch.equal(data.x_0[n], pipe.encode_images([changed[n].picture])[0]) and id == changed[n].id
         assert torch.equal(data.x_0[n], shuffled.x_0[m])
         assert torch.equal(data.texts.complete.context[n], shuffled.texts.complete.context[m])
-    assert data.fingerprint() != shuffled.fingerprint()
+    assert fingerprint(data) != fingerprint(shuffled)
 
 
 def test_texts_hold_the_slot_where_they_should(pipe, robot):
@@ -117,7 +117,7 @@ def test_stage_1_is_really_in_the_target_representation(trained):
 def test_stage_2_never_moves_the_extractor(trained):
     pipe, data, theta_1, folder = trained
     before = tensor_hash(theta_1.state_dict())
-    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)
+    theta_2, rows = stage(pipe, data, CONFIG, folder, PAPER, theta_1)
     assert torch.equal(theta_2.embeddings.Y, theta_1.embeddings.Y)
     assert all(B.abs().max() == 0 for B in theta_2.lora.B.values())
     list(rows)
@@ -127,7 +127,7 @@ def test_stage_2_never_moves_the_extractor(trained):
 
 def test_training_lowers_the_loss_on_draws_it_never_saw(pipe, robot, tmp_path):
     data, config = encode(pipe, robot), replace(CONFIG, steps=60, batch=4)
-    theta_1, rows = stage_1(pipe, data, config, tmp_path, LORA)
+    theta_1, rows = stage(pipe, data, config, tmp_path, LORA)
     unseen = [draw_batch(data, config, 9, n, pipe.shift) for n in range(10)]
 
     def mean_loss():
@@ -191,8 +191,8 @@ def test_the_anchor_asks_the_base_text_to_stay(trained):
 # ---------------------------------------------------------------------------------------------- interruptions
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, monkeypatch):
     pipe, data, theta_1, folder = trained
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
-    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)
+    monkeypatch.setattr(learning, "SAVE_EVERY", 1)
+    theta_2, rows = stage(pipe, data, CONFIG, folder, PAPER, theta_1)
     next(rows), next(rows)
     good = (folder / "stage2.safetensors").read_bytes()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, 
 def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint(trained, tmp_path):
     """The message once named a file "with the last good state" that did not exist."""
     pipe, data, theta_1, _ = trained
-    theta_2, rows = stage_2(pipe, theta_1, data, CONFIG, tmp_path / "new", PAPER)
+    theta_2, rows = stage(pipe, data, CONFIG, tmp_path / "new", PAPER, theta_1)
     with torch.no_grad():
         theta_2.embeddings.Y.fill_(float("nan"))
     with pytest.raises(InputError, match="lower learning rate$"):
@@ -219,26 +219,26 @@ def test_another_runs_folder_is_refused(trained):
                                               (data, replace(CONFIG, steps=3), "steps is 4 there and 3 here"),
                                               (brighter, CONFIG, "other pictures")):
         with pytest.raises(InputError, match=f"holds another run .*{differs}"):
-            list(stage_1(pipe, other_data, other_config, folder, LORA)[1])
-    list(stage_2(pipe, theta_1, data, CONFIG, folder, PAPER)[1])
+            list(stage(pipe, other_data, other_config, folder, LORA)[1])
+    list(stage(pipe, data, CONFIG, folder, PAPER, theta_1)[1])
     with pytest.raises(InputError, match="holds another run"):
-        list(stage_2(pipe, theta_1, data, CONFIG, folder, replace(PAPER, loss=l_cc))[1])
+        list(stage(pipe, data, CONFIG, folder, replace(PAPER, loss=l_cc), theta_1)[1])
 
 
 CHILD = """
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background jobs ignore it
-from purecc_min import train
-from purecc_min.algorithm import learn
+from purecc_min import learning
 from purecc_min.commands.folder import load_concept
 from purecc_min.measure.toy import FOLDER
 from purecc_min.registry import METHODS
+from purecc_min.train import TrainConfig
 from tests.conftest import make_pipe
-train.SAVE_EVERY = 3
-config = train.TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
+learning.SAVE_EVERY = 3
+config = TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
 robot = load_concept(FOLDER / "checked_robot", "robot", 64)
-for stage, _, row in learn(make_pipe(), robot, config, Path(sys.argv[1]), METHODS["paper"]):
+for stage, _, row in learning.learn(make_pipe(), robot, config, Path(sys.argv[1]), METHODS["paper"]):
     print(stage, row["step"], flush=True)
     sys.stdin.readline()                                         # a step is taken only when it is asked for
 """
@@ -279,7 +279,7 @@ def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_p
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_goes_on_where_it_stopped(pipe, robot, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    monkeypatch.setattr(learning, "SAVE_EVERY", 1)
     method, imagined = METHODS[name], None
     if method.imagines:
         imagined = imagine(pipe, robot, PAIR_TEMPLATES, seed=0, count=2, steps=1)
@@ -315,7 +315,7 @@ def test_a_checkpoint_that_says_nonsense_of_itself_is_one_line(trained, change):
     tensors, facts = load_tensors(checkpoint, "training checkpoint")
     save_tensors(checkpoint, "training checkpoint", tensors, facts | change)
     with pytest.raises(InputError, match="stage1.safetensors: .*delete it"):
-        list(stage_1(pipe, data, CONFIG, folder, LORA)[1])
+        list(stage(pipe, data, CONFIG, folder, LORA)[1])
 
 
 @pytest.mark.parametrize("spoil", [lambda name: None, lambda name: name.replace("exp_avg", "exp"),
@@ -329,7 +329,7 @@ def test_an_optimizer_that_is_not_whole_is_one_line(trained, spoil):
     moved.pop(None, None)
     save_tensors(checkpoint, "training checkpoint", moved, facts)
     with pytest.raises(InputError, match="optimizer's state is not whole"):
-        list(stage_1(pipe, data, CONFIG, folder, LORA)[1])
+        list(stage(pipe, data, CONFIG, folder, LORA)[1])
 
 
 def test_a_step_whose_gradients_are_too_large_is_left_out_and_counted(trained, monkeypatch):
@@ -337,7 +337,7 @@ def test_a_step_whose_gradients_are_too_large_is_left_out_and_counted(trained, m
     pipe, data, _, folder = trained
     monkeypatch.setattr(train, "SCALE", 2.0**100)                # times such a loss it is no number of fp32
     large = replace(LORA, loss=lambda *step: (1e30 * l_cc(*step)[0], {}))
-    theta, rows = stage_1(pipe, data, CONFIG, folder / "new", large)
+    theta, rows = stage(pipe, data, CONFIG, folder / "new", large)
     before = [parameter.clone() for parameter in theta.parameters()]
     assert next(rows)["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, theta.parameters()))
@@ -360,7 +360,7 @@ def test_small_gradients_survive_in_fp16(pipe, robot, tmp_path, monkeypatch, sca
     for dtype in (torch.float32, torch.float16):
         pipe.mmdit.to(dtype)
         config = replace(CONFIG, steps=1)
-        theta, rows = stage_1(pipe, encode(pipe, robot), config, tmp_path / str(dtype), LORA)
+        theta, rows = stage(pipe, encode(pipe, robot), config, tmp_path / str(dtype), LORA)
         list(rows)
         gradients.append(torch.cat([p.grad.flatten() for p in theta.parameters()]))
     exact, half = gradients

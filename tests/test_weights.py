@@ -8,15 +8,9 @@ from safetensors.torch import save_file
 
 from tests.conftest import make_pipe
 from tinyflow import files
+from tinyflow.checkpoints import load_optimizer, optimizer_tensors
 from tinyflow.errors import InputError
-from tinyflow.weights import (
-    load_into,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    save_tensors,
-    tensor_hash,
-)
+from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)}
 

@@ -40,12 +40,11 @@ class RMSNorm(nn.Module):
 class Projections(nn.Module):
     """The query, key, value and output projections of one stream, with RMS-normalised queries and keys."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, output: bool = True):
+    def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = ((RMSNorm(width // heads) if qk_norm else nn.Identity()) for _ in range(2))
-        self.to_out = nn.Linear(width, width) if output else None
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, N, D] -> queries, keys, values, each [B, H, N, D/H]."""
@@ -69,8 +68,10 @@ class JointAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, text_output: bool):
         super().__init__()
-        self.image = Projections(width, heads, qk_norm)
-        self.text = Projections(width, heads, qk_norm, output=text_output)
+        self.image, self.text = (Projections(width, heads, qk_norm) for _ in range(2))
+        self.text_output = text_output
+        if not text_output:
+            del self.text.to_out
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         """Image tokens x [B, N, D] and text tokens c [B, T, D] -> the same (c: None without output)."""
@@ -78,4 +79,4 @@ class JointAttention(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                            # [B, H, N + T, D/H]
         both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")                    # [B, N + T, D]
         x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
-        return self.image.to_out(x_out), self.text.to_out(c_out) if self.text.to_out is not None else None
+        return self.image.to_out(x_out), self.text.to_out(c_out) if self.text_output else None

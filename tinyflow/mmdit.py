@@ -10,7 +10,7 @@ block (adaLN). The `visit` argument of `MMDiT.forward` is the place at which a c
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,9 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()  # blocks whose image stream attends to itself a second time
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is not divisible by 4, as 2-D sin-cos positions need")
-
-
-class Modulation(NamedTuple):
-    """What adaLN-Zero makes of time and text for one sublayer, each [B, 1, D]."""
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be divisible by the {self.heads} heads, and by 4 for "
+                             "2-D positions")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -73,7 +65,7 @@ def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
 
 
 class AdaLN(nn.Module):
-    """Time-and-text vector [B, D] -> `count` tensors [B, 1, D]."""
+    """Time-and-text vector [B, D] -> `count` tensors [B, 1, D]: shift, scale and gate of each sublayer."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -93,8 +85,7 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+GELU = partial(F.gelu, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -109,32 +100,30 @@ class Block(nn.Module):
         self.text_adaln = AdaLN(width, 2 if last else 6)
         self.attention = JointAttention(width, heads, qk_norm, text_output=not last)
         self.attention2 = SelfAttention(width, heads, qk_norm) if dual else None
-        self.image_mlp = MLP(width, 4 * width, width, gelu)
-        self.text_mlp = None if last else MLP(width, 4 * width, width, gelu)
+        self.image_mlp = MLP(width, 4 * width, width, GELU)
+        self.text_mlp = None if last else MLP(width, 4 * width, width, GELU)
 
     def forward(self, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, D] image tokens, c [B, T, D] text tokens, vec [B, D] time and pooled text."""
-        image, text = self.image_adaln(vec), self.text_adaln(vec)
-        x_attn, x_mlp = Modulation(*image[:3]), Modulation(*image[3:6])
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *dual = self.image_adaln(vec)
+        c_shift, c_scale, *text = self.text_adaln(vec)
 
-        x_out, c_out = self.attention(modulate(x, x_attn.shift, x_attn.scale), modulate(c, text[0], text[1]))
-        if self.attention2 is not None:
-            dual = Modulation(*image[6:])
-            x_dual = dual.gate * self.attention2(modulate(x, dual.shift, dual.scale))
-            x = x + x_attn.gate * x_out + x_dual
-        else:
-            x = x + x_attn.gate * x_out
-        x = x + x_mlp.gate * self.image_mlp(modulate(x, x_mlp.shift, x_mlp.scale))      # [B, N, D]
+        x_out, c_out = self.attention(modulate(x, shift, scale), modulate(c, c_shift, c_scale))
+        x_attended = x + gate * x_out
+        if self.attention2 is not None:          # it sees the same x as the first attention
+            dual_shift, dual_scale, dual_gate = dual
+            x_attended = x_attended + dual_gate * self.attention2(modulate(x, dual_shift, dual_scale))
+        x = x_attended + mlp_gate * self.image_mlp(modulate(x_attended, mlp_shift, mlp_scale))  # [B, N, D]
         if self.text_mlp is None:
             return x, None
 
-        c_attn, c_mlp = Modulation(*text[:3]), Modulation(*text[3:])
-        c = c + c_attn.gate * c_out
-        return x, c + c_mlp.gate * self.text_mlp(modulate(c, c_mlp.shift, c_mlp.scale))  # [B, T, D]
+        gate, mlp_shift, mlp_scale, mlp_gate = text
+        c = c + gate * c_out
+        return x, c + mlp_gate * self.text_mlp(modulate(c, mlp_shift, mlp_scale))       # [B, T, D]
 
 
 # (l, block l, x, c, vec) -> (x, c): computes a block in the caller's way
-Visit = Callable[[int, Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Visit = Callable[[int, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class MMDiT(nn.Module):
@@ -142,6 +131,7 @@ class MMDiT(nn.Module):
 
     Raises: ValueError when a picture does not divide into patches or exceeds the grid of positions.
     """
+    positions: Tensor                            # [max_grid, max_grid, D]
 
     def __init__(self, config: MMDiTConfig = MMDiTConfig()):
         super().__init__()
@@ -166,15 +156,13 @@ class MMDiT(nn.Module):
 
         Every adaLN and the final layer start at zero, so a block begins as the identity, the model as v = 0.
         """
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                if "adaln" in name or name == "final_linear":
-                    nn.init.zeros_(module.weight)
-                elif "time_embedder" in name or "pooled_embedder" in name:
-                    nn.init.normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "adaln" in name or "final_linear" in name:
+                nn.init.zeros_(parameter)
+            elif "time_embedder" in name or "pooled_embedder" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim > 1:             # the others are the norms' weights, which stay at one
+                nn.init.xavier_uniform_(parameter.flatten(1))
 
     def cropped_positions(self, rows: int, columns: int) -> Tensor:
         grid = self.config.max_grid

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tinyflow.flow import euler, guide, noise_for
 from tinyflow.mmdit import MMDiT, Visit
+from tinyflow.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ Velocity = Callable[[Tensor, Tensor, Text], Tensor]      # v_theta: (x_t, t, tex
 
 def in_one_batch(theta: Velocity, x_t: Tensor, t: Tensor, *texts: Text) -> tuple[Tensor, ...]:
     """theta(x_t, t, text) for each text, as one larger batch, which is faster than one after the other."""
-    count = len(texts)
-    return theta(torch.cat([x_t] * count), torch.cat([t] * count), Text.cat(list(texts))).chunk(count)
+    x_t, t = (torch.cat([same] * len(texts)) for same in (x_t, t))
+    return theta(x_t, t, Text.cat(list(texts))).chunk(len(texts))
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
@@ -62,19 +63,18 @@ class Pipeline(nn.Module):
     """A text-to-image model: everything that a prompt needs to become a picture.
 
     Args:
-        tokenizer: (texts, stand_ins, styles) -> Tokens.
-        encoder: ids -> context [B, T, context_width], pooled [B, pooled_width].
-        codec: pictures in [-1, 1] <-> x_0, `factor` times smaller.
         picture_size: pixels a side. shift, last_time: of the times in training and sampling (flow.py).
         guidance: the classifier-free guidance that suits the model.
     """
 
-    def __init__(self, tokenizer, encoder: nn.Module, mmdit: MMDiT, codec: nn.Module, picture_size: int,
+    def __init__(self, tokenizer, encoder: nn.Module, mmdit: MMDiT, codec: VAE, picture_size: int,
                  shift: float = 1.0, last_time: float | None = None, guidance: float = 3.0):
         super().__init__()
-        self.tokenizer, self.encoder, self.mmdit, self.codec = tokenizer, encoder, mmdit, codec
-        self.picture_size, self.guidance = picture_size, guidance
-        self.shift, self.last_time = shift, last_time
+        self.tokenizer = tokenizer               # (texts, stand_ins, styles) -> Tokens
+        self.encoder = encoder                   # ids -> context [B, T, context_width], pooled
+        self.mmdit, self.codec = mmdit, codec    # codec: pixels in [-1, 1] <-> x_0, `factor` times smaller
+        self.picture_size, self.shift, self.last_time = picture_size, shift, last_time
+        self.guidance = guidance
 
     @property
     def device(self) -> torch.device:
@@ -104,8 +104,7 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0 [B, C, H, W] -> pixels [B, 3, H * factor, W * factor] in [-1, 1], on the CPU."""
-        pixels = [self.codec.decode(latent[None]).clamp(-1, 1).cpu() for latent in x_0.float()]
-        return torch.cat(pixels)                 # one by one, to save memory
+        return torch.cat([self.codec.decode(latent[None]).clamp(-1, 1).cpu() for latent in x_0.float()])
 
     def decode_images(self, x_0: Tensor) -> np.ndarray:
         """x_0 [B, C, H, W] -> uint8 [B, H * factor, W * factor, 3]."""

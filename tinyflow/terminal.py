@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tinyflow.errors import InputError, one_line, shown
+from tinyflow.errors import InputError, shown
 
+LINE = 300                                       # characters of an error at most
 INTACT = "what was saved before is intact"
 ASCII = {"\u2191": "^", "\u2193": "v", "\u2192": "->", "\u00b1": "+-", "\u2588": "#"}
 
@@ -60,6 +61,12 @@ class Parser(argparse.ArgumentParser):
 
 
 # ----------------------------------------------------------------------------------------------- the one line
+def one_line(message: str) -> str:
+    """A message without line breaks. Of a long one the beginning says what is wrong, the end what to do."""
+    message = " ".join(message.split())
+    return message if len(message) <= LINE else f"{message[:LINE - 115]} ... {message[-110:]}"
+
+
 def explain(error: BaseException) -> str | None:
     """One line for an error that a user can mend; None for a bug."""
     if isinstance(error, InputError):

@@ -7,6 +7,7 @@ CLIP-L and CLIP-G, two of SD3.5's encoders, are two more `TextConfig`s. Read nex
 """
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class TextLayer(nn.Module):
@@ -61,7 +62,7 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.length, width)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(width)
-        self.projection = nn.Identity()
+        self.projection: nn.Module = nn.Identity()
         if config.pooled_width:
             self.projection = nn.Linear(width, config.pooled_width, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -8,6 +8,8 @@ picture book's codec is a small `VAEConfig` of the same class (picturebook/model
 """
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -33,12 +35,8 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-def conv(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
-
-
-def norm(groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+conv = partial(nn.Conv2d, kernel_size=3, padding=1)      # conv(channels_in, channels_out)
+norm = partial(nn.GroupNorm, eps=1e-6)                   # norm(groups, channels)
 
 
 class ResidualBlock(nn.Module):
@@ -94,9 +92,8 @@ class Level(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, layers: int, groups: int, resample: nn.Module):
         super().__init__()
-        first = ResidualBlock(channels_in, channels_out, groups)
-        others = (ResidualBlock(channels_out, channels_out, groups) for _ in range(layers - 1))
-        self.blocks = nn.Sequential(first, *others)
+        widths = [channels_in, *[channels_out] * layers]
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b, groups) for a, b in pairwise(widths)))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,35 +108,33 @@ def levels(channels: tuple[int, ...], layers: int, groups: int, resample: type[n
                            for before, after, step in zip(channels_in, channels, steps)))
 
 
-def middle(channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels, groups), Attention(channels, groups),
-                         ResidualBlock(channels, channels, groups))
+class Half(nn.Module):
+    """The encoder or the decoder, but for its levels: a convolution at each end, and the middle."""
 
-
-class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig):
+    def __init__(self, channels_in: int, channels: tuple[int, ...], channels_out: int, groups: int):
         super().__init__()
-        first, last = config.channels[0], config.channels[-1]
-        self.conv_in = conv(3, first)
+        coarsest = max(channels[0], channels[-1])
+        self.conv_in = conv(channels_in, channels[0])
+        self.mid = nn.Sequential(ResidualBlock(coarsest, coarsest, groups), Attention(coarsest, groups),
+                                 ResidualBlock(coarsest, coarsest, groups))
+        self.norm_out, self.conv_out = norm(groups, channels[-1]), conv(channels[-1], channels_out)
+
+
+class Encoder(Half):
+    def __init__(self, config: VAEConfig):
+        mean_and_log_variance = 2 * config.latent_channels
+        super().__init__(3, config.channels, mean_and_log_variance, config.groups)
         self.down = levels(config.channels, config.layers, config.groups, Downsample)
-        self.mid = middle(last, config.groups)
-        self.norm_out = norm(config.groups, last)
-        self.conv_out = conv(last, 2 * config.latent_channels)   # mean and log-variance
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.down(self.conv_in(x)))                                       # [B, C, H/f, W/f]
         return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*L, H/f, W/f]
 
 
-class Decoder(nn.Module):
+class Decoder(Half):
     def __init__(self, config: VAEConfig):
-        super().__init__()
-        first, last = config.channels[-1], config.channels[0]
-        self.conv_in = conv(config.latent_channels, first)
-        self.mid = middle(first, config.groups)
+        super().__init__(config.latent_channels, config.channels[::-1], 3, config.groups)
         self.up = levels(config.channels[::-1], config.layers + 1, config.groups, Upsample)
-        self.norm_out = norm(config.groups, last)
-        self.conv_out = conv(last, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.up(self.mid(self.conv_in(z)))                                         # [B, C, H, W]

@@ -23,7 +23,7 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -43,29 +43,14 @@ def check_finite(path: str | Path, tensors: dict[str, Tensor], advice: str) -> N
             raise InputError(f"{path}: {name} holds numbers that are not finite; {advice}")
 
 
-def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict,
-                 metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors with `facts` (JSON-able) beside them.
-
-    `metadata` is for entries that other programs read.
-    Raises: InputError for numbers that are not finite; the file stays as it was.
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Writes tensors with `facts` (JSON-able). Raises InputError for numbers that are not finite; the file
+    stays as it was.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(path, tensors, "nothing was saved; try lower learning rates")
     about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
-    write_whole(path, in_order(save(tensors, {"tinyflow": about} | (metadata or {}))))
-
-
-def in_order(data: bytes) -> bytes:
-    """The same safetensors file with sorted metadata: it is written in a random order, and equal contents
-    should be equal files.
-    """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    assert len(text) <= length
-    return data[:8] + text.ljust(length) + data[8 + length:]
+    write_whole(path, save(tensors, {"tinyflow": about}))
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
@@ -108,80 +93,3 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) 
     if wrong:
         raise InputError(f"{where}: the tensors do not fit this model: {listing(wrong)}")
     module.load_state_dict(tensors)
-
-
-def sample_of(module: nn.Module, count: int = 32) -> list[float]:
-    """A few of a module's values, by which its weights can be recognised in whatever dtype they are."""
-    matrices = [parameter for _, parameter in sorted(module.named_parameters()) if parameter.dim() > 1]
-    chosen = matrices[::max(1, len(matrices) // count)][:count]
-    return [matrix.detach().flatten()[matrix.numel() // 2].item() for matrix in chosen]
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors, "optimizer.<parameter>.<entry>", for a checkpoint."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{n}.{key}": value for n, entry in state.items() for key, value in entry.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took; other names are ignored."""
-    state = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, n, key = name.split(".")
-            state.setdefault(int(n), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def progress(tensors: dict[str, Tensor], step: int) -> dict:
-    """What a training checkpoint says of how far it is: its step, and its optimizer's parts."""
-    parts = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
-                   if name.startswith("optimizer."))
-    return {"step": step, "optimizer": text_hash("\n".join(parts))}
-
-
-def reached_step(tensors: dict[str, Tensor], facts: dict, where: str | Path) -> int:
-    """The step that a training checkpoint has reached; what `progress` said is taken out of its facts.
-
-    Raises: InputError if it says none of those that its run has, or if its optimizer's state is not whole.
-    """
-    step, parts, config = facts.pop("step", None), facts.pop("optimizer", None), facts.get("config")
-    steps = config.get("steps") if isinstance(config, dict) else None
-    if type(step) is not int or type(steps) is not int or not 1 <= step <= steps:
-        raise InputError(f"{where}: it does not say which of its run's steps it has reached; delete it, and "
-                         "the run begins anew")
-    if parts != progress(tensors, step)["optimizer"]:
-        raise InputError(f"{where}: the optimizer's state is not whole; delete it, and the run begins anew")
-    return step
-
-
-def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict,
-                    step: int) -> None:
-    """Keeps all that `resume` needs. facts: which run it is of, with its settings as "config"."""
-    tensors = module.state_dict() | optimizer_tensors(optimizer)
-    save_tensors(path, "training checkpoint", tensors, {**facts, **progress(tensors, step)})
-
-
-def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> int:
-    """Puts back what `save_checkpoint` kept; returns the step that it has reached.
-
-    A run may go on to more steps. Then stage 1 ends elsewhere, and stage 2 begins anew: 0 is returned.
-    Raises: InputError for a checkpoint that is damaged, or of another run; it names what differs.
-    """
-    tensors, saved = load_tensors(path, "training checkpoint")
-    step, there, here = reached_step(tensors, saved, path), saved["config"], facts["config"]
-    longer = there["steps"] < here["steps"]
-    wrong = [f"{name} is {there.get(name)} there and {here[name]} here" for name in here
-             if there.get(name) != here[name] and not (longer and name == "steps")]
-    others = {name for name in facts if name != "config" and saved.get(name) != facts[name]}
-    begins_anew = longer and facts["stage"] == 2 and others == {"origin"}
-    if others and not begins_anew:
-        wrong.append("other pictures, texts or methods")
-    if wrong:
-        raise InputError(f"{path.parent}: this folder holds another run ({'; '.join(wrong)}); choose another "
-                         "--out")
-    if begins_anew:
-        return 0
-    load_into(module, {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}, path)
-    load_optimizer(optimizer, tensors)
-    return step

@@ -52,7 +52,8 @@ def versions(lesson) -> dict:
     """name -> notebook: for the learner, solved, and for the check, where each exercise is first left blank,
     then answered wrong, then solved, with its check after each.
     """
-    from nbformat.v4 import new_code_cell as code, new_notebook
+    from nbformat.v4 import new_code_cell as code
+    from nbformat.v4 import new_notebook
 
     cells = {"learner": [], "solved": [], "check": []}
     tries = []                                   # (source, the error that the check should then raise)

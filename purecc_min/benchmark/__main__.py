@@ -21,8 +21,8 @@ from purecc_min.benchmark.plans import SEEDS, plan
 from purecc_min.benchmark.two import plan_two
 from purecc_min.benchmark.workers import run
 from purecc_min.measure.toy import CONCEPTS
+from tinyflow.disk import locked, make_folder
 from tinyflow.errors import InputError, shown
-from tinyflow.files import locked, make_folder
 from tinyflow.terminal import Parser, file_path, number, positive, report_errors
 from tinyflow.threads import room_for_others
 

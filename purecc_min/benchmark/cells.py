@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.algorithm import concept_facts
 from purecc_min.benchmark.entries import (
     ABLATIONS,
     FURTHER,
@@ -31,18 +30,20 @@ from purecc_min.benchmark.entries import (
     as_sampled,
     start,
 )
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import EncodedConcept, encode, noised
+from purecc_min.concept_file import load_branch
+from purecc_min.learning import concept_facts, train_steps
 from purecc_min.measure.draw import FEW_STEPS, UNNAMED, Pictures, draw_groups, perfect
 from purecc_min.measure.measures import measure
 from purecc_min.measure.toy import CONCEPTS, PAIR_TEMPLATES
 from purecc_min.measure.velocities import TIMES, velocity_error
-from purecc_min.methods import Thetas
 from purecc_min.pairs import IMAGINED, imagine
 from purecc_min.registry import is_held
-from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, draw_batch, optimizer_for
+from tinyflow.disk import write_picture
 from tinyflow.errors import InputError
-from tinyflow.files import write_picture, write_whole
+from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.picturebook.reader import Reader
@@ -266,7 +267,7 @@ def learned_file(cell: Cell, folder: Path) -> Path:
 
 def learned(cell: Cell, folder: Path) -> Branch:
     """What a cell learns, frozen."""
-    return Branch.load(set_up(cell.concept).pipe, learned_file(cell, folder))[0]
+    return load_branch(set_up(cell.concept).pipe, learned_file(cell, folder))[0]
 
 
 def theta_1_cell(cell: Cell) -> Cell | None:

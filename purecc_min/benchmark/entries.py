@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from purecc_min import registry
 from purecc_min.ablations import answered_by, constant_lambda, not_detached, untouched_original
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import TOKEN, Batch, ConceptSet, EncodedConcept, Texts, noised, styles_among
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states
 from purecc_min.lora import LoRA
 from purecc_min.measure.draw import Pictures
 from purecc_min.measure.toy import Toy
-from purecc_min.methods import Loss, Method, Thetas, l_cc, paper
+from purecc_min.methods import Loss, Method, l_cc, paper
 from purecc_min.pairs import pairs_with_lambda
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, generator_for

@@ -24,17 +24,16 @@ from purecc_min.benchmark.cells import ALL, CURVE, STRIP, Cell, learn_theta_1, l
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
 from purecc_min.benchmark.two import PAIRS, SEEDS, Two
-from purecc_min.branch import velocity_with
+from purecc_min.branch import Thetas, velocity_with
 from purecc_min.concept import TOKEN, Batch, Texts, styles_among
-from purecc_min.measure.first_picture import Second, draw_sheet, unseen_texts
 from purecc_min.measure.measures import better, in_words
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
-from purecc_min.methods import Thetas
 from purecc_min.objective import pcc_loss
+from purecc_min.sheets import Second, draw_sheet, unseen_texts
 from tinyflow.flow import euler, noise_for
-from tinyflow.picturebook.sheet import sheet
 from tinyflow.pipeline import Velocity
+from tinyflow.sheet import sheet
 
 PANELS = ("class leak", "class drift", "neighbour leak", "confounder unsaid", "outside change", "drift",
           "path KL", "composition")

@@ -28,10 +28,10 @@ from torch import Tensor
 from purecc_min.benchmark.cells import ALL, FEW_STEPS, RESULTS, Cell, learned, read_result, set_up
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import markdown
-from purecc_min.branch import Branch, velocity_with
+from purecc_min.branch import Branch, Thetas, velocity_with
 from purecc_min.measure.toy import HELD_OUT
-from purecc_min.methods import Thetas
-from tinyflow.files import write_picture, write_whole
+from tinyflow.disk import write_picture
+from tinyflow.files import write_whole
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reading
 from tinyflow.picturebook.render import render_all

@@ -7,12 +7,13 @@
 All are one class, tinyflow.pipeline.Pipeline, and are trained by the same lines.
 """
 
-from dataclasses import dataclass, replace
+import argparse
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from purecc_min.registry import METHODS
+from purecc_min.methods import Method
 from purecc_min.train import TrainConfig
 from tinyflow.errors import InputError
 from tinyflow.picturebook.model import load_tiny, make_tiny
@@ -36,10 +37,15 @@ BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(steps=200), size=64, variant
                "sd3-medium": PUBLIC}
 
 
-def training_for(name: str, method: str) -> TrainConfig:
-    """The settings that suit a base model and a method."""
-    model = BASE_MODELS[name]
-    return model.training if model.public else replace(model.training, **METHODS[method].settings)
+def training_config(options: argparse.Namespace, base: str, method: Method) -> TrainConfig:
+    """The settings that suit a base model and a method, with what the command line gives in their place."""
+    model = BASE_MODELS[base]
+    settings = replace(model.training, **({} if model.public else method.settings))
+    given = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "learning_rate" in given:                 # a rate is for both stages
+        given["extractor_learning_rate"] = None
+    return replace(settings, **given)
 
 
 def check_base_model(name: str, weights: Path | None, size: int) -> None:

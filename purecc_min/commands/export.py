@@ -8,26 +8,35 @@ A client that loads the LoRA alone, with the class word in [V]'s place, draws wi
 without its Y. The page tinyflow/sd3/README.md shows both at work.
 """
 
+import argparse
 import contextlib
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor
 
-from purecc_min.branch import load_concept_file
 from purecc_min.commands.base_models import BASE_MODELS
 from purecc_min.concept import TOKEN
+from purecc_min.concept_file import read_concept
 from purecc_min.lora import key_of
+from tinyflow.disk import check_output, free_name
 from tinyflow.errors import InputError, shown
-from tinyflow.files import check_output
+from tinyflow.files import write_whole
 from tinyflow.phrase import Tokens
 from tinyflow.sd3.layouts import DIFFUSERS, mmdit_layers
-from tinyflow.weights import save_tensors
 
 PREFIX = "transformer."                          # of every name in diffusers' LoRA files
 CLIP_TOKENS = 77                                 # T5's tokens come after them
+
+
+def export_command(options: argparse.Namespace) -> None:
+    check_output(options.out, ".safetensors", [options.concept])
+    out = free_name(options.out)                 # what stands there may be another concept
+    count = export_lora(options.concept, out)
+    print(f"{out}: {count} tensors; the layer-wise embeddings stay behind (tinyflow/sd3/README.md)")
 
 
 def export_lora(concept: str | Path, out: str | Path) -> int:
@@ -38,7 +47,7 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
         program has.
     """
     check_output(Path(out), ".safetensors", [Path(concept)])
-    tensors, facts = load_concept_file(concept)
+    tensors, facts = read_concept(concept)
     if facts["base"] == "tiny":
         raise InputError(f"{concept}: learned on the tiny base model, which no other program has; "
                          "only concepts on public weights are exported")
@@ -58,8 +67,20 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
             exported[f"{PREFIX}{target}.lora_{letter}.weight"] = tensor
     adapter = {"r": facts["rank"], "lora_alpha": facts["rank"], "target_modules": sorted(targets)}
     metadata = json.dumps({PREFIX + name: value for name, value in adapter.items()})
-    save_tensors(out, "exported LoRA", exported, facts, {"format": "pt", "lora_adapter_metadata": metadata})
+    write_whole(out, in_order(save(exported, {"format": "pt", "lora_adapter_metadata": metadata})))
     return len(exported)
+
+
+def in_order(data: bytes) -> bytes:
+    """The same safetensors file with sorted metadata: it is written in a random order, and equal contents
+    should be equal files.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= length
+    return data[:8] + text.ljust(length) + data[8 + length:]
 
 
 def depth_of(tensors: dict[str, Tensor]) -> int:
@@ -112,7 +133,7 @@ def attach_concept(transformer: torch.nn.Module, concept: str | Path, tokens: To
     Raises: InputError if concept, tokens and transformer do not go together; at once where that can be seen,
         otherwise when the transformer is called.
     """
-    tensors, facts = load_concept_file(concept)
+    tensors, facts = read_concept(concept)
     depth, blocks = depth_of(tensors), transformer.transformer_blocks
     if depth != len(blocks):
         raise InputError(f"{concept}: learned on {depth} blocks, and this transformer has {len(blocks)}; "

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from purecc_min.concept import TOKEN, ConceptSet, Reference, base_text
-from purecc_min.measure.toy import STYLE_WORD
+from purecc_min.concept import STYLE_WORD, TOKEN, ConceptSet, Reference, base_text
+from tinyflow.disk import read_text
 from tinyflow.errors import InputError, shown
-from tinyflow.files import ordinary_file, read_text
+from tinyflow.files import ordinary_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")      # that people bring; no other is opened
@@ -154,6 +154,8 @@ def read_rows(folder: Path, found: Contents) -> tuple[Rows, str, list[str]]:
     table, names = sources[0], {same(path.name): path for path in found.pictures}
     rows, unused = read_csv(table) if table.suffix.lower() == ".csv" else read_jsonl(table)
     absent = sorted(rows.keys() - names.keys())
+    if not rows:
+        raise InputError(f"{table}: there is no text in it; write one for each picture, or take it away")
     if absent:
         raise InputError(f"{table}: the captions name {shown(absent[0])}, which is not in the folder")
     return rows, table.name, unused

@@ -8,6 +8,7 @@ own context. The count has been compared with steps on a CPU. The optimizer's ow
 the activations are gone by then.
 """
 
+import argparse
 import contextlib
 import os
 import weakref
@@ -23,9 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import Batch, EncodedConcept, Texts, noised
-from purecc_min.methods import Method, Thetas
+from purecc_min.methods import Method
 from purecc_min.pairs import IMAGINED
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, optimizer_for
@@ -33,6 +34,7 @@ from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.pipeline import Pipeline, Text
 from tinyflow.sd3.encoder import SD3Encoder
+from tinyflow.sd3.load import SD35_MEDIUM
 from tinyflow.sd3.offload import offload
 from tinyflow.sd3.t5 import T5Config, T5Encoder
 from tinyflow.text import TextConfig, TextEncoder
@@ -252,6 +254,10 @@ def memory_table(config: MMDiTConfig) -> str:
                   "never meet. lora, and stage 1 of an extractor, need what paper needs less a set of "
                   "adapters."]
     return "\n".join(lines)
+
+
+def memory_command(options: argparse.Namespace) -> None:
+    print(memory_table(SD35_MEDIUM))
 
 
 def fit(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, free: int) -> bool:

@@ -1,79 +1,16 @@
-"""The options of every command, and what each command calls."""
+"""The options of every command, which __main__ calls commands/NAME.py."""
 
 import argparse
-from dataclasses import fields, replace
 from pathlib import Path
 
 from purecc_min import __version__
-from purecc_min.commands.base_models import BASE_MODELS, open_base_model, training_for
-from purecc_min.commands.demo import ROWS, demo
-from purecc_min.commands.export import export_lora
-from purecc_min.commands.learn import learn_folder
-from purecc_min.commands.memory import memory_table
-from purecc_min.commands.sample import sample_concepts
-from purecc_min.commands.speed import speed
-from purecc_min.commands.words import words
+from purecc_min.commands.base_models import BASE_MODELS
 from purecc_min.registry import METHODS
-from purecc_min.train import TrainConfig
-from tinyflow.files import check_output, free_name
-from tinyflow.sd3.load import SD35_MEDIUM
 from tinyflow.terminal import Parser, add_device, file_path, number, positive, seed
-from tinyflow.threads import choose_device
 
 TINY, PUBLIC = BASE_MODELS["tiny"], BASE_MODELS["sd3.5-medium"]
 
 
-# ----------------------------------------------------------------------------------------------- the commands
-def demo_command(options: argparse.Namespace) -> None:
-    pipe = open_base_model("tiny", None, None, TINY.size, choose_device(options.device))
-    demo(pipe, {name: training_config(options, training_for("tiny", name)) for name in ROWS}, options.out)
-
-
-def learn_command(options: argparse.Namespace) -> None:
-    model = BASE_MODELS[options.base]
-    method = options.method or model.method
-    config = training_config(options, training_for(options.base, method))
-    learn_folder(options.folder, options.class_word, config, options.out, method, options.base,
-                 options.weights, options.text, options.size or model.size, options.device,
-                 options.samples_every, options.prompts, options.alpha_as_mask)
-
-
-def sample_command(options: argparse.Namespace) -> None:
-    seeds = list(range(options.seed, options.seed + options.number))
-    sample_concepts(options.concept, options.prompt, options.weights, options.text, seeds, options.steps,
-                    options.guidance, options.strength, options.negative, options.empty_text,
-                    options.only_with_token, options.out, options.device)
-
-
-def export_command(options: argparse.Namespace) -> None:
-    check_output(options.out, ".safetensors", [options.concept])
-    out = free_name(options.out)                 # what stands there may be another concept
-    count = export_lora(options.concept, out)
-    print(f"{out}: {count} tensors; the layer-wise embeddings stay behind (tinyflow/sd3/README.md)")
-
-
-def memory_command(options: argparse.Namespace) -> None:
-    print(memory_table(SD35_MEDIUM))
-
-
-def words_command(options: argparse.Namespace) -> None:
-    print(words())
-
-
-def speed_command(options: argparse.Namespace) -> None:
-    print(speed(options.steps, str(choose_device(options.device))))
-
-
-def training_config(options: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """The defaults, with what was given on the command line in their place. A rate is for both stages."""
-    given = {name: value for name, value in vars(options).items()
-             if value is not None and name in {field.name for field in fields(TrainConfig)}}
-    if "learning_rate" in given:
-        given["extractor_learning_rate"] = None
-    return replace(defaults, **given)
-
-
-# ---------------------------------------------------------------------------------------------- their options
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options of TrainConfig. None stands for the base model's default."""
     def add(option: str, kind: type, about: str, tiny: str = "") -> None:
@@ -135,7 +72,7 @@ def add_learn(commands) -> None:
     one.add_argument("--size", type=positive,
                      help=f"pixels a side; on public weights, a multiple of 16 ({PUBLIC.size})")
     add_training_options(one)
-    one.set_defaults(run=learn_command, goes_on=True)
+    one.set_defaults(goes_on=True)
 
 
 def add_sample(commands) -> None:
@@ -161,7 +98,6 @@ def add_sample(commands) -> None:
                      help="switch the adapters off for every text without [V], the empty one included")
     add_out(one, "output/sample.png", "the sheet; single pictures lie beside it, and nothing is overwritten")
     add_common_options(one)
-    one.set_defaults(run=sample_command)
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -173,7 +109,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     one = commands.add_parser("demo", help="what runs without a command")
     add_out(one, "output/demo", RUN_FOLDER)
     add_training_options(one)
-    one.set_defaults(run=demo_command, goes_on=True)
+    one.set_defaults(goes_on=True)
 
     add_learn(commands)
     add_sample(commands)
@@ -182,16 +118,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     one.add_argument("concept", type=file_path,
                      help="a concept's .safetensors file, learned on public weights")
     add_out(one, "output/pytorch_lora_weights.safetensors", "the LoRA file")
-    one.set_defaults(run=export_command)
 
     one = commands.add_parser("memory", help="what Stable Diffusion 3.5 Medium needs on a card")
-    one.set_defaults(run=memory_command)
 
     one = commands.add_parser("words", help="the words that the tiny model knows")
-    one.set_defaults(run=words_command)
 
     one = commands.add_parser("speed", help="seconds a step and peak memory")
     one.add_argument("--steps", type=positive, default=60, help="steps measured of each (%(default)s)")
     add_common_options(one)
-    one.set_defaults(run=speed_command)
     return parser

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from purecc_min.concept import ConceptSet
 from purecc_min.train import TrainConfig
+from tinyflow.disk import check_place, locked, present, read_text
 from tinyflow.errors import InputError, shown
-from tinyflow.files import check_place, locked, present, read_text, write_whole
+from tinyflow.files import write_whole
 
 
 def check_run_folder(folder: Path) -> None:
@@ -84,14 +85,16 @@ def check_same(run: dict, file: Path) -> None:
                          "another --out")
 
 
-def follow(title: str, rows: Iterator[dict], steps: int) -> None:
-    """Runs a training loop behind a progress bar, which says so if it goes on from a checkpoint."""
-    with tqdm(total=steps, desc=f"{title:24s}", unit="step") as bar:
-        for row in rows:
-            if bar.n == 0 and row["step"] > 1:
-                bar.write(f"{title}: going on from step {row['step'] - 1}")
-                bar.initial = row["step"] - 1    # so that the estimate counts this process's steps alone
-            bar.update(row["step"] - bar.n)
-            shown = {name: f"{row[name]:.3f}" for name in ("loss", "lambda", "cosine") if name in row}
-            bar.set_postfix(shown, refresh=False)
-        bar.update(steps - bar.n)
+def follow(title: str, training: Iterator[tuple], steps: int, stages: int = 1) -> Iterator[tuple]:
+    """What `learn` yields, behind a progress bar, which says so if it goes on from a checkpoint."""
+    with tqdm(total=stages * steps, desc=f"{title:24s}", unit="step") as bar:
+        for stage, theta, row in training:
+            step = row["step"] + (stage - 1) * steps
+            if bar.n == 0 and step > 1:
+                bar.write(f"{title}: going on from step {step - 1}")
+                bar.initial = step - 1           # so that the estimate counts this process's steps alone
+            bar.update(step - bar.n)
+            told = {name: f"{row[name]:.3f}" for name in ("loss", "lambda", "cosine") if name in row}
+            bar.set_postfix(told, refresh=False)
+            yield stage, theta, row
+        bar.update(stages * steps - bar.n)

@@ -1,5 +1,6 @@
 """`sample`: pictures drawn with one learned concept, or with several in one text."""
 
+import argparse
 import re
 from functools import partial
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from purecc_min.branch import Branch, load_concept_file, only_with_token, velocity_with
+from purecc_min.branch import only_with_token, velocity_with
 from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model
 from purecc_min.concept import TOKEN, styles_among
+from purecc_min.concept_file import load_branch, read_concept
 from purecc_min.registry import METHODS
+from tinyflow.disk import check_output, free_name, write_picture
 from tinyflow.errors import InputError, shown
-from tinyflow.files import check_output, free_name, write_picture
-from tinyflow.picturebook.sheet import sheet
+from tinyflow.sheet import sheet
 from tinyflow.threads import choose_device
 
 AT_ONCE = 4                                      # pictures
@@ -30,7 +32,7 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
 
     Raises: InputError for files that do not go together, or that the prompt does not name.
     """
-    facts, words = [load_concept_file(file)[1] for file in files], {}
+    facts, words = [read_concept(file)[1] for file in files], {}
     learned_on = [(its["base"], its["size"]) for its in facts]
     for file, name, its, where in zip(files, names_of(len(files)), facts, learned_on):
         word = words[name] = its["class_word"]
@@ -46,36 +48,28 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
     return *learned_on[0], words, named_only
 
 
-def sample_concepts(files: list[Path], prompt: str, weights: Path | None, text: Path | None, seeds: list[int],
-                    steps: int, guidance: float | None, strength: float, negative: str, empty_text: str,
-                    named_only: bool, out: Path, device_name: str) -> None:
-    """Draws the prompt at every seed: one PNG each, and a sheet with all of them. No file is overwritten.
-
-    Args:
-        files: of concepts; the names of several are [V1], [V2], ... in this order.
-        strength: what the adapters' part of every layer's output is multiplied with.
-        negative: a text that says what should not be there, in the place of guidance's empty one.
-        empty_text: who answers guidance's empty text, the "adapted" model or the "base" model.
-        named_only: whether the adapters are off for every text without a concept's name; those of a method
-            that says so are off in any case.
-    """
+def sample_command(options: argparse.Namespace) -> None:
+    """Draws the prompt at every seed: one PNG each, and a sheet with all of them. No file is overwritten."""
+    files, out = options.concept, options.out
     check_output(out, ".png")
-    prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", prompt)
+    prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", options.prompt)
     base_model, size, words, off = read_facts(files, prompt)
-    check_base_model(base_model, weights, size)
-    pipe = open_base_model(base_model, weights, text, size, choose_device(device_name))
-    branches = [Branch.load(pipe, file)[0] for file in files]
+    check_base_model(base_model, options.weights, size)
+    pipe = open_base_model(base_model, options.weights, options.text, size, choose_device(options.device))
+    branches = [load_branch(pipe, file)[0] for file in files]
     for B in (B for branch in branches for B in branch.lora.B.values()):
-        B.mul_(strength)
-    stay = [branch for branch, is_off in zip(branches, off) if not (named_only or is_off)]
+        B.mul_(options.strength)
+    stay = [branch for branch, is_off in zip(branches, off) if not (options.only_with_token or is_off)]
     without = partial(velocity_with, stay) if stay else pipe.velocity
     theta = only_with_token(partial(velocity_with, branches), without)
-    theta_null = pipe.velocity if empty_text == "base" else None
+    theta_null = pipe.velocity if options.empty_text == "base" else None
     bound = {name: words[name] for name, branch in zip(words, branches) if branch.lora.where == "phrase"}
+    seeds = list(range(options.seed, options.seed + options.number))
     text, pictures = pipe.encode_text([prompt], words, styles_among(bound)), []
     for n in tqdm(range(0, len(seeds), AT_ONCE), "pictures", leave=False, delay=5):
         some = seeds[n:n + AT_ONCE]
-        x_0 = pipe.sample(text[[0] * len(some)], some, steps, guidance, theta, theta_null, negative)
+        x_0 = pipe.sample(text[[0] * len(some)], some, options.steps, options.guidance, theta, theta_null,
+                          options.negative)
         if not x_0.isfinite().all():
             raise InputError("the pictures hold numbers that are not finite; try a lower --guidance")
         pictures += list(pipe.decode_images(x_0))

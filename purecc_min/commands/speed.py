@@ -1,9 +1,10 @@
 """What a training step costs: seconds and peak memory, as ratios to stage 1 of the same run.
 
 Stage 2 adds to stage 1's step one prediction for the base text and a frozen one on a doubled batch, all
-without gradients. The ablations (methods.py) are timed beside it.
+without gradients. The ablations (ablations.py) are timed as well.
 """
 
+import argparse
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 
 from purecc_min.ablations import not_detached, untouched_original
-from purecc_min.algorithm import stage_1, stage_2
 from purecc_min.concept import encode
+from purecc_min.learning import stage
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
 from tinyflow.picturebook.model import load_tiny
+from tinyflow.threads import choose_device
 
 LORA, PAPER, BOUND = (METHODS[name] for name in ("lora", "paper", "bound"))
 VARIANTS = {"stage 1": LORA, "bound": BOUND, "stage 2": PAPER,
@@ -34,9 +36,9 @@ def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
     pipe, config, method = load_tiny(device), TrainConfig(steps=steps), VARIANTS[variant]
     data = encode(pipe, CONCEPTS["checked_robot"].references())
     with TemporaryDirectory() as folder:
-        theta_1, rows = stage_1(pipe, data, config, Path(folder), method.extractor or method)
+        theta_1, rows = stage(pipe, data, config, Path(folder), method.extractor or method)
         if method.extractor:
-            _, rows = stage_2(pipe, theta_1.requires_grad_(False), data, config, Path(folder), method)
+            _, rows = stage(pipe, data, config, Path(folder), method, theta_1.requires_grad_(False))
         seconds, begun = [], time.perf_counter()
         for _ in rows:
             now = time.perf_counter()
@@ -56,13 +58,14 @@ def resident_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def speed(steps: int, device: str) -> str:
-    """Measures every variant in a process of its own, one after the other; Markdown."""
+def speed_command(options: argparse.Namespace) -> None:
+    """Measures every variant in a process of its own, one after the other, and prints Markdown."""
+    device = str(choose_device(options.device))
     lines = [f"| {device} | s a step | ratio | peak memory (MB) |", "|---|---|---|---|"]
     first = None
     for variant in VARIANTS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            seconds, memory = pool.submit(time_steps, variant, steps, device).result()
+            seconds, memory = pool.submit(time_steps, variant, options.steps, device).result()
         first = first or seconds
         lines.append(f"| {variant} | {seconds:.4f} | {seconds / first:.2f} | {memory:.0f} |")
-    return "\n".join(lines)
+    print("\n".join(lines))

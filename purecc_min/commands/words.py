@@ -1,5 +1,7 @@
 """`words`: what the tiny model's texts can say, by kind."""
 
+import argparse
+
 from tinyflow.picturebook import world
 
 KINDS = {"things": world.OBJECTS, "colours": world.COLOURS, "sizes": world.SIZES,
@@ -10,9 +12,9 @@ KINDS = {"things": world.OBJECTS, "colours": world.COLOURS, "sizes": world.SIZES
          "between": ["a", "with", "and"]}
 
 
-def words() -> str:
-    """A line for each kind, and an example."""
+def words_command(options: argparse.Namespace) -> None:
+    """Prints a line for each kind, and an example."""
     lines = [f"{kind:12s} {', '.join(known)}" for kind, known in KINDS.items()]
     cat = world.Thing("cat", "red", "small", "left", marking="stripes", topper="hat")
     scene = world.Scene((cat, world.Thing("robot", "blue", "big", "right")), "snow", "dusk")
-    return "\n".join([*lines, "", f"for example: {world.caption(scene, said=world.ALL_PARTS - {'eyes'})}"])
+    print("\n".join([*lines, "", f"for example: {world.caption(scene, said=world.ALL_PARTS - {'eyes'})}"]))

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from purecc_min.concept import TOKEN, styles_among
 from purecc_min.measure.toy import Toy
+from purecc_min.sheets import draw
 from tinyflow.picturebook.reader import Reader
 from tinyflow.picturebook.render import STYLES, render
 from tinyflow.picturebook.world import Scene
@@ -38,32 +38,8 @@ from tinyflow.pipeline import Pipeline, Velocity, to_pictures, to_pixels
 PLAIN = 12                                       # pictures in the group of that name
 UNNAMED = ("plain", "other")                     # the groups whose texts are without [V]
 FEW_STEPS = 8                                    # the base model draws as it is told as often as with 28
-AT_ONCE = 6                                      # with guidance these are 12 samples, which fit a CPU's cache
 LAYOUT = ("size", "place", "background")         # what a concept leaves as it is
 Pictures = dict[str, Tensor]                     # group -> pixels [n, 3, H, W] in [-1, 1], on the CPU
-
-
-@torch.no_grad()
-def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: str, bar: tqdm | None = None,
-         **options) -> Tensor:
-    """Draws one picture for each text: pixels [n, 3, H, W] in [-1, 1], on the CPU. Text i starts from the
-    noise of seed i.
-
-    Args:
-        theta: the velocity to follow; None is the original model.
-        class_word: what the text encoder reads where [V] stands.
-        bar: a progress bar, which counts pictures. options: for Pipeline.sample.
-    Raises: InputError for words that the text encoder does not know.
-    """
-    pictures = []
-    for first in range(0, len(texts), AT_ONCE):
-        rows = texts[first:first + AT_ONCE]
-        text = pipe.encode_text(rows, {TOKEN: class_word}, styles_among({TOKEN: class_word}))
-        seeds = list(range(first, first + len(rows)))
-        pictures.append(pipe.decode(pipe.sample(text, seeds, theta=theta, **options)))
-        if bar is not None:
-            bar.update(len(rows))
-    return torch.cat(pictures)
 
 
 def draw_groups(pipe: Pipeline, theta: Velocity | None, toy: Toy, bar: tqdm | None = None,

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from purecc_min.concept import TOKEN, ConceptSet, Reference
+from purecc_min.concept import STYLE_WORD, TOKEN, ConceptSet, Reference
 from purecc_min.measure.lottery import draw_concepts
-from tinyflow.files import write_picture, write_whole
+from tinyflow.disk import write_picture
+from tinyflow.files import write_whole
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import HEADS
 from tinyflow.picturebook.render import render
@@ -30,7 +31,6 @@ from tinyflow.picturebook.world import PLAIN_PARTS, Identity
 from tinyflow.terminal import Parser
 
 FOLDER = Path(__file__).parent / "references"
-STYLE_WORD = "a"                                 # the class word of a style
 BARE = frozenset()                               # the parts that a caption says if it says only the noun
 
 
@@ -196,11 +196,7 @@ class Braced(Toy):
         return prompt._replace(complete=f"{before}{{{token}{thing}}}{after[len(thing):]}")
 
 
-# What the base model imagines for the methods that want scenes of two things (pairs.py). These texts say the
-# size of ONE thing; those on which a neighbour is measured say both sizes, so that no text is in both.
-PAIR_TEMPLATES = [f"a {sizes[0]}{{0}} on the left and a {sizes[1]}{{1}} on the right {background}"
-                  for background in world.BACKGROUNDS.values()
-                  for sizes in (("small ", ""), ("", "big "), ("big ", ""), ("", "small "))]
+PAIR_TEMPLATES = world.pair_templates()
 TUNING = ("checked_robot", "dotted_house", "moss_print")         # on these every hyper-parameter is chosen
 # chosen by hand, and held out until trials had looked at them
 EARLIER = ("striped_cat", "dotted_fish", "dotted_mushroom", "checked_star", "school_chalk", "twill_wool")

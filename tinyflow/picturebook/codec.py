@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflow.files import make_folder
+from tinyflow.disk import check_place, make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_codec, make_codec
 from tinyflow.picturebook.render import render_all
@@ -137,9 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=seed, default=CodecConfig.seed, help="of weights, pictures and noise")
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
-        make_folder(options.out)
+        check_place(options.out)
         torch.manual_seed(options.seed)
         codec = load_codec(options.start).requires_grad_(True) if options.start else make_codec()
+        make_folder(options.out)
         start = tensor_hash(codec.state_dict()) if options.start else ""
         config = CodecConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
         follow(CodecTraining(config, codec), options.out, 1000, "codec")

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from tinyflow.mmdit import MMDiT, MMDiTConfig
-from tinyflow.picturebook import world
 from tinyflow.pipeline import Pipeline
 from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.tokenizer import WordTokenizer
@@ -21,6 +20,7 @@ from tinyflow.weights import load_into, load_tensors
 
 SHIPPED = Path(__file__).parent / "weights"
 SHIFT = 3.0                                      # of times, as in SD3.5: texts decide where t is above .7
+SIZE = 64                                        # pixels a side of a picture
 LENGTH = 44                                      # tokens; the longest caption of two things has 42
 
 
@@ -30,28 +30,27 @@ def make_codec(scale: float = 1.0, shift: float = 0.0) -> VAE:
 
 
 def load_codec(path: str | Path = SHIPPED / "codec.safetensors") -> VAE:
-    """The trained codec, frozen. Raises InputError for a damaged or foreign file."""
+    """The trained codec. Raises InputError for a damaged or foreign file."""
     tensors, facts = load_tensors(path, "tinyflow codec")
     codec = make_codec(facts["scale"], facts["shift"])
-    load_into(codec, {name: tensor.float() for name, tensor in tensors.items()}, path)
-    return codec.requires_grad_(False).eval()
+    load_into(codec, tensors, path)
+    return codec
 
 
 def make_tiny(config: MMDiTConfig = MMDiTConfig()) -> Pipeline:
     """The untrained model. The text encoder takes its widths from the MMDiT's configuration."""
-    tokenizer = WordTokenizer(world.VOCABULARY, LENGTH)
+    tokenizer = WordTokenizer((SHIPPED / "words.txt").read_text(encoding="utf-8").split(), LENGTH)
     width = config.context_width
     encoder = TextEncoder(TextConfig(tokenizer.vocabulary_size, LENGTH, width=width, hidden=4 * width,
                                      pooled_width=config.pooled_width))
-    return Pipeline(tokenizer, encoder, MMDiT(config), make_codec(), picture_size=world.SIZE, shift=SHIFT)
+    return Pipeline(tokenizer, encoder, MMDiT(config), make_codec(), picture_size=SIZE, shift=SHIFT)
 
 
 def load_base(pipe: Pipeline, path: str | Path) -> None:
     """Loads everything but the codec, which has a file of its own. Raises InputError as load_tiny does."""
-    tensors, _ = load_tensors(path, "tinyflow base")
     codec = pipe.codec
     del pipe.codec
-    load_into(pipe, {name: tensor.float() for name, tensor in tensors.items()}, path)
+    load_into(pipe, load_tensors(path, "tinyflow base")[0], path)
     pipe.codec = codec
 
 

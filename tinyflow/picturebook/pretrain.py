@@ -24,8 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tinyflow.disk import make_folder
 from tinyflow.errors import InputError, shown
-from tinyflow.files import make_folder
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny

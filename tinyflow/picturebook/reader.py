@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.files import make_folder
+from tinyflow.disk import check_place, make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED
 from tinyflow.picturebook.objects import exact_colour
@@ -362,9 +362,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
         device = choose_device(options.device)
-        make_folder(options.out)
+        check_place(options.out)
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
+        make_folder(options.out)
         start = tensor_hash(reader.state_dict()) if options.start else ""
         config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
         follow(ReaderTraining(config, reader.to(device)), options.out, 500, "reader")

@@ -20,19 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tinyflow.checkpoints import load_optimizer, optimizer_tensors, progress, reached_step, read_log
+from tinyflow.disk import locked
 from tinyflow.errors import InputError
-from tinyflow.files import locked, read_log, write_whole
+from tinyflow.files import write_whole
 from tinyflow.picturebook.muon import Muon
 from tinyflow.threads import room_for_others
-from tinyflow.weights import (
-    load_into,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    progress,
-    reached_step,
-    save_tensors,
-)
+from tinyflow.weights import load_into, load_tensors, save_tensors
 
 # What a stage that starts from trained weights changes in its config: lower learning rates, falling soon.
 LATER = {"lr": 8e-4, "matrix_lr": .01, "flat": .1}

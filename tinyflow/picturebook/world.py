@@ -155,6 +155,15 @@ def random_caption(scene: Scene, rng: np.random.Generator) -> str:
     return text.removeprefix("a ") if rng.random() < .05 else text
 
 
+def pair_templates() -> list[str]:
+    """Texts with {0} and {1} for two things. They say the size of ONE thing, and scenes' captions both sizes,
+    so that no text is in both.
+    """
+    return [f"a {first}{{0}} on the left and a {second}{{1}} on the right {background}"
+            for background in BACKGROUNDS.values()
+            for first, second in (("small ", ""), ("", "big "), ("big ", ""), ("", "small "))]
+
+
 PHRASES = ["a with and", *OBJECTS, *COLOURS, *SIZES, *PLACES.values(), *BACKGROUNDS.values(), *MARKINGS[1:],
            *TOPPERS.values(), *EYES.values(), *LIGHTS.values(), *STYLES.values()]
 VOCABULARY = sorted(set(" ".join(PHRASES).split()))              # every word that a caption can hold

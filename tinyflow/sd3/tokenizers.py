@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tinyflow.disk import read_text
 from tinyflow.errors import InputError, shown
-from tinyflow.files import read_text
 from tinyflow.phrase import Tokens, write_stand_ins
 
 WORD_END = "</w>"                                # marks a token that ends a word

@@ -37,6 +37,7 @@ from purecc_min.benchmark.figures import INK, LOOK, PAGE
 from purecc_min.benchmark.tables import markdown, mean_and_interval
 from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN
+from purecc_min.concept_file import load_branch
 from purecc_min.measure.toy import turn
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for, path
@@ -176,7 +177,7 @@ def attention(folder: Path) -> str:
     pipe, out = load_tiny(), folder / "attention"
     cells = [[Cell(CONCEPT, "token", seed, on_the_way=False) for seed in range(SEEDS)],    # as in plans.py
              [Cell(CONCEPT, "bound", seed) for seed in range(SEEDS)]]
-    thetas = [[Branch.load(pipe, learned_file(cell, folder))[0] for cell in row] for row in cells]
+    thetas = [[load_branch(pipe, learned_file(cell, folder))[0] for cell in row] for row in cells]
     found = {text: measured(pipe, text, *thetas) for text in TEXTS}
     report = "\n\n".join(tables(*row) for row in found.items())
     write_whole(out / "table.md", (report + "\n").encode())

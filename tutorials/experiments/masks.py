@@ -15,12 +15,13 @@ import torch
 from purecc_min.benchmark.cells import ALL, Cell, set_up
 from purecc_min.benchmark.entries import start
 from purecc_min.benchmark.tables import markdown, mean_and_interval
+from purecc_min.branch import Thetas
 from purecc_min.concept import EncodedConcept, encode
+from purecc_min.learning import train_steps
 from purecc_min.measure import toy
 from purecc_min.measure.draw import FEW_STEPS, draw_groups
 from purecc_min.measure.measures import measure
-from purecc_min.methods import Thetas
-from purecc_min.train import optimizer_for, train_steps
+from purecc_min.train import optimizer_for
 from tinyflow.terminal import report_errors
 
 CONCEPT, METHODS, SEEDS = toy.TUNING[0], ("lora", "token"), 2

@@ -25,10 +25,9 @@ from torch import Tensor
 from purecc_min.benchmark.cells import Cell, learn_theta_1, learned_file, set_up, train_cell
 from purecc_min.benchmark.tables import markdown, mean_and_interval
 from purecc_min.benchmark.workers import extractors_of, finish, pool_of
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import EncodedConcept, noised
 from purecc_min.measure.velocities import TIMES
-from purecc_min.methods import Thetas
 from purecc_min.objective import cosine, pcc_loss
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for

@@ -61,6 +61,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from purecc_min.learning import train_steps
 from purecc_min import methods                   # to compare with
 from purecc_min.branch import Branch
 from purecc_min.commands.export import export_lora
@@ -69,7 +70,7 @@ from purecc_min.concept import encode
 from purecc_min.embeddings import ConceptEmbeddings, class_word_states, states_in_slots
 from purecc_min.lora import LoRA, target_layers
 from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
-from purecc_min.train import TrainConfig, draw_batch, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.weights import tensor_hash

@@ -57,6 +57,7 @@ import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from purecc_min.learning import train_steps
 from purecc_min import methods
 from purecc_min.benchmark.tables import STUDENT_T, mean_and_interval, mean_by_seed
 from purecc_min.branch import Branch
@@ -68,7 +69,7 @@ from purecc_min.measure.judge import Drawn, Judge
 from purecc_min.measure.measures import ALWAYS_SHOWN, MEASURES, pixel_change
 from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING, Toy
 from purecc_min.measure.velocities import TIMES, velocity_error
-from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.reader import Reader

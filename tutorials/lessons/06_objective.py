@@ -53,16 +53,16 @@ sys.path.insert(0, str(Path.cwd().parents[1]))   # the repository, two folders u
 import matplotlib.pyplot as plt
 import torch
 
+from purecc_min.learning import train_steps
 from purecc_min import ablations, methods
 from purecc_min import objective as package      # to compare with
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import TOKEN, encode
 from purecc_min.embeddings import class_word_states
 from purecc_min.measure.draw import draw
 from purecc_min.measure.toy import FOLDER, TUNING
-from purecc_min.methods import Thetas
-from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.pipeline import to_pictures

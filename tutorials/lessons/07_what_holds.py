@@ -56,9 +56,10 @@ import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from purecc_min.learning import train_steps
 from purecc_min import methods
 from purecc_min.benchmark.tables import at_similarity
-from purecc_min.branch import Branch, only_with_token
+from purecc_min.branch import Branch, Thetas, only_with_token
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode, noised
 from purecc_min.embeddings import class_word_states
@@ -67,9 +68,8 @@ from purecc_min.measure.draw import draw
 from purecc_min.measure.measures import Judge
 from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
 from purecc_min.measure.velocities import TIMES
-from purecc_min.methods import Thetas
 from purecc_min.objective import pcc_loss
-from purecc_min.train import TrainConfig, generator_for, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, generator_for, optimizer_for
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.reader import Reader

@@ -61,6 +61,7 @@ import torch
 import torch.nn.functional as F
 
 import tinyflow.attention
+from purecc_min.learning import train_steps
 from purecc_min import methods
 from purecc_min.branch import Branch, velocity_with
 from purecc_min.concept import encode
@@ -70,7 +71,7 @@ from purecc_min.measure import measures
 from purecc_min.measure.draw import in_style, with_object
 from purecc_min.measure.judge import Judge, sees
 from purecc_min.measure.toy import CONCEPTS, TUNING
-from purecc_min.train import TrainConfig, generator_for, optimizer_for, train_steps
+from purecc_min.train import TrainConfig, generator_for, optimizer_for
 from tinyflow import flow
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_tiny

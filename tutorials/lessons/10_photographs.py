@@ -66,19 +66,19 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from purecc_min.algorithm import concept_facts
-from purecc_min.branch import Branch
+from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.folder import load_concept
 from purecc_min.commands.memory import REFERENCES, TOKENS, dry_run, fit, flash_attention
 from purecc_min.concept import Texts, noised
 from purecc_min.concept import encode as encode_set
 from purecc_min.embeddings import class_word_states
+from purecc_min.learning import concept_facts, train_steps
 from purecc_min.lora import LoRA
 from purecc_min.measure.toy import CONCEPTS, FOLDER
-from purecc_min.methods import Thetas, l_cc
+from purecc_min.methods import l_cc
 from purecc_min.registry import METHODS
-from purecc_min.train import SCALE, TrainConfig, draw_batch, optimizer_for, train_steps
+from purecc_min.train import SCALE, TrainConfig, draw_batch, optimizer_for
 from tinyflow import flow
 from tinyflow.mmdit import MMDiT, position_features
 from tinyflow.pipeline import Text, to_pictures
@@ -91,6 +91,7 @@ from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.vae import VAE, VAEConfig
 from tinyflow.weights import tensor_hash
 from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, expect_close, show
+
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)

@@ -1,21 +1,23 @@
-"""The picture that a newcomer sees: what several methods draw for the same texts, from the same noise.
+"""What models draw, on one sheet: several methods, the same texts, the same noise. No renderer is needed.
 
-New scenes with [V]; [V] beside a plain thing of its class, named first and named second; two learned concepts
-in one text; and two texts without [V]. Where [V] stands beside a plain thing nobody can hide: adapters that
-act everywhere, and those that are switched off for texts without [V], change both. Read next: measures.py.
+The texts are new scenes with [V]; [V] beside a plain thing of its class, named first and named second; two
+learned concepts in one text; and two texts without [V]. Where [V] stands beside a plain thing nobody can
+hide: adapters that act everywhere, and those that are switched off for texts without [V], change both. Read
+next: commands/.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from purecc_min.concept import TOKEN, ConceptSet, base_text, styles_among
-from purecc_min.measure.draw import draw
-from purecc_min.measure.toy import STYLE_WORD
-from tinyflow.files import write_picture
-from tinyflow.picturebook.sheet import sheet
+from purecc_min.concept import STYLE_WORD, TOKEN, ConceptSet, base_text, styles_among
+from tinyflow.disk import write_picture
 from tinyflow.pipeline import Pipeline, Velocity, to_pictures
+from tinyflow.sheet import sheet
 
 UNSEEN = ["a small {} on the left at night", "a big {} on the right in the meadow",
           "a big {} on the left and a small {} on the right in the room",
@@ -24,6 +26,7 @@ UNSEEN = ["a small {} on the left at night", "a big {} on the right in the meado
 STYLE = ["{} small ball on the left in the snow", "{} big tree on the right in the meadow",
          "{} small robot in the middle at night", "{} big star on the left on the beach",
          "a big tree on the left in the snow", "a big purple cat on the right on the beach"]
+AT_ONCE = 6                                      # with guidance these are 12 samples, which fit a CPU's cache
 WITH_TOKEN = 4                                   # of these texts, the first ones
 TWO = "a small [V1] {} on the left and a big [V2] {} on the right at night"
 Who = dict[str, dict[str, Velocity]]             # a row's name -> who answers which text (as_sampled)
@@ -33,6 +36,29 @@ class Second(NamedTuple):
     """A second concept, which stands beside the first one in one more column."""
     concept: ConceptSet
     drawn: Who                                   # with the adapters of both
+
+
+@torch.no_grad()
+def draw(pipe: Pipeline, theta: Velocity | None, texts: list[str], class_word: str, bar: tqdm | None = None,
+         **options) -> Tensor:
+    """Draws one picture for each text: pixels [n, 3, H, W] in [-1, 1], on the CPU. Text i starts from the
+    noise of seed i.
+
+    Args:
+        theta: the velocity to follow; None is the original model.
+        class_word: what the text encoder reads where [V] stands.
+        bar: a progress bar, which counts pictures. options: for Pipeline.sample.
+    Raises: InputError for words that the text encoder does not know.
+    """
+    pictures = []
+    for first in range(0, len(texts), AT_ONCE):
+        rows = texts[first:first + AT_ONCE]
+        text = pipe.encode_text(rows, {TOKEN: class_word}, styles_among({TOKEN: class_word}))
+        seeds = list(range(first, first + len(rows)))
+        pictures.append(pipe.decode(pipe.sample(text, seeds, theta=theta, **options)))
+        if bar is not None:
+            bar.update(len(rows))
+    return torch.cat(pictures)
 
 
 def unseen_texts(class_word: str) -> list[str]:

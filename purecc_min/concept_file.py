@@ -1,0 +1,66 @@
+"""A learned concept's file: what it must say of itself, and the branch that it holds.
+
+It is a branch's tensors with facts: the token, the class word, the base model and a few of its weights, the
+method, the settings, the seed and the versions that made it (learning.py, `concept_facts`).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from purecc_min.branch import Branch
+from purecc_min.lora import TARGETS
+from tinyflow.checkpoints import is_number
+from tinyflow.errors import InputError, shown
+from tinyflow.pipeline import Pipeline
+from tinyflow.weights import load_into, load_tensors
+
+
+def load_branch(pipe: Pipeline, path: str | Path) -> tuple[Branch, dict]:
+    """A concept's branch, frozen, and its facts.
+
+    Raises: InputError for a file that is missing, foreign, damaged, or of another base model's size.
+    """
+    tensors, facts = read_concept(path)
+    depth, width = pipe.mmdit.config.depth, pipe.mmdit.config.width
+    Y = torch.zeros(depth, width) if "embeddings.Y" in tensors else None
+    branch = Branch.fresh(pipe, Y, facts["rank"], where=facts["where"])
+    load_into(branch, tensors, path)
+    check_base(path, facts, pipe)
+    return branch.to(pipe.device).requires_grad_(False), facts
+
+
+def read_concept(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and facts of a concept's file.
+
+    Raises: InputError for a file that is missing, foreign or damaged, or that does not say what it must.
+    """
+    tensors, facts = load_tensors(path, "concept")
+    facts = {"where": "everywhere", "base": "tiny", "size": 64, "method": ""} | facts    # of older versions
+    for name, kind in {"rank": int, "class_word": str, "base": str, "size": int, "method": str}.items():
+        if type(facts.get(name)) is not kind:
+            raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
+    sample = facts.get("base_sample", [])        # older files do not have it
+    if not isinstance(sample, list) or not all(map(is_number, sample)):
+        raise InputError(f"{path}: a concept that does not say its base_sample; learn it again")
+    if facts["where"] not in list(TARGETS):
+        raise InputError(f"{path}: its adapters act in {shown(facts['where'])}, which this version does not "
+                         "know; learn it again")
+    return tensors, facts
+
+
+def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
+    """Raises: InputError if a concept was learned on other weights, which fit by their shapes alone."""
+    own = torch.tensor(sample_of(pipe.mmdit))
+    learned_on = torch.tensor(facts.get("base_sample") or own.tolist())
+    if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():      # nan, too
+        raise InputError(f"{path}: learned on other weights than these; use the base model that it was "
+                         "learned on")
+
+
+def sample_of(module: nn.Module, count: int = 32) -> list[float]:
+    """A few of a module's values, by which its weights can be recognised in whatever dtype they are."""
+    matrices = [parameter for _, parameter in sorted(module.named_parameters()) if parameter.dim() > 1]
+    chosen = matrices[::max(1, len(matrices) // count)][:count]
+    return [matrix.detach().flatten()[matrix.numel() // 2].item() for matrix in chosen]

@@ -1,0 +1,171 @@
+"""What nobody should give, and many do: every command, with bad and odd input of every kind, made by rule.
+
+    python -m tests.bad_input              every case; a table says how many of each kind
+    python -m tests.bad_input --third      every third case, as .ci/run does
+    python -m tests.bad_input picture      one kind
+
+A case must end as hostile.py says. Odd input that is right must be taken: such a case carries a stop of its
+own (STOP), so that nothing is trained. Here are numbers, places, devices and words; bad_files.py has files.
+"""
+
+import os
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Iterator
+
+from purecc_min.benchmark import __main__ as benchmark
+from tests.bad_files import FILES, write
+from tests.hostile import LONG, STOP, WORD, Case, run
+from tinyflow.picturebook import check, codec, pretrain, reader
+from tutorials import build, gallery
+
+# --------------------------------------------------------------------------- numbers, and lines that are none
+LEARN = ("learn", "photos", "--class-word", WORD, "--out", "out")
+SAMPLE = ("sample", "good.safetensors", "a [V] house", "--out", "out.png")
+COMMANDS = {"demo": ("demo", "--out", "out"), "learn": LEARN, "sample": SAMPLE, "speed": ("speed",)}
+WHOLE = ("-1", "", "nan", "inf", "1.5", "0x10", "1e3", "word", "9" * 30, LONG)
+FRACTIONS = ("-1", "-1e-9", "nan", "inf", "-inf", "1e999", "1e30", "word", "")
+STEPS = ("--steps", "--batch", "--rank", "--seed", "--learning-rate", "--embedding-learning-rate", "--eta")
+TAKEN = {"demo": STEPS, "learn": (*STEPS, "--size", "--samples-every"), "speed": ("--steps", "--seed"),
+         "sample": ("--steps", "--seed", "--number", "--guidance", "--strength")}
+FRACTIONAL = ("--learning-rate", "--embedding-learning-rate", "--eta", "--guidance", "--strength")
+TRAININGS = {"pretrain": (pretrain, ("--steps", "--batch", "--pictures", "--seed", "--save-every")),
+             "reader": (reader, ("--steps", "--seed")), "codec": (codec, ("--steps", "--seed")),
+             "check": (check, ("--count",))}
+LINES = (("lern",), ("learn",), ("sample",), ("sample", "good.safetensors"), ("export",), ("--stepz", "3"),
+         ("demo", "extra"), ("learn", "photos", "--method", "dora"), ("learn", "photos", "--base", "flux"),
+         (*SAMPLE, "--empty-text", "nobody"), ("speed", "--device", "tpu"), ("memory", "3"), ("words", "red"),
+         ("learn", "photos", "--out"), (LONG,), ("learn", "photos", f"--{LONG}"),
+         ("learn", "photos", "-", "-"), ("speed", "--device", "\x1b[31m"), ("speed", "--device", ""))
+
+
+def numbers() -> Iterator[Case]:
+    for command, options in TAKEN.items():
+        for option in options:
+            values = FRACTIONS if option in FRACTIONAL else WHOLE
+            values += ("0",) if option in STEPS[:3] + ("--number", "--size", "--samples-every") else ()
+            for value in values:
+                line = (*COMMANDS[command], f"{option}={value}")
+                yield Case("number", f"{command} {option}={value:.20}", line, says=option)
+    for option in ("--steps", "--workers"):
+        for value in (*WHOLE, "0"):
+            yield Case("number", f"benchmark {option}={value:.20}", (f"{option}={value}",), says=option,
+                       main=benchmark.main)
+    for name, (module, options) in TRAININGS.items():
+        out = ("--out", "out") if name == "pretrain" else ()
+        for option in options:
+            for value in ("-1", "nan", "1.5", "word", ""):
+                yield Case("number", f"{name} {option}={value}", (*out, f"{option}={value}"), says=option,
+                           main=module.main)
+    for value in (" 3 ", "+3", "003", "\u0663"):              # odd, and numbers all the same
+        yield Case("number, odd", f"--steps={value!r}", ("learn", "none", f"--steps={value}"),
+                   says="there is no such folder")
+    for line in LINES:
+        yield Case("command line", " ".join(line)[:40], line, says="--help")
+    for arguments in (("claims", "--quick"), ("--methods", "LoRa"), ("--concepts", "dragon"), ("nonsense",)):
+        yield Case("command line", f"benchmark {' '.join(arguments)}", arguments, main=benchmark.main)
+    yield Case("command line", "build 99", ("99",), main=build.main)
+
+
+# ------------------------------------------------------------------------------- places, devices, processes
+NOT_FOLDERS = ("file", "file/out", "loop", "loop/out", LONG, "/dev/null", "/dev/null/out", "pipe", "", "a\0b",
+               "a\udcffb")
+NOT_SHEETS = ("pic", "pic.xyz", "pic.jpg", "-", "", ".", "folder.png", "loop.png", "pipe.png", "/dev/null",
+              "/dev/null/a.png", "file/a.png", "loop/a.png", f"{LONG}.png", "good.safetensors")
+NOT_EXPORTS = ("good.safetensors", "./good.safetensors", "theirs", "lora", "lora.png", "", "loop",
+               "file/a.safetensors", f"{LONG}.safetensors", "/dev/null")
+NOT_THERE = ("none", "file", "theirs", "empty", "loop", "pipe", "/dev/null", LONG, "")
+
+
+def places() -> Iterator[Case]:
+    for out in (*NOT_FOLDERS, "theirs"):
+        for name in ("learn", "demo"):
+            yield Case("place", f"{name} --out {out:.20}", (*COMMANDS[name][:-2], "--out", out))
+    for out in NOT_FOLDERS:
+        yield Case("place", f"benchmark --out {out:.20}", ("--quick", "--out", out), main=benchmark.main)
+        for name in ("pretrain", "reader", "codec"):
+            yield Case("place", f"{name} --out {out:.20}", ("--out", out), main=TRAININGS[name][0].main)
+    for out in NOT_SHEETS:
+        yield Case("place", f"sample --out {out:.20}", (*SAMPLE[:-2], "--out", out))
+    for out in NOT_EXPORTS:
+        yield Case("place", f"export --out {out:.20}", ("export", "good.safetensors", "--out", out))
+    for path in NOT_THERE:
+        yield Case("place", f"learn {path:.20}", ("learn", path, *LEARN[2:]))
+        yield Case("place", f"sample {path:.20}", ("sample", path, *SAMPLE[2:]))
+        yield Case("place", f"export {path:.20}", ("export", path))
+        yield Case("place", f"gallery {path:.20}", (path,), main=gallery.main)
+        yield Case("place", f"--prompts {path:.20}", (*LEARN, "--prompts", path))
+        public = ("--base", "sd3.5-medium", "--weights")
+        yield Case("place", f"--weights {path:.20}", (*LEARN, *public, path))
+        yield Case("place", f"--text {path:.20}", (*LEARN, *public, "theirs", "--text", path))
+    for name, *options in (("pretrain", "--out", "out", "--start"), ("pretrain", "--out", "out", "--codec"),
+                           ("reader", "--start"), ("codec", "--start"), ("check", "--base"),
+                           ("check", "--reader"), ("check", "--codec")):
+        for path in (*NOT_THERE, "good.safetensors"):
+            yield Case("place", f"{name} {options[-1]} {path:.20}", (*options, path),
+                       main=TRAININGS[name][0].main)
+    for name in ("learn", "sample") if os.geteuid() else ():     # root may write everything
+        line = (*COMMANDS[name][:-1], f"closed/{COMMANDS[name][-1]}")
+        yield Case("place", f"{name} in a folder of another's", line, close_one, says="permission denied")
+
+
+def close_one(root: Path) -> None:
+    (root / "closed").mkdir(mode=0o500)
+
+
+def devices() -> Iterator[Case]:
+    for name in ("pretrain", "reader"):
+        for device in ("foo", "", "cuda", "cuda:99", "mps", "meta", "\x1b[31mcpu"):
+            yield Case("device", f"{name} --device {device!r}", ("--out", "out", f"--device={device}"),
+                       main=TRAININGS[name][0].main, says="--device")
+    for rank in ({"RANK": "x"}, {"RANK": "-1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"},
+                 {"WORLD_SIZE": "1.5"}, {"WORLD_SIZE": "2"}, {"RANK": ""}, {"LOCAL_RANK": "y"}):
+        yield Case("device", f"pretrain with {rank}", ("--out", "out"), main=pretrain.main, environment=rank)
+
+
+# ------------------------------------------------------------------------------------------------------ words
+CLASS_WORDS = ("on", "purple", "dragon", "", " ", "Robot robot", "[V]", LONG, "ro\0bot", "robot,", "cat",
+               "\u0440obot", "robot\u200b")
+PROMPTS = ("", " ", "a house", "a [V] dragon", f"a [V] {LONG}", "a [V] house " + "red " * 99, "[V1] house",
+           "a [V]\0house", "a [V]house", "{a [V] house", "a [V] house}", "{{a [V] house}}",
+           "a [V] [V1] house", "{a house} and a [V] house", "a [W] house", "\ud800 [V] house")
+
+
+def words() -> Iterator[Case]:
+    for word in CLASS_WORDS:
+        yield Case("class word", repr(word)[:30], ("learn", "photos", "--class-word", word, "--out", "out"))
+    for prompt in PROMPTS:
+        yield Case("prompt", repr(prompt)[:30], ("sample", "good.safetensors", prompt, "--out", "out.png"))
+        put = partial(write, file="prompts.txt", text=prompt.replace("house", "dragon"))
+        yield Case("prompt", f"of a sheet: {prompt!r:.30}", (*LEARN, "--prompts", "prompts.txt"), put)
+    for prompt in ("a [V1] house", "a [V2] house and a cat", "a [V] house"):
+        two = ("sample", "good.safetensors", "good.safetensors", prompt, "--out", "out.png")
+        yield Case("prompt", f"of two concepts: {prompt}", two)
+    for word in ("robot", "Robot", "ROBOT"):
+        line = ("learn", "photos", "--class-word", word, "--out", "out", "--prompts", "nothing.txt")
+        yield Case("class word, odd", word, line, says=STOP)
+
+
+# ------------------------------------------------------------------------------------------------- all cases
+def main(arguments: list[str]) -> None:
+    third, wanted = "--third" in arguments, [name for name in arguments if name != "--third"]
+    cases = [case for kind in (numbers, places, devices, words, *FILES) for case in kind()]
+    cases = [case for case in cases if not wanted or case.kind.split(",")[0] in wanted]
+    counted, wrong, begun = Counter(), [], time.time()
+    for case in cases[::3] if third else cases:
+        found = run(case)
+        counted[case.kind] += 1
+        if found != "clear":
+            wrong.append(f"{case.kind}: {case.name}: {found}")
+            print(wrong[-1][:600], flush=True)
+    for kind, count in counted.items():
+        print(f"{kind:24s} {count:5d}")
+    print(f"{sum(counted.values())} cases, {len(wrong)} not as they should be ({time.time() - begun:.0f} s)")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

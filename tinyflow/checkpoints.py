@@ -1,0 +1,102 @@
+"""Checkpoints and logs of trainings: what they must say of themselves, and how a run goes on from them.
+
+A checkpoint holds a module's tensors, its optimizer's, and facts: which run it is of, its step, and which
+parts the optimizer's state has. Whatever is missing, foreign or changed ends in one line.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinyflow.disk import read_text
+from tinyflow.errors import InputError
+from tinyflow.weights import load_into, load_tensors, save_tensors, text_hash
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_log(file: Path) -> list[dict]:
+    """The rows of a log, none if it is not there. Raises InputError if it is damaged."""
+    lines = read_text(file, math.inf).splitlines() if file.exists() else []
+    try:
+        rows = [dict(json.loads(line)) for line in lines]
+        if not all(type(row["step"]) is int and all(map(is_number, row.values())) for row in rows):
+            raise ValueError
+        return sorted(rows, key=lambda row: row["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{file}: damaged; delete it, and the run goes on without it") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as flat tensors, "optimizer.<parameter>.<entry>", for a checkpoint."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{n}.{key}": value for n, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` took; other names are ignored."""
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, n, key = name.split(".")
+            state.setdefault(int(n), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def progress(tensors: dict[str, Tensor], step: int) -> dict:
+    """What a training checkpoint says of how far it is: its step, and its optimizer's parts."""
+    parts = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
+                   if name.startswith("optimizer."))
+    return {"step": step, "optimizer": text_hash("\n".join(parts))}
+
+
+def reached_step(tensors: dict[str, Tensor], facts: dict, where: str | Path) -> int:
+    """The step that a training checkpoint has reached; what `progress` said is taken out of its facts.
+
+    Raises: InputError if it says none of those that its run has, or if its optimizer's state is not whole.
+    """
+    step, parts, config = facts.pop("step", None), facts.pop("optimizer", None), facts.get("config")
+    steps = config.get("steps") if isinstance(config, dict) else None
+    if type(step) is not int or type(steps) is not int or not 1 <= step <= steps:
+        raise InputError(f"{where}: it does not say which of its run's steps it has reached; delete it, and "
+                         "the run begins anew")
+    if parts != progress(tensors, step)["optimizer"]:
+        raise InputError(f"{where}: the optimizer's state is not whole; delete it, and the run begins anew")
+    return step
+
+
+def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict,
+                    step: int) -> None:
+    """Keeps all that `resume` needs. facts: which run it is of, with its settings as "config"."""
+    tensors = module.state_dict() | optimizer_tensors(optimizer)
+    save_tensors(path, "training checkpoint", tensors, {**facts, **progress(tensors, step)})
+
+
+def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> int:
+    """Puts back what `save_checkpoint` kept; returns the step that it has reached.
+
+    A run may go on to more steps. Then stage 1 ends elsewhere, and stage 2 begins anew: 0 is returned.
+    Raises: InputError for a checkpoint that is damaged, or of another run; it names what differs.
+    """
+    tensors, saved = load_tensors(path, "training checkpoint")
+    step, there, here = reached_step(tensors, saved, path), saved["config"], facts["config"]
+    longer = there["steps"] < here["steps"]
+    wrong = [f"{name} is {there.get(name)} there and {here[name]} here" for name in here
+             if there.get(name) != here[name] and not (longer and name == "steps")]
+    others = {name for name in facts if name != "config" and saved.get(name) != facts[name]}
+    begins_anew = longer and facts["stage"] == 2 and others == {"origin"}
+    if others and not begins_anew:
+        wrong.append("other pictures, texts or methods")
+    if wrong:
+        raise InputError(f"{path.parent}: this folder holds another run ({'; '.join(wrong)}); choose another "
+                         "--out")
+    if begins_anew:
+        return 0
+    load_into(module, {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}, path)
+    load_optimizer(optimizer, tensors)
+    return step
