@@ -36,8 +36,7 @@ class Reference:
     masks: np.ndarray | None = None              # uint8 [V, S, S]: where each picture counts in L_CC; or all
 
     @property
-    def picture(self) -> np.ndarray:
-        """uint8 [S, S, 3], the picture itself."""
+    def picture(self) -> np.ndarray:             # [S, S, 3], the picture itself
         return self.pictures[0]
 
 
@@ -83,8 +82,7 @@ class EncodedConcept(NamedTuple):
     imagined: "EncodedConcept | None" = None     # scenes that the base model drew itself (pairs.py)
 
     @property
-    def x_0(self) -> Tensor:
-        """[n, C, H, W], the pictures themselves."""
+    def x_0(self) -> Tensor:                     # [n, C, H, W], the pictures themselves
         return self.variants[:, 0]
 
 
@@ -116,6 +114,6 @@ class Batch(NamedTuple):
     imagined: "Batch | None" = None              # a draw from scenes that the base model drew itself
 
 
-def noised(x_0: Tensor, x_1: Tensor, t: Tensor, texts: Texts, mask: Tensor | None = None) -> Batch:
+def noised(x_0: Tensor, x_1: Tensor, t: Tensor, texts: Texts) -> Batch:
     """Pictures x_0 and noise x_1 [B, C, H, W], mixed at times t [B] (Eq. 1), with their texts."""
-    return Batch(path(x_0, x_1, t), t, velocity_target(x_0, x_1), texts, mask)
+    return Batch(path(x_0, x_1, t), t, velocity_target(x_0, x_1), texts)

@@ -57,6 +57,14 @@ def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
     if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():      # nan, too
         raise InputError(f"{path}: learned on other weights than these; use the base model that it was "
                          "learned on")
+    if facts.get("t5", has_t5(pipe)) != has_t5(pipe):
+        raise InputError(f"{path}: learned {'with' if facts['t5'] else 'without'} T5, and this base model is "
+                         "loaded otherwise; give it the text encoders that the concept was learned with")
+
+
+def has_t5(pipe: Pipeline) -> bool:
+    """Whether texts are read by T5 as well. Stable Diffusion 3 may be loaded without."""
+    return getattr(pipe.encoder, "t5", None) is not None
 
 
 def sample_of(module: nn.Module, count: int = 32) -> list[float]:

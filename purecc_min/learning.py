@@ -14,7 +14,7 @@ import torch
 
 from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import TOKEN, ConceptSet, EncodedConcept, Texts, encode
-from purecc_min.concept_file import sample_of
+from purecc_min.concept_file import has_t5, sample_of
 from purecc_min.embeddings import class_word_states
 from purecc_min.methods import LossOfStep, Method
 from purecc_min.train import SCALE, TrainConfig, draw_batch, generator_for, optimizer_for, update
@@ -134,4 +134,4 @@ def concept_facts(pipe: Pipeline, class_word: str, config: TrainConfig, method: 
     versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__.split("+")[0]}
     return {"token": TOKEN, "class_word": class_word, "method": method, "rank": config.rank,
             "size": pipe.picture_size, "base": base_model, "base_sample": sample_of(pipe.mmdit),
-            "seed": config.seed, "config": asdict(config), "versions": versions}
+            "seed": config.seed, "config": asdict(config), "versions": versions, "t5": has_t5(pipe)}

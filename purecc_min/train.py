@@ -5,7 +5,6 @@ uninterrupted one ends (on a CPU, for a loss that remembers nothing from step to
 algorithm.py, where the loops are.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, noised
-from tinyflow.errors import InputError
 from tinyflow.flow import sample_times
 
 SCALE = 2.0**12                                  # of the loss: gradients may be too small for fp16
@@ -30,14 +28,6 @@ class TrainConfig:
     extractor_learning_rate: float | None = None # of the adapters in stage 1, if it is another one
     eta: float = 1.0                             # weight of what a method adds to L_CC: L_PureCC in Eq. 15
     seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "embedding_learning_rate", "eta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
 
 
 def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
@@ -66,11 +56,12 @@ def draw_from(data: EncodedConcept, count: int, shift: float, generator: torch.G
 
 def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW. Every Y, also that of an extractor that is trained along, has the embeddings' learning rate."""
-    named = dict(theta.named_parameters())
-    Y = [name for name in named if name.endswith("embeddings.Y")]
-    others = {"params": [named[name] for name in named if name not in Y], "lr": config.learning_rate}
-    embeddings = {"params": [named[name] for name in Y], "lr": config.embedding_learning_rate}
-    return torch.optim.AdamW([others, embeddings], weight_decay=0.0)
+    named = list(theta.named_parameters())
+    Y = {"params": [p for name, p in named if name.endswith("embeddings.Y")],
+         "lr": config.embedding_learning_rate}
+    others = {"params": [p for name, p in named if not name.endswith("embeddings.Y")],
+              "lr": config.learning_rate}
+    return torch.optim.AdamW([others, Y], weight_decay=0.0)
 
 
 def update(theta: Branch, optimizer: torch.optim.Optimizer, loss: Tensor, scale: float = SCALE) -> bool:

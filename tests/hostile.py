@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"              # commands set no timers of the
 
 from purecc_min import __main__ as purecc_min  # noqa: E402
 from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING  # noqa: E402
-from tinyflow.errors import LINE  # noqa: E402
+from tinyflow.terminal import LINE  # noqa: E402
 
 REFERENCES, WORD = FOLDER / TUNING[0], CONCEPTS[TUNING[0]].class_word
 LONG = "x" * 300

@@ -343,11 +343,6 @@ def test_a_step_whose_gradients_are_too_large_is_left_out_and_counted(trained, m
     assert all(torch.equal(a, b) for a, b in zip(before, theta.parameters()))
 
 
-def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(InputError, match="batch is 0"):
-        TrainConfig(batch=0)
-
-
 @pytest.mark.parametrize("scale, found", [(train.SCALE, True), (2**-12, False)])
 def test_small_gradients_survive_in_fp16(pipe, robot, tmp_path, monkeypatch, scale, found):
     """Cards before Ampere compute in fp16, whose numbers end at 6e-8.

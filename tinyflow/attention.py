@@ -17,13 +17,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
 
     On a CPU it is computed in fp32, even under bf16 autocast: a backward pass in bf16 is four times slower.
     """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale)
-    dtype, bias = q.dtype, bias.float() if bias is not None else None
+    dtype = q.dtype
+    if q.device.type == "cpu":
+        q, k, v, bias = q.float(), k.float(), v.float(), None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
-        q, k, v = q.float(), k.float(), v.float()
-        out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale)
-    return out.to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale).to(dtype)
 
 
 class RMSNorm(nn.Module):

@@ -37,10 +37,7 @@ def predict_x_0(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Moves times toward noise: t -> s t / (1 + (s - 1) t).
-
-    Larger pictures need a larger shift s. 1 changes nothing; it is 3 in SD3.5 and in the tiny world.
-    """
+    """Moves times toward noise: t -> s t / (1 + (s - 1) t). Large pictures need a large s; 1 is no shift."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -59,18 +56,12 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = No
 
 
 def guide(v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: extrapolates from the empty text's prediction.
-
-    A guidance of 1 changes nothing.
-    """
+    """Classifier-free guidance: extrapolates from the empty text's prediction. 1 changes nothing."""
     return v_null + guidance * (v_text - v_null)
 
 
 def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """x_1 [len(seeds), *shape].
-
-    A sample has its own generator, so its noise does not depend on the batch size.
-    """
+    """x_1 [len(seeds), *shape]. Each sample has its own generator, so no other sample changes its noise."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
@@ -89,11 +80,8 @@ def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) ->
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: float = 1.0,
           last: float | None = None) -> Iterator[tuple[float, Tensor]]:
-    """Integrates dx/dt = velocity(x, t) from t = 1 to 0 in `steps` Euler steps; yields (t, x) after each.
-
-    Args:
-        velocity: takes x [B, ...] and t [B], returns dx/dt [B, ...].
-        x: noise x_1 [B, ...]. shift, last: see sampling_times.
+    """Integrates dx/dt = velocity(x, t), x [B, ...] and t [B], from the noise x at t = 1 down to 0 in `steps`
+    Euler steps; yields (t, x) after each. shift, last: see sampling_times.
     """
     times = sampling_times(steps, shift, last)
     for t, t_next in zip(times, times[1:]):

@@ -89,10 +89,7 @@ GELU = partial(F.gelu, approximate="tanh")
 
 
 class Block(nn.Module):
-    """One MMDiT block.
-
-    `last` ends the text stream after the attention, `dual` adds a second image attention.
-    """
+    """One block. `last` ends the text stream after the attention, `dual` adds a second image attention."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool, last: bool):
         super().__init__()
@@ -152,9 +149,8 @@ class MMDiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Linear and patch weights Xavier-uniform, embedder MLPs normal(0.02), biases zero.
-
-        Every adaLN and the final layer start at zero, so a block begins as the identity, the model as v = 0.
+        """Weights Xavier-uniform, embedder MLPs normal(0.02), biases zero. Every adaLN and the final layer
+        start at zero, so a block begins as the identity, and the model as v = 0.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaln" in name or "final_linear" in name:

@@ -4,9 +4,8 @@
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
 
-`sample` draws pictures with them. The flow runs on latents: what the codec, an autoencoder, makes of a
-picture. Where it is made: picturebook/model.py (tiny), sd3/load.py (public weights). Read next:
-purecc_min/concept.py.
+`sample` draws pictures with them. The flow runs on latents, which the codec makes of pictures. Where one is
+made: picturebook/model.py (tiny), sd3/load.py (public weights). Read next: purecc_min/concept.py.
 """
 
 from dataclasses import dataclass, fields
@@ -82,10 +81,7 @@ class Pipeline(nn.Module):
 
     def encode_text(self, texts: list[str], stand_ins: dict[str, str] | None = None,
                     styles: tuple[str, ...] = ()) -> Text:
-        """stand_ins: placeholder -> the word that the encoder reads there. styles: those that are styles.
-
-        Raises InputError for unknown words, and as phrase.py does.
-        """
+        """stand_ins: placeholder -> the word that the encoder reads there. styles: those that are styles."""
         tokens = self.tokenizer(texts, stand_ins, styles)
         context, pooled = self.encoder(tokens.ids.to(self.device))
         return Text(context, pooled, tokens.slots.to(self.device), tokens.phrases.to(self.device))

@@ -1,10 +1,9 @@
 """SD3's autoencoder: from pictures to latents that are `factor` times less wide and high, and back.
 
-Encoder and decoder mirror each other. Each is a row of levels, and a level is some residual blocks at one
-resolution, which is half (or twice) that of the level before. At the coarsest resolution, every place also
-attends to every other place. The encoder describes a normal distribution for each latent, of which we take
-the mean. Latents are then shifted and scaled to about unit variance, and this is what the MMDiT sees. The
-picture book's codec is a small `VAEConfig` of the same class (picturebook/model.py). Read next: pipeline.py.
+Encoder and decoder mirror each other: levels of residual blocks, each at half (or twice) the resolution of
+the level before. At the coarsest resolution every place also attends to every other place. The encoder
+describes a normal distribution for each latent, of which we take the mean. Latents are then shifted and
+scaled to about unit variance, and this is what the MMDiT sees. Read next: pipeline.py.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.attention import attention
+from tinyflow.attention import SelfAttention
 from tinyflow.errors import InputError
 
 
@@ -53,18 +52,16 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h                                                    # [B, C, H, W]
 
 
-class Attention(nn.Module):
+class Attention(SelfAttention):
     """Every place attends to every place, with a single head."""
 
     def __init__(self, channels: int, groups: int):
-        super().__init__()
+        super().__init__(channels, heads=1, qk_norm=False)
         self.norm = norm(groups, channels)
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(channels, channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")                          # [B, 1, H*W, C]
-        h = self.to_out(attention(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        h = super().forward(rearrange(self.norm(x), "b c h w -> b (h w) c"))           # [B, H*W, C]
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Downsample(nn.Conv2d):
@@ -150,10 +147,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f], f the factor.
-
-        Raises InputError if a side is no multiple of the factor.
-        """
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]; f must divide the sides."""
         height, width = pictures.shape[-2:]
         if height % self.factor or width % self.factor:
             raise InputError(f"a picture of {width} x {height} pixels has no latents; "

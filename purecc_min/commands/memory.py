@@ -231,7 +231,7 @@ def empty_data(config: MMDiTConfig, train: TrainConfig, latent: int, tokens: int
     rows = torch.arange(train.batch)
     x_0, x_1 = data.x_0[rows], zeros(train.batch, config.channels, latent, latent)
     mask = data.masks[rows, 0] if imagined else None
-    return data, noised(x_0, x_1, zeros(train.batch), data.texts.rows(rows), mask)
+    return data, noised(x_0, x_1, zeros(train.batch), data.texts.rows(rows))._replace(mask=mask)
 
 
 def gigabytes(size: int) -> str:

@@ -1183,7 +1183,7 @@ for front in fronts.values():
 #
 # | you wrote | in the package |
 # |---|---|
-# | `train` | `train_steps` in `purecc_min/train.py`; `WholeModel` in `purecc_min/benchmark/entries.py` |
+# | `train` | `train_steps` in `purecc_min/learning.py`; `WholeModel` in `purecc_min/benchmark/entries.py` |
 # | `similarity` | `Judge.similarity` in `purecc_min/measure/judge.py` |
 # | `change_outside`, `class_leak`, `diversity` | "outside change", "class leak", "diversity" in `purecc_min/measure/measures.py` |
 # | `path_kl` | `VelocityError.path_kl` and `velocity_error` in `purecc_min/measure/velocities.py` |

@@ -1277,7 +1277,7 @@ assert similarity(swept[1.0]) > similarity(original[:3]) + 0.1
 # | `change`, `combination` | `LoRA.hook` in `purecc_min/lora.py`, `velocity_with` in `purecc_min/branch.py` |
 # | `own_and_other` | `sees` in `purecc_min/measure/judge.py`, `judged` in `purecc_min/benchmark/two.py` |
 # | `fence` | nowhere; `attention` in `tinyflow/attention.py` has the argument `bias` for it |
-# | `with_strength` | `sample_concepts` in `purecc_min/commands/sample.py` |
+# | `with_strength` | `sample_command` in `purecc_min/commands/sample.py` |
 #
 # ## Three questions
 #

@@ -536,7 +536,7 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 # %% [markdown]
 # The package never has two orders to begin with. `EncodedConcept` holds latents and all four texts of a
 # reference in row $i$, and `draw_batch` draws *one* list of rows for everything: `data.variants[rows, ...]`
-# and `data.texts.rows(rows)`. Its `fingerprint` covers pictures, texts and their order, so a run that is
+# and `data.texts.rows(rows)`. Its fingerprint (`learning.py`) covers pictures, texts and their order, so a run that is
 # resumed with other files is refused.
 
 # %% [markdown] tags=["slide"]
@@ -1455,7 +1455,7 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # | `shifted`, `training_times`, `stops` | `tinyflow/flow.py`: `shift_times`, `sample_times`, `sampling_times` |
 # | `step_memory` | `purecc_min/commands/memory.py`: `dry_run` |
 # | `Recompute` | `torch.utils.checkpoint` in `MMDiT.forward` |
-# | `half_step` | `purecc_min/train.py`: the body of `train_steps` |
+# | `half_step` | `purecc_min/train.py`: `update` |
 # | `to_diffusers` | `purecc_min/commands/export.py`: `export_lora` |
 #
 # ## Three questions
