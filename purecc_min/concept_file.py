@@ -39,10 +39,10 @@ def read_concept(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     tensors, facts = load_tensors(path, "concept")
     facts = {"where": "everywhere", "base": "tiny", "size": 64, "method": ""} | facts    # of older versions
     for name, kind in {"rank": int, "class_word": str, "base": str, "size": int, "method": str}.items():
-        if type(facts.get(name)) is not kind:
+        if type(facts.get(name)) is not kind or kind is int and facts[name] < 1:
             raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
-    sample = facts.get("base_sample", [])        # older files do not have it
-    if not isinstance(sample, list) or not all(map(is_number, sample)):
+    sample = facts.get("base_sample", [0])       # older files do not have it
+    if not isinstance(sample, list) or not sample or not all(map(is_number, sample)):
         raise InputError(f"{path}: a concept that does not say its base_sample; learn it again")
     if facts["where"] not in list(TARGETS):
         raise InputError(f"{path}: its adapters act in {shown(facts['where'])}, which this version does not "
@@ -53,7 +53,7 @@ def read_concept(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
     """Raises: InputError if a concept was learned on other weights, which fit by their shapes alone."""
     own = torch.tensor(sample_of(pipe.mmdit))
-    learned_on = torch.tensor(facts.get("base_sample") or own.tolist())
+    learned_on = torch.tensor(facts.get("base_sample", own.tolist()))
     if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():      # nan, too
         raise InputError(f"{path}: learned on other weights than these; use the base model that it was "
                          "learned on")

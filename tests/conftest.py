@@ -1,7 +1,5 @@
 """A tiny random pipeline that every quick test shares: the real classes, small, with no gate left at zero."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -57,24 +55,3 @@ def cheap(monkeypatch):
     cells.set_up.cache_clear()
     yield
     cells.set_up.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory):
-    """Where bad input is tried: see hostile.py."""
-    from tests.hostile import WORD, set_traps
-    from tests.test_commands import make_concept
-    root = tmp_path_factory.mktemp("bad")
-    set_traps(root)
-    make_concept(root / "good.safetensors", WORD)
-    return root
-
-
-@pytest.fixture
-def photos(ground):
-    """The references, to be spoiled."""
-    from tests.hostile import REFERENCES
-    spoiled = ground / "spoiled"
-    shutil.copytree(REFERENCES, spoiled)
-    yield spoiled
-    shutil.rmtree(spoiled)

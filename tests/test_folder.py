@@ -63,24 +63,6 @@ def test_the_released_csv_is_read_with_its_own_base_and_target(folder):
     assert (last.complete, last.base) == ("a [V] fish at night 2", "a fish at night")
 
 
-def test_folders_without_pictures(tmp_path):
-    refused(tmp_path / "none", "no such folder")
-    refused(tmp_path, "no picture in this folder")
-
-
-def test_files_that_are_not_pictures(folder):
-    (folder / "1.png").write_text("<html>not a picture</html>")
-    refused(folder, "1.png: it is not a picture")
-    (folder / "1.png").write_bytes((folder / "0.png").read_bytes()[:300])
-    refused(folder, "1.png: it cannot be read")
-
-
-@pytest.mark.parametrize("size", [(1, 1), (20000, 40)])
-def test_pictures_too_small_or_too_wide(folder, size):
-    Image.new("RGB", size).save(folder / "1.png")
-    refused(folder, f"1.png: the picture is {size[0]} x {size[1]}")
-
-
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "L", "P", "1", "I;16", "LA"])
 def test_unusual_modes_are_converted_with_one_line_that_says_so(folder, mode):
     if mode == "I;16":

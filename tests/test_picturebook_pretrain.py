@@ -11,7 +11,6 @@ import torch
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiTConfig
 from tinyflow.picturebook import pretrain as module
-from tinyflow.picturebook import reader
 from tinyflow.picturebook.model import make_codec, make_tiny
 from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining
 from tinyflow.picturebook.training import train
@@ -146,23 +145,3 @@ def test_a_stage_goes_on_from_another_ones_weights_and_a_wrong_start_is_one_line
     wrong = run(tmp_path, "--out", str(tmp_path / "x"), "--start", str(tmp_path / "none.safetensors"))
     assert wrong.returncode == 2 and "there is no such file" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-
-
-@pytest.mark.parametrize("said", [{"RANK": "x"}, {"RANK": "-1"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "one"},
-                                  {"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "1"}])
-def test_process_numbers_that_do_not_belong_together_are_one_line(said, monkeypatch):
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="torchrun"):
-        module.own_process()
-
-
-@pytest.mark.parametrize("command", [module.main, reader.main])
-@pytest.mark.parametrize("device", ["foo", "", "cuda:99", "meta", "\x1b[31m"])
-def test_a_device_that_is_none_is_one_line_before_any_work(command, device, tmp_path, capsys):
-    """One of these rendered 40,000 pictures and then hung."""
-    with pytest.raises(SystemExit) as caught:
-        command(["--device", device, "--out", str(tmp_path / "new")])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("\n") == 1 and "\x1b" not in error
-    assert not (tmp_path / "new").exists()

@@ -27,26 +27,6 @@ def load_autoencoder(checkpoint: Checkpoint) -> None:
     load_vae(Part(checkpoint, "first_stage_model.", SINGLE, {"norm_num_groups": 4}), "cpu")
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"<!DOCTYPE html><html>Access to model is restricted</html>",
-     "a web page.* gated; log in there, accept the licence"),
-    (b"\n  <html>" + b" " * 100, "a web page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n",
-     "a Git LFS pointer.*git lfs pull"),
-    (b"PK\x03\x04" + b"\0" * 50, "pickled torch file, which is never opened"),
-    (b"\x80\x02}q\x00." + b"\0" * 50, "pickled file, which is never opened"),
-    (b"GGUF" + b"\0" * 50, "a GGUF file"),
-    (b"", "not a whole safetensors file .0 bytes"),
-    (b"\xff" * 40, "not a whole safetensors file"),
-])
-def test_what_is_no_safetensors_file_is_told_apart(tmp_path, content, message):
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        load_sd3(path)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_truncated_download_is_named(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(SMALL, path)

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import random
 
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import make_pipe
 from tinyflow import files
-from tinyflow.checkpoints import load_optimizer, optimizer_tensors
+from tinyflow.checkpoints import load_optimizer, optimizer_tensors, read_log
 from tinyflow.errors import InputError
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
@@ -124,3 +125,20 @@ def test_an_optimizer_goes_on_where_it_was():
     for n in range(3, 6):
         step(second, other, n)
     assert torch.equal(whole.weight, second.weight)
+
+
+def test_numbers_that_are_not_finite_are_neither_written_nor_read(file, monkeypatch):
+    nan = {"a": torch.tensor([1.0, torch.nan])}
+    with pytest.raises(InputError, match="a holds numbers that are not finite; nothing was saved"):
+        save_tensors(file, "concept", nan, {})
+    monkeypatch.setattr("tinyflow.weights.check_finite", lambda *_: None)
+    save_tensors(file, "concept", nan, {})
+    monkeypatch.undo()
+    refused(file, "a holds numbers that are not finite")
+
+
+def test_a_long_runs_log_is_read_whatever_its_size(tmp_path):
+    """A caption of 10 MB cannot be right; the log of 50,000 steps is as large."""
+    row = json.dumps({"step": 1} | {f"term {n}": n / 7 for n in range(40)})
+    (tmp_path / "log.jsonl").write_text("\n".join([row] * 11_000))
+    assert len(read_log(tmp_path / "log.jsonl")) == 11_000

@@ -54,12 +54,14 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
         for path in folder.glob("*.????????.part"):                  # of a write that was interrupted
             path.unlink()
         file, hidden = folder / "run.json", set(folder.iterdir())
-        is_new = not file.exists()
-        if not is_new:
+        is_new, about = not file.exists(), json.dumps({**run, "versions": versions}, indent=1).encode()
+        if is_new:
+            write_whole(file, about)
+        else:
             check_same(run, file)
-        write_whole(file, json.dumps({**run, "versions": versions}, indent=1).encode())
         try:
             yield
+            write_whole(file, about)             # where it went on to more steps
         except BaseException:
             left = [path for path in folder.iterdir() if path not in hidden]
             if is_new and not any(path.suffix == ".safetensors" for path in left):
