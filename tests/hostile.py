@@ -65,7 +65,8 @@ def outcome(case: Case, root: Path) -> str:
         return f"traceback: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     finally:
         signal.alarm(0)
-    lines = [line for line in said.getvalue().splitlines() if line.strip()]
+    lines = said.getvalue().replace("\x1b[A", "").splitlines()
+    lines = [line for line in lines if line.strip() and "%|" not in line]    # a progress bar is no message
     if any(contents(root).get(path) != data for path, data in before.items()):
         return "lost: a file that was there is gone, or another one"
     if ended != 2:
