@@ -1,10 +1,10 @@
-"""The paper's loss with one part of it replaced, from outside: objective.py is called as it stands.
+"""The paper's loss with one part replaced. objective.py itself is not changed.
 
     constant_lambda      a number in place of lambda* (Table 3)
     untouched_original   v_original from the base model (Sec. 14)
     not_detached         the gradient goes through v_original, too
 
-Read next: pairs.py.
+Read next: benchmark/entries.py.
 """
 
 import torch
@@ -25,7 +25,7 @@ def constant_lambda(value: float) -> LossOfStep:
     def loss(thetas: Thetas, batch: Batch, eta: float) -> Loss:
         loss, terms = pcc_loss(thetas.theta_1, thetas.theta, batch, eta, rule)
         return loss, log_of(terms)
-    loss.__name__ = f"lambda {value:g}"          # a checkpoint knows its loss by name
+    loss.__name__ = f"lambda {value:g}"          # checkpoints store this name
     return loss
 
 
@@ -36,12 +36,12 @@ def untouched_original(thetas: Thetas, batch: Batch, eta: float) -> Loss:
 
 
 def not_detached(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """The paper's loss with the gradient through v_original."""
+    """The paper's loss with the gradient through v_original: enable_grad undoes pcc_loss's no_grad."""
     with_gradient = torch.enable_grad()(thetas.theta.__call__)
     theta = answered_by(with_gradient, batch.texts.base, thetas.theta)
     return paper(thetas._replace(theta=theta), batch, eta)
 
 
 def answered_by(other: Velocity, text: Text, theta: Velocity) -> Velocity:
-    """theta, except that `other` answers this one text."""
+    """Returns a velocity that calls `other` if the text is this same object, and theta otherwise."""
     return lambda x_t, t, asked: (other if asked is text else theta)(x_t, t, asked)

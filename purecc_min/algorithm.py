@@ -1,11 +1,12 @@
 """Algorithm 1 of the paper, as a script: read it from top to bottom, run it, change a line, run it again.
 
-    python -m purecc_min.algorithm                                    learns the robot that comes with this
-    python -m purecc_min.algorithm photos/ --class-word robot         or your own pictures
+    python -m purecc_min.algorithm                                 learns the robot in measure/references
+    python -m purecc_min.algorithm photos/ --class-word robot      learns from your own pictures
 
 Stage 1 (lines 1-7 of the algorithm) teaches the representation extractor theta_1 on the flow-matching loss.
-Stage 2 (lines 8-18) teaches theta_2 with L_PCC. Every line here calls a piece of the core that you have read.
-`python -m purecc_min learn` is the comfortable form: more methods, resumed runs, measures.
+Stage 2 (lines 8-18) teaches theta_2 with L_PCC. Each line calls a function of the core modules.
+`python -m purecc_min learn` does the same with more methods, resumed runs and measurements. Read next:
+methods.py.
 """
 
 import argparse
@@ -27,15 +28,15 @@ ROBOT = Path(__file__).parent / "measure" / "references" / "checked_robot"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", type=Path, nargs="?", default=ROBOT, help="PNG pictures, with a .txt for each")
 parser.add_argument("--class-word", default="robot", help="an ordinary word for the kind of thing [V] is")
-parser.add_argument("--steps", type=int, default=200, help="of each stage")
-parser.add_argument("--out", type=Path, default=Path("output/algorithm"))
+parser.add_argument("--steps", type=int, default=200, help="training steps in each stage")
+parser.add_argument("--out", type=Path, default=Path("output/algorithm"), help="folder for the results")
 options = parser.parse_args()
 
 # ----------------------------------------------------------------------- the base model and the references
 pipe, word = load_tiny(), options.class_word
-references, side = [], (pipe.picture_size, pipe.picture_size)
+references, size = [], (pipe.picture_size, pipe.picture_size)
 for file in sorted(options.folder.glob("*.png")):
-    picture = Image.open(file).convert("RGB").resize(side, Image.Resampling.BOX)
+    picture = Image.open(file).convert("RGB").resize(size, Image.Resampling.BOX)
     complete = file.with_suffix(".txt").read_text(encoding="utf-8").strip()     # "a [V] robot in the desert"
     references.append(Reference(file.name, np.asarray(picture)[None], complete, base_text(complete),
                                 f"{TOKEN} {word}"))
@@ -44,7 +45,7 @@ data = encode(pipe, ConceptSet(word, references))        # x_0; y_complete, y_ba
 # ------------------------------------------------------------- stage 1: the representation extractor, theta_1
 config = TrainConfig(steps=options.steps, learning_rate=2e-3)
 generator = generator_for(config.seed, 1, step=-1)
-Y = class_word_states(pipe, data, generator)             # {Y^l} starts as the class word (Sec. 4.2)
+Y = class_word_states(pipe, data, generator)             # the initial {Y^l}: see embeddings.py
 theta_1 = Branch.fresh(pipe, Y, config.rank, generator)  # with adapters that change nothing yet
 optimizer = optimizer_for(theta_1, config)
 for step in tqdm(range(config.steps), "stage 1: theta_1"):
@@ -70,7 +71,7 @@ texts = [f"a small {TOKEN} {word} on the left at night", f"a big {TOKEN} {word} 
          f"a big {word} on the left in the room"]
 text = pipe.encode_text(texts, {TOKEN: word})
 rows = []
-for theta in (pipe.velocity, theta_1, theta_2):          # the base model reads the class word at [V]
+for theta in (pipe.velocity, theta_1, theta_2):          # the base model knows only the class word
     x_0 = pipe.sample(text, seeds=list(range(len(texts))), theta=theta, theta_null=pipe.velocity)
     rows.append(np.concatenate(pipe.decode_images(x_0), axis=1))
 options.out.mkdir(parents=True, exist_ok=True)
@@ -78,5 +79,5 @@ page = Image.fromarray(np.concatenate(rows))             # a column for each tex
 page.resize((3 * page.width, 3 * page.height), Image.Resampling.NEAREST).save(options.out / "pictures.png")
 facts = {"class_word": word, "rank": config.rank, "method": "paper"}
 theta_2.save(options.out / "concept.safetensors", facts)
-print(f"{options.out}/pictures.png: the base model, theta_1 and theta_2, from above; each draws\n  "
+print(f"{options.out}/pictures.png: rows are the base model, theta_1 and theta_2; columns are\n  "
       + "\n  ".join(texts))

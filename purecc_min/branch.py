@@ -1,10 +1,10 @@
 """A branch, v_theta: the base model with one set of adapters and concept embeddings.
 
-theta_1 and theta_2 are branches, and are called like the paper's velocity: theta(x_t, t, text).
-`velocity_with` is the one place at which [V] enters the model. A branch without embeddings leaves the word at
-[V] as it is: then the concept is its adapters alone. Several concepts can stand in one text, each with a name
-of its own. A learned concept is a branch in one small safetensors file (concept_file.py reads it). Read next:
-objective.py.
+theta_1 (the frozen extractor) and theta_2 (the model in training) are branches, called like the paper's
+velocity: theta(x_t, t, text). Only `velocity_with` gives adapters and Y to the MMDiT. Without embeddings the
+class word's state stays at [V]; then only adapters hold the concept. One text can have several concepts, each
+with its own placeholder. A learned concept is a branch in one small file (concept_file.py reads it).
+Read next: objective.py.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ class Branch(nn.Module):
     def __init__(self, pipe: Pipeline, lora: LoRA, embeddings: ConceptEmbeddings | None):
         super().__init__()
         self.lora, self.embeddings = lora, embeddings
-        self.__dict__["pipe"] = pipe             # unregistered: its weights are not this module's own
+        self.__dict__["pipe"] = pipe             # no submodule: state_dict() does not hold the base model
 
     @classmethod
     def fresh(cls, pipe: Pipeline, Y: Tensor | None, rank: int, generator: torch.Generator | None = None,
               where: str = "everywhere") -> "Branch":
-        """New adapters, which change nothing yet, and a copy of Y [L, D], or none. where: see lora.py."""
+        """A branch with new adapters (B = 0), and a copy of Y [L, D] or none. where: see lora.py."""
         embeddings = None if Y is None else ConceptEmbeddings(Y)
         return cls(pipe, LoRA(pipe.mmdit, rank, generator, where), embeddings)
 
@@ -41,21 +41,21 @@ class Branch(nn.Module):
         return velocity_with([self], x_t, t, text)
 
     def save(self, path: str | Path, facts: dict) -> None:
-        """`facts` is what the file says about itself: at least "rank" and "class_word"."""
+        """facts: the file's metadata, with at least "rank" and "class_word"."""
         save_tensors(path, "concept", self.state_dict(), {**facts, "where": self.lora.where})
 
 
 class Thetas(NamedTuple):
-    """The models of one step."""
-    theta_0: Velocity                            # the base model, untouched
-    theta_1: Branch | None                       # the frozen extractor, for the methods that have one
-    theta: Branch                                # the branch in training: theta_2 (theta_1 in stage 1)
+    """The models that a loss may call."""
+    theta_0: Velocity                            # the base model
+    theta_1: Branch | None                       # the frozen extractor, in stage 2
+    theta: Branch                                # in training: theta_1 in stage 1, theta_2 in stage 2
 
 
 def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-    """v(x_t | text) [B, C, H, W] of the base model with several concepts, the n-th at the n-th placeholder.
+    """v(x_t | text) [B, C, H, W] of the base model with several concepts; branches[n - 1] is placeholder n.
 
-    A bound set of adapters acts for its own concept only. Those that act everywhere add up.
+    Adapters with where = phrase or token act at their own placeholder; the others add up.
     """
     def visit(l: int, block: nn.Module, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         with contextlib.ExitStack() as stack:
@@ -68,12 +68,12 @@ def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) ->
 
 
 def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
-    """theta for texts that name a concept, theta_0 for all others; each computes its own rows alone."""
+    """Returns a velocity: theta for rows with a placeholder, theta_0 for all other rows."""
     def velocity(x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        named = (text.slots > 0).any(1)                                                 # [B]
+        has_placeholder = (text.slots > 0).any(1)                                       # [B]
         v = torch.empty_like(x_t)
-        for follow, rows in ((theta, named), (theta_0, ~named)):
+        for model, rows in ((theta, has_placeholder), (theta_0, ~has_placeholder)):
             if rows.any():
-                v[rows] = follow(x_t[rows], t[rows], text[rows])
+                v[rows] = model(x_t[rows], t[rows], text[rows])
         return v
     return velocity

@@ -1,10 +1,10 @@
-"""A concept as data: reference pictures with their texts, encoded once, and noised batches of them.
+"""The data of a concept: pictures and texts, encoded once, and batches of them with noise.
 
-    COMPLETE  "a [V] robot in the desert"          BASE  "a robot in the desert"
-    TARGET    "[V] robot"                          NULL  ""
+    COMPLETE  "a [V] robot in the desert", the caption     BASE   "a robot in the desert", without [V]
+    TARGET    "[V] robot", the concept alone (y_tar)       NULL   "", the empty text
 
-Row i of everything belongs to reference i: pictures and texts are paired once, here, and never again. How a
-folder of pictures becomes a `ConceptSet` is in commands/folder.py. Read next: embeddings.py.
+Row i of every tensor belongs to reference i. commands/folder.py reads a folder of pictures as a `ConceptSet`.
+Read next: embeddings.py.
 """
 
 import re
@@ -20,8 +20,8 @@ from tinyflow.flow import path, velocity_target
 from tinyflow.pipeline import Pipeline, Text
 
 TOKEN = "[V]"                                    # the new concept's name in every text
-STYLE_WORD = "a"                                 # the class word of a style: "[V] red ball"
-STYLE_WORDS = (STYLE_WORD, "style")              # or "a red ball in [V] style"
+STYLE_WORD = "a"                                 # of a style: "[V] red ball" is encoded as "a red ball"
+STYLE_WORDS = (STYLE_WORD, "style")              # or "style": "a red ball in [V] style"
 STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])", re.IGNORECASE)
 
 
@@ -29,11 +29,11 @@ STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])"
 class Reference:
     """One picture of the concept with its three texts."""
     id: str                                      # the file's name
-    pictures: np.ndarray                         # uint8 [V, S, S, 3]: the picture, then crops and flips of it
+    pictures: np.ndarray                         # uint8 [K, S, S, 3]: the picture, then crops and flips of it
     complete: str
     base: str
     target: str
-    masks: np.ndarray | None = None              # uint8 [V, S, S]: where each picture counts in L_CC; or all
+    masks: np.ndarray | None = None              # uint8 [K, S, S], 255 where L_CC counts; None: everywhere
 
     @property
     def picture(self) -> np.ndarray:             # [S, S, 3], the picture itself
@@ -45,16 +45,16 @@ class ConceptSet:
     """The references of one concept. The text encoder reads the class word where [V] stands."""
     class_word: str
     references: list[Reference]
-    notes: list[str] = field(default_factory=list)   # what was taken from a folder, and what was converted
+    notes: list[str] = field(default_factory=list)   # what a folder's reader used, and what it converted
 
 
 def styles_among(class_words: dict[str, str]) -> tuple[str, ...]:
-    """The placeholders that are styles, as their class words say."""
+    """Returns the placeholders whose class word is in STYLE_WORDS."""
     return tuple(name for name, word in class_words.items() if word.lower() in STYLE_WORDS)
 
 
 def base_text(complete: str) -> str:
-    """The text without [V] and braces. A style's words go too: "a cat, in [V] style" is "a cat" (Fig. 5)."""
+    """Removes [V], braces and a style's words: "a cat, in [V] style" becomes "a cat" (the paper's Fig. 5)."""
     if TOKEN in complete:
         complete = re.sub("[{}]", "", complete)
     text = " ".join(STYLE.sub("", complete).replace(TOKEN, " ").split())
@@ -73,13 +73,13 @@ class Texts(NamedTuple):
 
 
 class EncodedConcept(NamedTuple):
-    """A custom set as the model sees it."""
+    """A ConceptSet, encoded: latents, texts and masks of n references."""
     ids: list[str]
-    variants: Tensor                             # [n, V, C, H, W]: each picture, then its crops and flips
+    variants: Tensor                             # [n, K, C, H, W]: each picture, then its crops and flips
     texts: Texts
-    class_text: Text                             # the base texts (or the bare class word), slots at that word
-    masks: Tensor | None = None                  # [n, V, 1, H, W] in [0, 1], if the references have masks
-    imagined: "EncodedConcept | None" = None     # scenes that the base model drew itself (pairs.py)
+    class_text: Text                             # base texts, or the class word; slots mark the class word
+    masks: Tensor | None = None                  # [n, K, 1, H, W] in [0, 1], if the references have masks
+    imagined: "EncodedConcept | None" = None     # scenes that the base model sampled itself (pairs.py)
 
     @property
     def x_0(self) -> Tensor:                     # [n, C, H, W], the pictures themselves
@@ -87,17 +87,18 @@ class EncodedConcept(NamedTuple):
 
 
 def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
-    """Encodes a custom set. Raises InputError for words that the text encoder does not know."""
+    """Encodes a ConceptSet. Raises InputError for words that the text encoder does not know."""
     references, word = concept.references, concept.class_word
-    rows = ([r.complete for r in references], [r.base for r in references], [r.target for r in references],
-            [""] * len(references))
-    texts = Texts(*(pipe.encode_text(row, {TOKEN: word}, styles_among({TOKEN: word})) for row in rows))
-    named = pipe.tokenizer([r.base for r in references], {word: word}).slots.any(1).tolist()
-    class_texts = [r.base if has_word else word for r, has_word in zip(references, named)]
+    kinds = ([r.complete for r in references], [r.base for r in references], [r.target for r in references],
+             [""] * len(references))
+    texts = Texts(*(pipe.encode_text(kind, {TOKEN: word}, styles_among({TOKEN: word})) for kind in kinds))
+    # {word: word} changes no text; it only makes slots mark the class word
+    has_word = pipe.tokenizer([r.base for r in references], {word: word}).slots.any(1).tolist()
+    class_texts = [r.base if has_it else word for r, has_it in zip(references, has_word)]
     variants = torch.stack([pipe.encode_images(r.pictures) for r in references])
     class_text = pipe.encode_text(class_texts, {word: word})
     masks = None
-    if references[0].masks is not None:          # a latent counts as much as the pixels that it stands for
+    if references[0].masks is not None:          # a latent position's weight: the mean mask of its pixels
         pixels = torch.tensor(np.stack([r.masks for r in references if r.masks is not None]))
         height, width = variants.shape[-2:]
         masks = F.adaptive_avg_pool2d(pixels.to(variants) / 255, (height, width))[:, :, None]
@@ -105,15 +106,15 @@ def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
 
 
 class Batch(NamedTuple):
-    """One step's draw. All predictions of a step see the same x_t and t."""
+    """The random batch of one step. All predictions of the step use this x_t and t."""
     x_t: Tensor                                  # [B, C, H, W]
     t: Tensor                                    # [B]
     v: Tensor                                    # [B, C, H, W] the target velocity of Eq. 2
     texts: Texts
-    mask: Tensor | None = None                   # [B, 1, H, W]: what each pixel counts in L_CC
-    imagined: "Batch | None" = None              # a draw from scenes that the base model drew itself
+    mask: Tensor | None = None                   # [B, 1, H, W]: weights in L_CC; of imagined scenes, M
+    imagined: "Batch | None" = None              # a batch of imagined scenes (pairs.py)
 
 
 def noised(x_0: Tensor, x_1: Tensor, t: Tensor, texts: Texts) -> Batch:
-    """Pictures x_0 and noise x_1 [B, C, H, W], mixed at times t [B] (Eq. 1), with their texts."""
+    """Mixes latents x_0 and noise x_1 [B, C, H, W] at times t [B] (Eq. 1); keeps their texts."""
     return Batch(path(x_0, x_1, t), t, velocity_target(x_0, x_1), texts)

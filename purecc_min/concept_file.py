@@ -1,7 +1,7 @@
-"""A learned concept's file: what it must say of itself, and the branch that it holds.
+"""Reads a learned concept's file: checks its metadata, and returns its branch.
 
-It is a branch's tensors with facts: the token, the class word, the base model and a few of its weights, the
-method, the settings, the seed and the versions that made it (learning.py, `concept_facts`).
+The file has a branch's tensors and facts: the token, the class word, the base model and a few of its weights,
+the method, the settings, the seed and the versions that made it (learning.py, `concept_facts`).
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from tinyflow.weights import load_into, load_tensors
 def load_branch(pipe: Pipeline, path: str | Path) -> tuple[Branch, dict]:
     """A concept's branch, frozen, and its facts.
 
-    Raises: InputError for a file that is missing, foreign, damaged, or of another base model's size.
+    Raises: InputError for an unreadable file, or one that was learned on another base model.
     """
     tensors, facts = read_concept(path)
     depth, width = pipe.mmdit.config.depth, pipe.mmdit.config.width
@@ -34,41 +34,42 @@ def load_branch(pipe: Pipeline, path: str | Path) -> tuple[Branch, dict]:
 def read_concept(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors and facts of a concept's file.
 
-    Raises: InputError for a file that is missing, foreign or damaged, or that does not say what it must.
+    Raises: InputError for a file that is missing, damaged or of another kind, or has incomplete metadata.
     """
     tensors, facts = load_tensors(path, "concept")
-    facts = {"where": "everywhere", "base": "tiny", "size": 64, "method": ""} | facts    # of older versions
+    # files of older versions lack some facts
+    facts = {"where": "everywhere", "base": "tiny", "size": 64, "method": ""} | facts
     for name, kind in {"rank": int, "class_word": str, "base": str, "size": int, "method": str}.items():
-        if type(facts.get(name)) is not kind or kind is int and facts[name] < 1:
-            raise InputError(f"{path}: a concept that does not say its {name}; learn it again")
+        if type(facts.get(name)) is not kind or (kind is int and facts[name] < 1):
+            raise InputError(f"{path}: the concept's {name} is missing or wrong; learn it again")
     sample = facts.get("base_sample", [0])       # older files do not have it
     if not isinstance(sample, list) or not sample or not all(map(is_number, sample)):
-        raise InputError(f"{path}: a concept that does not say its base_sample; learn it again")
-    if facts["where"] not in list(TARGETS):
-        raise InputError(f"{path}: its adapters act in {shown(facts['where'])}, which this version does not "
-                         "know; learn it again")
+        raise InputError(f"{path}: the concept's base_sample is missing or wrong; learn it again")
+    if facts["where"] not in list(TARGETS):      # a list, because the value may not be hashable
+        raise InputError(f"{path}: where its adapters act, {shown(facts['where'])}, is unknown to this "
+                         "version; learn it again")
     return tensors, facts
 
 
 def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
-    """Raises: InputError if a concept was learned on other weights, which fit by their shapes alone."""
+    """Raises: InputError if the concept was learned on a base model with other weights, or without T5."""
     own = torch.tensor(sample_of(pipe.mmdit))
     learned_on = torch.tensor(facts.get("base_sample", own.tolist()))
-    if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():      # nan, too
-        raise InputError(f"{path}: learned on other weights than these; use the base model that it was "
-                         "learned on")
+    if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():  # another dtype
+        raise InputError(f"{path}: the concept was learned on other weights than these; use the base model "
+                         "that it was learned on")
     if facts.get("t5", has_t5(pipe)) != has_t5(pipe):
-        raise InputError(f"{path}: learned {'with' if facts['t5'] else 'without'} T5, and this base model is "
-                         "loaded otherwise; give it the text encoders that the concept was learned with")
+        raise InputError(f"{path}: the concept was learned {'with' if facts['t5'] else 'without'} T5; load "
+                         "the base model in the same way")
 
 
 def has_t5(pipe: Pipeline) -> bool:
-    """Whether texts are read by T5 as well. Stable Diffusion 3 may be loaded without."""
+    """Whether the text encoder includes T5. Stable Diffusion 3 can be loaded without T5."""
     return getattr(pipe.encoder, "t5", None) is not None
 
 
 def sample_of(module: nn.Module, count: int = 32) -> list[float]:
-    """A few of a module's values, by which its weights can be recognised in whatever dtype they are."""
+    """Up to `count` values of a module, which identify its weights in any dtype."""
     matrices = [parameter for _, parameter in sorted(module.named_parameters()) if parameter.dim() > 1]
     chosen = matrices[::max(1, len(matrices) // count)][:count]
     return [matrix.detach().flatten()[matrix.numel() // 2].item() for matrix in chosen]

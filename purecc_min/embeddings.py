@@ -1,9 +1,9 @@
-"""Layer-wise tunable concept embeddings {Y^l}, l = 1..L (Sec. 4.2, Eq. 7).
+"""Layer-wise tunable concept embeddings {Y^l}: one per block, l = 0..L-1 (Sec. 4.2, Eq. 7).
 
 At the input of every transformer block l, the text token at [V]'s position is REPLACED by its own learnable
 vector Y^l. The block's output at that position is thrown away: the next block gets Y^(l+1) instead. The text
-encoder, and so the pooled vector, reads an ordinary word there: the class word. (The paper leaves this open.
-It is our reading, and so is the start of Y^l: the mean hidden state of the class word at that block.) Read
+encoder, and so the pooled vector, reads an ordinary word there: the class word. The paper does not specify
+this; it is our choice. So is the initial Y^l: the mean hidden state of the class word at that block. Read
 next: lora.py.
 """
 
@@ -23,12 +23,12 @@ class ConceptEmbeddings(nn.Module):
         self.Y = nn.Parameter(Y.clone())
 
     def forward(self, l: int, c: Tensor, slots: Tensor) -> Tensor:
-        """Text tokens c [B, T, D] at the input of block l -> c with Y^l in the slots [B, T] bool (Eq. 7)."""
+        """Returns c [B, T, D] at block l with Y^l where the bool slots [B, T] are True (Eq. 7)."""
         return torch.where(slots[..., None], self.Y[l].to(c.dtype), c)
 
 
 def states_in_slots(pipe: Pipeline, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-    """The base model's hidden state at the slots of `text`, at the input of every block: the mean, [L, D]."""
+    """[L, D]: the base model's text state before each block, averaged over all slots of the batch."""
     states = []
 
     def record(l: int, block: nn.Module, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -42,17 +42,16 @@ def states_in_slots(pipe: Pipeline, x_t: Tensor, t: Tensor, text: Text) -> Tenso
 @torch.no_grad()
 def class_word_states(pipe: Pipeline, data: EncodedConcept, generator: torch.Generator,
                       draws: int = 8) -> Tensor:
-    """The start of Y, [L, D]: the base model's mean state of the class word at the input of every block.
+    """The initial Y, [L, D]: the base model's mean state of the class word at the input of every block.
 
-    Args:
-        draws: times t and noises for each picture, over which the mean is taken.
+    draws: the number of random (t, noise) pairs per reference in the mean.
     """
-    x_0, mean = data.x_0, torch.zeros(())
+    x_0, mean = data.x_0, torch.zeros(())        # mean becomes [L, D] at the first addition
     for _ in range(draws):
         t = sample_times(len(x_0), pipe.shift, generator).to(x_0)
         x_1 = torch.randn(x_0.shape, generator=generator).to(x_0)
         x_t = path(x_0, x_1, t)
-        for rows in torch.arange(len(x_0)).split(8):     # a large set must not need more memory
+        for rows in torch.arange(len(x_0)).split(8):     # 8 at a time, to bound memory
             states = states_in_slots(pipe, x_t[rows], t[rows], data.class_text[rows])
             mean = mean + states * len(rows) / len(x_0) / draws
     return mean

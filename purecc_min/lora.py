@@ -1,13 +1,16 @@
-"""LoRA: low-rank adapters as a set of their own over a shared, untouched base model.
+"""LoRA: low-rank adapters, kept apart from the base model, whose weights never change.
 
 Each adapted linear layer computes W x + B A x, with A [r, in] and B [out, r]. B starts at zero, so a fresh
-set changes nothing. A set is not built into the model: while it is `attached` to a block, hooks add its B A x
-to the outputs of the block's layers. So the frozen extractor and the trainable model are two sets over ONE
-base model in memory, which is never written. A set acts "everywhere" (the paper's); or on [V]'s "phrase"
-(phrase.py), on the keys and values that others read there; or on these at the "token" [V] alone. With the
-last two a text without [V] is computed by the base model itself. There is no alpha: the scale is 1, which
-other programs call alpha = rank. A and B are kept in fp32 and used in the dtype of the layer's input (bf16 in
-SD3.5). Read next: branch.py.
+set changes nothing. While a set is `attached` to a block, hooks add its B A x to the outputs of the block's
+layers. So the frozen extractor and the trainable model are two sets over ONE base model in memory. `where`:
+
+    everywhere    all attention projections of image and text, at all tokens (as in the paper)
+    phrase        the text keys and values, at the tokens of [V]'s phrase
+    token         the text keys and values, at [V] alone
+
+With phrase or token, the velocity of a text without [V] is exactly the base model's. B A x is not scaled; in
+programs with alpha this is alpha = rank. A and B are fp32, and used in the dtype of the layer's input.
+Read next: branch.py.
 """
 
 import contextlib
@@ -19,10 +22,10 @@ from torch import Tensor, nn
 from tinyflow.mmdit import MMDiT
 from tinyflow.pipeline import Text
 
-KEYS_AND_VALUES = ["attention.text.to_k", "attention.text.to_v"]
+TEXT_KEYS_AND_VALUES = ["attention.text.to_k", "attention.text.to_v"]
 TARGETS = {"everywhere": [f"attention.{stream}.{layer}" for stream in ("image", "text")
                           for layer in ("to_q", "to_k", "to_v", "to_out")],
-           "phrase": KEYS_AND_VALUES, "token": KEYS_AND_VALUES}
+           "phrase": TEXT_KEYS_AND_VALUES, "token": TEXT_KEYS_AND_VALUES}
 
 
 def target_layers(block: nn.Module, where: str) -> dict[str, nn.Linear]:
@@ -32,16 +35,12 @@ def target_layers(block: nn.Module, where: str) -> dict[str, nn.Linear]:
 
 
 def key_of(l: int, name: str) -> str:
-    """A layer's key in a set of adapters. A parameter's name may not hold dots."""
+    """A layer's key in a set of adapters. A ParameterDict's key must not contain dots."""
     return f"blocks.{l}.{name}".replace(".", "/")
 
 
 class LoRA(nn.Module):
-    """One set of adapters, with the parameters "A.<key>" [r, in] and "B.<key>" [out, r].
-
-    Args:
-        where: a key of TARGETS, see above.
-    """
+    """One set of adapters, with the parameters "A.<key>" [r, in] and "B.<key>" [out, r]."""
 
     def __init__(self, mmdit: MMDiT, rank: int = 4, generator: torch.Generator | None = None,
                  where: str = "everywhere"):
@@ -55,7 +54,7 @@ class LoRA(nn.Module):
                 self.B[key] = nn.Parameter(torch.zeros(layer.out_features, rank).to(layer.weight.device))
 
     def places(self, text: Text, n: int) -> Tensor | None:
-        """bool [B, T]: the text tokens at which the set acts for the n-th placeholder; None: everywhere."""
+        """bool [B, T]: the text tokens at which the set acts for placeholder n; None: everywhere."""
         if self.where == "everywhere":
             return None
         return (text.phrases if self.where == "phrase" else text.slots) == n
@@ -73,9 +72,9 @@ class LoRA(nn.Module):
                 hook.remove()
 
     def hook(self, key: str, mask: Tensor | None):
-        """A forward hook that adds B A x to a layer's output, where the mask allows it."""
+        """A forward hook that adds B A x to a layer's output, where the mask is True."""
         def add(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            x = inputs[0]                                                               # [B, T, in]
+            x = inputs[0]                                                               # [B, N or T, in]
             change = F.linear(F.linear(x, self.A[key].to(x.dtype)), self.B[key].to(x.dtype))
             return output + (change if mask is None else mask * change)
         return add

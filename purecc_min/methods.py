@@ -1,12 +1,12 @@
-"""The losses: what a step of each method minimises. No renderer or benchmark is needed.
+"""The losses: what a step of each method minimises.
 
-    l_cc               the flow-matching loss alone (Eq. 3)
+    l_cc               only the flow-matching loss (Eq. 3)
     paper              PureCC as the paper writes it (Eq. 8 to 15)
-    anchored           L_CC, and the base text must predict what it predicted before (DOP)
+    anchored           L_CC, and the velocity for the base text must stay the base model's
 
-A loss takes the models of a step, the batch and eta, the weight of what it adds to L_CC. It returns a number,
-which is minimised, and what is logged with it. More losses are in pairs.py and ablations.py; registry.py
-lists the methods that users have. Read next: learning.py.
+A loss gets the models of a step, the batch, and eta, the weight of what it adds to L_CC. It returns a scalar
+and a dict of values to log. More losses are in pairs.py and ablations.py; registry.py lists the methods that
+users can choose. Read next: learning.py.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from purecc_min.concept import Batch
 from purecc_min.objective import Terms, cosine, inner, pcc_loss
 from tinyflow.flow import squared_error
 
-Loss = tuple[Tensor, dict[str, Tensor]]          # what is minimised, and what is logged with it
+Loss = tuple[Tensor, dict[str, Tensor]]          # what is minimised, and values to log
 LossOfStep = Callable[[Thetas, Batch, float], Loss]      # (thetas, batch, eta) -> Loss
 
 
@@ -29,18 +29,18 @@ class Method:
     """A way to learn a concept."""
     name: str
     about: str                                   # in words, for the help
-    loss: LossOfStep                             # of the model that is kept
+    loss: LossOfStep                             # of the last stage
     where: str = "everywhere"                    # where its adapters act (lora.py)
-    embeddings: bool = True                      # whether Y^l takes [V]'s place (Eq. 7); or the word stays
-    adapters: bool = True                        # whether they are trained; or Y alone
-    extractor: "Method | None" = None            # what teaches the frozen theta_1, in stage 1
-    imagines: bool = False                       # whether its loss wants scenes of two things (pairs.py)
-    named_only: bool = False                     # whether the base model answers texts without [V]
-    settings: dict = field(default_factory=dict) # for TrainConfig, on the tiny model
+    embeddings: bool = True                      # True: Y^l replaces the token at [V] (Eq. 7)
+    adapters: bool = True                        # False: only Y is trained
+    extractor: "Method | None" = None            # the method that trains theta_1; None: one stage
+    imagines: bool = False                       # True: the loss needs imagined scenes (pairs.py)
+    named_only: bool = False                     # True: texts without [V] use the base model
+    settings: dict = field(default_factory=dict) # TrainConfig values for the tiny model
 
     @property
     def stages(self) -> int:
-        """Of Algorithm 1: stage 2 follows a frozen extractor."""
+        """The number of stages: 2 with an extractor, else 1."""
         return 2 if self.extractor else 1
 
 
@@ -57,24 +57,24 @@ def paper(thetas: Thetas, batch: Batch, eta: float) -> Loss:
 
 
 def anchored(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """L_CC, and the base text must predict what it predicted before (differential output preservation)."""
+    """L_CC, and the velocity for the base text must stay: differential output preservation (DOP)."""
     loss_cc, _ = l_cc(thetas, batch, eta)
     anchor = anchor_loss(thetas, batch)
     return loss_cc + eta * anchor, {"loss_cc": loss_cc, "loss_anchor": anchor}
 
 
 def anchor_loss(thetas: Thetas, batch: Batch) -> Tensor:
-    """How far the base text's prediction has moved from the base model's."""
+    """The mean squared difference between theta's and theta_0's velocity for the base text."""
     with torch.no_grad():
         v_before = thetas.theta_0(batch.x_t, batch.t, batch.texts.base)
     return squared_error(thetas.theta(batch.x_t, batch.t, batch.texts.base), v_before)
 
 
 def log_of(terms: Terms) -> dict[str, Tensor]:
-    """What is worth watching in a step of the paper's loss.
+    """Returns the values to log for one step of the paper's loss.
 
-    "negative" is the share of samples with lambda < 0. "rejection" is the squared part of R_complete that is
-    orthogonal to R_target: it is L_PureCC itself if lam is lambda*.
+    negative: the share of samples with lambda < 0. rejection: the mean square of R_complete's part that is
+    orthogonal to R_target. It equals L_PureCC if lam is lambda*.
     """
     R_complete, R_target = terms.R_complete.detach(), terms.R_target
     along = inner(R_complete, R_target).square() / inner(R_target, R_target).clamp(min=1e-20)

@@ -1,14 +1,15 @@
-"""The decoupled objective of PureCC: Eq. 8 to 15 of the paper, in one function.
+"""The decoupled objective of PureCC: Eq. 8 to 15 of the paper (and Eq. 6), in one function.
 
 theta_1 is the frozen representation extractor (stage 1), theta_2 the model in training. Both are called as
-theta(x_t, t, text) and return a velocity [B, C, H, W]. R(y_tar) is what the concept alone adds to the
-extractor's prediction; R(y_complete, y_base) is what [V] adds to a whole text in theta_2. lambda* is the
-length of the second along the first. L_PureCC is zero if the second points in the first one's direction.
+theta(x_t, t, text) and return a velocity [B, C, H, W]. R(y_tar) is theta_1's velocity for y_tar minus its
+velocity for the empty text: what the concept alone adds. R(y_complete, y_base) is theta_2's velocity for
+y_complete minus that for y_base: what [V] adds to a whole text. lambda* is the coefficient of the projection
+of R(y_complete, y_base) on R(y_tar).
 
-Put lambda* into Eq. 14, and L_PureCC is the squared part of R(y_complete, y_base) that is orthogonal to
-R(y_tar): it never pulls toward the concept, which L_CC alone does. The paper does not say whether
-v_original carries a gradient; here it does not. (lambda* is detached too, which changes nothing: it
-minimises L_PureCC, so the gradient through it is zero.) Read next: methods.py.
+With lambda*, L_PureCC is the mean square of the part of R(y_complete, y_base) that is orthogonal to R(y_tar).
+So only L_CC moves theta_2 toward the concept; L_PureCC never does. The paper does not say whether v_original
+carries a gradient; here it does not. (lambda* is detached, too. This changes no gradient, because lambda*
+minimises L_PureCC.) Read next: train.py.
 """
 
 from typing import Callable, NamedTuple
@@ -22,37 +23,37 @@ from tinyflow.pipeline import Velocity, in_one_batch
 
 
 class Terms(NamedTuple):
-    """What one step computes, for the log, the lessons and the figures. Velocities are [B, C, H, W]."""
+    """The intermediate results of one step, for logs, lessons and figures. Velocities are [B, C, H, W]."""
     v_original: Tensor                           # v_theta2(x_t | y_base)
     v_complete: Tensor                           # v_theta2(x_t | y_complete), which carries the gradient
     v_purecc: Tensor
     R_target: Tensor                             # R(y_tar), frozen
     R_complete: Tensor                           # R(y_complete, y_base)
-    lam: Tensor                                  # [B] lambda*
-    loss_cc: Tensor                              # a number: L_CC
-    loss_purecc: Tensor                          # a number: L_PureCC
+    lam: Tensor                                  # [B] lambda*, or what lambda_rule returned
+    loss_cc: Tensor                              # scalar L_CC
+    loss_purecc: Tensor                          # scalar L_PureCC
 
 
 def lambda_star(R_complete: Tensor, R_target: Tensor) -> Tensor:
-    """lambda* = argmin_l |R_complete - l R_target|^2 = <R_complete, R_target> / |R_target|^2 (Eq. 11, 12).
+    """lambda* = argmin_k |R_complete - k R_target|^2 = <R_complete, R_target> / |R_target|^2 (Eq. 11, 12).
 
-    It is one number a sample, [B], which is our reading: the paper does not say. It may be negative, and it
-    is 0 where R_target vanishes, in value and in gradient.
+    One number per sample, [B]. The paper does not say so; it is our choice. It may be negative. If R_target
+    is 0, lambda* and its gradient are 0.
     """
     squared_norm = inner(R_target, R_target)
-    vanishes = squared_norm == 0
+    vanishes = squared_norm == 0                 # the inner `where` avoids 0 / 0, whose gradient is nan
     return torch.where(vanishes, 0.0, inner(R_complete, R_target) / torch.where(vanishes, 1.0, squared_norm))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of each sample, over channels and pixels: [B, C, H, W] -> [B], in fp32 or better."""
+    """<a, b> of each sample, over channels and positions: [B, C, H, W] -> [B], in fp32, or fp64 for fp64."""
     a, b = (v if v.dtype == torch.float64 else v.float() for v in (a, b))
     return (a * b).flatten(1).sum(1)
 
 
 def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float,
              lambda_rule: Callable[[Tensor, Tensor], Tensor] = lambda_star) -> tuple[Tensor, Terms]:
-    """L_PCC of one step, and the terms that it is made of."""
+    """L_PCC of one step, and its terms. lambda_rule: (R_complete, R_target) -> [B] (ablations.py)."""
     x_t, t, texts = batch.x_t, batch.t, batch.texts
     with torch.no_grad():
         v_tar, v_null = in_one_batch(theta_1, x_t, t, texts.target, texts.null)

@@ -1,14 +1,14 @@
-"""Eq. 13 in space: scenes of two things, of which [V] is one, and the other must stay what it was.
+"""Eq. 13 with a mask: in scenes of two things, only [V]'s half may change.
 
-The base model imagines two things of the class, "a robot on the left and a small robot on the right". On such
-a scene, noised to x_t, theta with [V] at one of the two is asked for
+Imagined scenes of two things of the class are sampled from the base model: "a robot on the left and a small
+robot on the right". For such a scene, noised to x_t, with [V] at one of the two things, theta must predict
 
     v_original + M R,     v_original = v_0(x_t | both plain),   R = v_theta1(x_t | one is [V]) - v_original
 
-where M is 1 in the half of the picture in which [V] stands, and 0 in the other. That is the paper's Eq. 13,
-with a place in the place of a length. `half_kept` asks for the other half alone and needs no extractor; its
-cousins are TokenVerse's concept isolation (2501.12224, Sec. 5) and XVerse's region preservation (2506.21416,
-Eq. 7). Nothing here needs a renderer, or masks of photographs. Read next: registry.py.
+where M is 1 in [V]'s half of the picture and 0 in the other. This is Eq. 13 with the mask M in place of
+lambda*. (Eq. 8 subtracts the empty text's velocity; this R subtracts v_original.) `half_kept` uses only the
+half without [V], and no extractor. Similar methods: TokenVerse's concept isolation (2501.12224, Sec. 5) and
+XVerse's region preservation (2506.21416, Eq. 7). Read next: ablations.py.
 """
 
 from pathlib import Path
@@ -27,14 +27,14 @@ from tinyflow.flow import expand, squared_error
 from tinyflow.pipeline import Pipeline, Text
 from tinyflow.weights import load_tensors, save_tensors
 
-IMAGINED = 32                                    # scenes
-AT_ONCE = 8                                      # of them, while they are drawn
-FIRST_SEED = 10_000                              # their noise is not that of any picture that is measured
+IMAGINED = 32                                    # number of scenes
+AT_ONCE = 8                                      # scenes per batch while they are sampled
+FIRST_SEED = 10_000                              # of their noise; measured pictures use other seeds
 
 
 # ----------------------------------------------------------------------------------------- the two losses
 def half_kept(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """L_CC, and in the half without [V] an imagined scene stays as the base model predicts it."""
+    """L_CC + eta times the squared change of the velocity in the half without [V]."""
     loss_cc, _ = l_cc(thetas, batch, eta)
     scene = batch.imagined
     with torch.no_grad():
@@ -45,12 +45,12 @@ def half_kept(thetas: Thetas, batch: Batch, eta: float) -> Loss:
 
 
 def pairs(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """L_CC, and an imagined scene becomes v_original + M R."""
+    """L_CC + eta times the squared error between v and v_original + M R."""
     return pairs_loss(thetas, batch, eta, with_lambda=False)
 
 
 def pairs_with_lambda(thetas: Thetas, batch: Batch, eta: float) -> Loss:
-    """The same with lambda* M R: the inner products of Eq. 12 are taken inside the half of [V]."""
+    """Like pairs, with lambda* M R; only [V]'s half enters the inner products of Eq. 12."""
     return pairs_loss(thetas, batch, eta, with_lambda=True)
 
 
@@ -79,10 +79,9 @@ def check_has_halves(concept: ConceptSet) -> None:
 
 
 def texts_of(templates: list[str], class_word: str, count: int) -> list[tuple[str, str, str]]:
-    """(plain, [V] is the first, [V] is the second) of so many scenes.
+    """Returns for each of `count` scenes: the text without [V], with [V] first, with [V] second.
 
-    templates: texts with {0} and {1} for the two things, each after its article or its size; they are taken
-        in turn.
+    templates: texts with {0} for the left and {1} for the right thing; used in turn.
     """
     named, rows = f"{TOKEN} {class_word}", []
     for n in range(count):
@@ -94,18 +93,18 @@ def texts_of(templates: list[str], class_word: str, count: int) -> list[tuple[st
 
 def imagine(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int, count: int = IMAGINED,
             steps: int = 28) -> EncodedConcept:
-    """The base model's own pictures of two things of the class, as a custom set whose masks are M.
+    """Samples scenes of two things of the class from the base model; the masks of the set are M.
 
-    Each scene stands in it twice, with [V] on the left and with [V] on the right.
+    The set holds each scene twice: with [V] on the left, and with [V] on the right.
 
     Raises: InputError for a style.
     """
     check_has_halves(concept)
     plain, left, right = zip(*texts_of(templates, concept.class_word, count))
     text, rows = encode_once(pipe, plain), []
-    for some in tqdm(torch.arange(count).split(AT_ONCE), "imagining", leave=False, delay=5):
-        seeds = (FIRST_SEED + 1000 * seed + some).tolist()
-        rows.append(pipe.sample(text[some], seeds, steps))
+    for indices in tqdm(torch.arange(count).split(AT_ONCE), "imagining", leave=False, delay=5):
+        seeds = (FIRST_SEED + 1000 * seed + indices).tolist()
+        rows.append(pipe.sample(text[indices], seeds, steps))
     return as_custom_set(pipe, concept, torch.cat(rows), plain, left, right)
 
 
@@ -113,7 +112,7 @@ def as_custom_set(pipe: Pipeline, concept: ConceptSet, x_0: Tensor, plain, left,
     """Latents x_0 [n, C, H, W] and their texts -> 2 n rows: [V] on the left, then [V] on the right."""
     base = encode_once(pipe, [*plain, *plain])
     complete = encode_once(pipe, [*left, *right], {TOKEN: concept.class_word})
-    texts = Texts(complete, base, base, base)    # no loss asks a scene for y_tar or the empty text
+    texts = Texts(complete, base, base, base)    # losses on scenes use only the first two
     M = torch.zeros(2 * len(x_0), 1, 1, *x_0.shape[-2:]).to(x_0)
     middle = x_0.shape[-1] // 2
     M[:len(x_0), ..., :middle] = 1
@@ -122,14 +121,14 @@ def as_custom_set(pipe: Pipeline, concept: ConceptSet, x_0: Tensor, plain, left,
 
 
 def encode_once(pipe: Pipeline, texts: list[str], stand_ins: dict[str, str] | None = None) -> Text:
-    """The texts, encoded; those that stand there several times are read once."""
+    """Encodes texts; equal texts are encoded once."""
     distinct = list(dict.fromkeys(texts))
     return pipe.encode_text(distinct, stand_ins)[[distinct.index(text) for text in texts]]
 
 
 def imagine_resumably(pipe: Pipeline, concept: ConceptSet, templates: list[str], seed: int, file: Path,
                       steps: int) -> EncodedConcept:
-    """`imagine`, or the same scenes from `file`, where they are kept with the run."""
+    """Loads the scenes from `file` if it exists; otherwise calls imagine and saves them there."""
     facts = {"class_word": concept.class_word, "templates": templates, "seed": seed, "steps": steps,
              "base_sample": sample_of(pipe.mmdit)}
     if file.exists():

@@ -1,8 +1,8 @@
-"""Training: the settings, what a step draws, and how its gradient is used.
+"""Training: the settings, the random batch of a step, and how its gradient is used.
 
-What step k draws depends on (seed, stage, k) alone, so a run that was stopped anywhere ends bitwise where an
-uninterrupted one ends (on a CPU, for a loss that remembers nothing from step to step). Read next:
-algorithm.py, where the loops are.
+The random numbers of step k depend on seed, stage and k alone. So a resumed run ends with the same bits as an
+uninterrupted one (on a CPU, if the loss keeps no state between steps). Read next: algorithm.py, which has the
+loops.
 """
 
 from dataclasses import dataclass
@@ -14,29 +14,30 @@ from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, noised
 from tinyflow.flow import sample_times
 
-SCALE = 2.0**12                                  # of the loss: gradients may be too small for fp16
+SCALE = 2.0**12                                  # of the loss: small gradients would become 0 in fp16
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every method sets its own: registry.py for the tiny model, commands/base_models.py for SD3.5 Medium."""
+    """Settings. registry.py has each method's for the tiny model, commands/base_models.py those for SD3.5."""
     steps: int = 400                             # of each stage
-    batch: int = 4
-    rank: int = 4
+    batch: int = 4                               # references per step
+    rank: int = 4                                # of the adapters
     learning_rate: float = 2e-3                  # of the adapters
     embedding_learning_rate: float = 5e-3        # of Y
-    extractor_learning_rate: float | None = None # of the adapters in stage 1, if it is another one
-    eta: float = 1.0                             # weight of what a method adds to L_CC: L_PureCC in Eq. 15
+    extractor_learning_rate: float | None = None # of the adapters in stage 1; None: learning_rate
+    eta: float = 1.0                             # weight of a method's second loss: of L_PureCC in Eq. 15
     seed: int = 0
 
 
 def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
-    """The source of everything that a step draws. Step -1 stands for what is drawn before the first one."""
+    """The generator of a step's random numbers. Step -1: the numbers needed before step 0."""
+    # distinct for stages below 10 and steps below 10**7
     return torch.Generator().manual_seed((seed * 10 + stage) * 10**7 + step)
 
 
 def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int, shift: float) -> Batch:
-    """What a step sees: random references, and imagined scenes if there are any."""
+    """Returns a step's batch: random references and, if there are any, imagined scenes."""
     generator = generator_for(config.seed, stage, step)
     batch = draw_from(data, config.batch, shift, generator)
     if data.imagined is None:
@@ -45,17 +46,17 @@ def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int,
 
 
 def draw_from(data: EncodedConcept, count: int, shift: float, generator: torch.Generator) -> Batch:
-    """Random pictures at random times, with random noise. shift: of the times, as in sampling."""
+    """Random references at random times, with random noise. shift: see flow.sample_times."""
     rows = torch.randint(len(data.variants), (count,), generator=generator)
     t = sample_times(count, shift, generator).to(data.variants)
     x_1 = torch.randn((count, *data.x_0.shape[1:]), generator=generator).to(data.variants)
-    variants = torch.randint(data.variants.shape[1], (count,), generator=generator)
-    batch = noised(data.variants[rows, variants], x_1, t, data.texts.rows(rows))
-    return batch if data.masks is None else batch._replace(mask=data.masks[rows, variants])
+    which = torch.randint(data.variants.shape[1], (count,), generator=generator)         # crop or flip
+    batch = noised(data.variants[rows, which], x_1, t, data.texts.rows(rows))
+    return batch if data.masks is None else batch._replace(mask=data.masks[rows, which])
 
 
 def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW. Every Y, also that of an extractor that is trained along, has the embeddings' learning rate."""
+    """AdamW. Parameters named embeddings.Y use embedding_learning_rate, all others learning_rate."""
     named = list(theta.named_parameters())
     Y = {"params": [p for name, p in named if name.endswith("embeddings.Y")],
          "lr": config.embedding_learning_rate}
@@ -65,7 +66,10 @@ def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def update(theta: Branch, optimizer: torch.optim.Optimizer, loss: Tensor, scale: float = SCALE) -> bool:
-    """One step down the gradient, whose norm is clipped to 1. False, and no step, if it is not finite."""
+    """Takes one optimizer step, with the gradient's norm clipped to 1.
+
+    Returns False, and takes no step, if that norm is not finite.
+    """
     optimizer.zero_grad()
     (scale * loss).backward()                    # a product with a power of 2 is exact
     for parameter in theta.parameters():

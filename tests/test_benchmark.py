@@ -28,7 +28,7 @@ from purecc_min.benchmark.cells import (
 )
 from purecc_min.benchmark.entries import MAIN, start
 from purecc_min.benchmark.plans import QUICK, SEEDS, plan
-from purecc_min.benchmark.two import PAIRS, Two, drawn, judged, of_pairs, pair_of, run_two
+from purecc_min.benchmark.two import PAIRS, Two, draw_pair, judged, of_pairs, pair_of, run_two
 from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import Batch
 from purecc_min.measure import toy
@@ -259,9 +259,9 @@ def test_two_untrained_concepts_draw_what_the_base_draws(cheap):
     """Fresh branches change nothing, whichever of them the text names."""
     pair = pair_of(("striped_cat", "dotted_fish"))
     fresh = [Branch.fresh(pair.setups[0].pipe, None, 1, where="phrase") for _ in range(2)]
-    plain = drawn(pair, "bound", fresh, (), 2)
+    plain = draw_pair(pair, "bound", fresh, (), 2)
     assert plain.shape == (2, 3, 64, 64)
-    named = drawn(pair, "bound", fresh, (0, 1), 2)
+    named = draw_pair(pair, "bound", fresh, (0, 1), 2)
     assert named.shape == plain.shape and not torch.equal(named, plain)      # the word stands there twice
 
 
@@ -280,7 +280,7 @@ def test_a_pair_is_drawn_once_and_its_table_counts_each_concept(cheap, tmp_path,
     monkeypatch.setattr("purecc_min.benchmark.two.SCENES", 12)
     pair_of.cache_clear()
     perfect = run_two(Two(PAIRS[0], "perfect"), tmp_path)
-    monkeypatch.setattr("purecc_min.benchmark.two.drawn", None)
+    monkeypatch.setattr("purecc_min.benchmark.two.draw_pair", None)
     assert run_two(Two(PAIRS[0], "perfect"), tmp_path) == perfect
     pair_of.cache_clear()
     made_up = {"method": "lora", "together": [{"own": .5, "other's": .1}, {"own": .7, "other's": .3}],

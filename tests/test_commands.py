@@ -279,7 +279,7 @@ def test_the_strength_scales_the_adapters(tmp_path):
 
 
 def test_samples_on_the_way_and_going_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("purecc_min.commands.learn.report", lambda *_: None)
+    monkeypatch.setattr("purecc_min.commands.learn.print_measures", lambda *_: None)
     monkeypatch.setattr("purecc_min.learning.SAVE_EVERY", 1)
     learn = [*map(str, LEARN), "--out", str(tmp_path / "a"), "--method", "lora", *BUDGET, "--samples-every",
              "2"]

@@ -1,8 +1,8 @@
 """Attention through torch's scaled_dot_product_attention (SDPA): no Triton, no custom kernels.
 
-On CUDA, SDPA picks its flash or its memory-efficient kernel by itself. `JointAttention` is the heart of an
-MMDiT block: the image tokens and the text tokens have weights of their own, and attend to each other in one
-softmax. Read next: mmdit.py.
+On CUDA, SDPA chooses its flash or its memory-efficient kernel. `JointAttention` is the heart of an MMDiT
+block: it projects image and text tokens with separate weights, and one softmax runs over both. In shapes, B
+is the batch, N image tokens, T text tokens, D the width, H heads. Read next: mmdit.py.
 """
 
 import torch
@@ -15,7 +15,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
               scale: float | None = None) -> Tensor:
     """softmax(scale q k^T + bias) v for q, k, v [B, heads, tokens, d]. By default the scale is 1 / sqrt(d).
 
-    On a CPU it is computed in fp32, even under bf16 autocast: a backward pass in bf16 is four times slower.
+    On a CPU this runs in fp32, also under autocast: a bf16 backward pass takes four times as long.
     """
     dtype = q.dtype
     if q.device.type == "cpu":
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 class Projections(nn.Module):
-    """The query, key, value and output projections of one stream, with RMS-normalised queries and keys."""
+    """The projections of one kind of token (image or text). qk_norm: RMS-normalise queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
@@ -52,7 +52,7 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
-    """Attention of the image tokens among themselves: the second attention in SD3.5's blocks."""
+    """Self-attention of image tokens: the second attention of SD3.5's blocks, and the VAE's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(rearrange(attention(*self.qkv(x)), "b h n d -> b n (h d)"))  # [B, N, D]
@@ -72,7 +72,7 @@ class JointAttention(nn.Module):
             del self.text.to_out
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Image tokens x [B, N, D] and text tokens c [B, T, D] -> the same (c: None without output)."""
+        """x [B, N, D] and c [B, T, D] -> the new x and the new c (None if text_output is False)."""
         pairs = zip(self.image.qkv(x), self.text.qkv(c))
         q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                            # [B, H, N + T, D/H]
         both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")                    # [B, N + T, D]

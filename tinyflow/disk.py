@@ -7,6 +7,7 @@ for it, and a folder in use is locked.
 import contextlib
 import errno
 import io
+import json
 import os
 from itertools import chain, count
 from pathlib import Path
@@ -40,6 +41,18 @@ def read_text(path: str | Path, largest: float = LARGEST_TEXT) -> str:
     if "\0" in text:
         raise InputError(f"{path}: it holds null characters; save it as a text in UTF-8")
     return text
+
+
+def read_json(path: str | Path, advice: str) -> dict:
+    """A file's JSON object. Raises InputError if it is damaged; advice: what to do then."""
+    text = read_text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: damaged; {advice}")
+    return found
 
 
 def free_name(path: Path) -> Path:

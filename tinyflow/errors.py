@@ -1,11 +1,8 @@
-"""Errors for people: what was wrong, where, and what to do. Anything that a user can cause raises InputError.
-
-Read next: terminal.py, where a command turns it into one line.
-"""
+"""InputError is an error that the user can correct. terminal.py prints its message on one line."""
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message says what, where, and what to do."""
+    """The message says what is wrong, where, and what to do."""
 
 
 def shown(text: str, most: int = 60) -> str:
@@ -14,7 +11,7 @@ def shown(text: str, most: int = 60) -> str:
     return repr(text if len(text) <= most else f"{text[:most - 15]} ... {text[-10:]}")
 
 
-def listing(items: list[str], most: int = 6) -> str:
-    """Many complaints on one line: the first few, in order, and how many more there are."""
-    more = f"; and {len(items) - most} more" if len(items) > most else ""
-    return "; ".join(sorted(items)[:most]) + more
+def listing(messages: list[str], most: int = 6) -> str:
+    """Joins the first few messages, sorted, and says how many more there are."""
+    more = f"; and {len(messages) - most} more" if len(messages) > most else ""
+    return "; ".join(sorted(messages)[:most]) + more

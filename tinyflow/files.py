@@ -1,4 +1,4 @@
-"""Files, read and written in one way: under another name first, and then renamed, so whole or not at all."""
+"""Writing files: under a temporary name first, then renamed, so that no file is ever half written."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from tinyflow.errors import InputError
 
 
 def ordinary_file(path: str | Path) -> Path:
-    """The path of a file that can be read to its end. Raises InputError if it is missing or another thing."""
+    """Returns the path if it is an ordinary file. Raises InputError if it is missing, or another thing."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
@@ -19,20 +19,20 @@ def ordinary_file(path: str | Path) -> Path:
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes beside the file and renames: a reader finds the old file or the new one, never half of one.
+    """Writes a temporary file in the same folder and renames it: a reader never finds half a file.
 
     Raises: OSError with the file's name, for example when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")      # nobody has taken this name
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")   # a name that no other file has
     try:
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -6,7 +6,8 @@ The convention of the whole project: t = 0 is data, t = 1 is noise.
     v   = x_1 - x_0                                   (Eq. 2)     its velocity, which the model learns
     L   = E || v_theta(x_t, t | y) - v ||^2           (Eq. 3)     the flow-matching loss
 
-Sampling starts from noise at t = 1 and integrates dx/dt = v_theta down to t = 0. Read next: attention.py.
+theta are the model's weights, y is the text, and E is the mean over data, noise and times. Sampling starts
+from noise at t = 1 and integrates dx/dt = v_theta down to t = 0. Read next: attention.py.
 """
 
 from typing import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, ...], to multiply with x [B, ...]."""
+    """Reshapes t [B] to [B, 1, 1, ...], so that it multiplies x [B, ...]."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -32,12 +33,12 @@ def velocity_target(x_0: Tensor, x_1: Tensor) -> Tensor:
 
 
 def predict_x_0(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """The data that a velocity points at: x_0 = x_t - t v, by Eq. 1 and 2."""
+    """The data x_0 that follows from x_t and a velocity v: x_0 = x_t - t v (Eq. 1 and 2)."""
     return x_t - expand(t, x_t) * v
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Moves times toward noise: t -> s t / (1 + (s - 1) t). Large pictures need a large s; 1 is no shift."""
+    """Moves times toward 1 (noise): t becomes s t / (1 + (s - 1) t), s = shift. s = 1 changes nothing."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -47,31 +48,30 @@ def sample_times(count: int, shift: float = 1.0, generator: torch.Generator | No
 
 
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error, in fp32: the expectation in Eq. 3 and Eq. 14, a mean over batch and pixels.
+    """Mean squared error in fp32, over batch, channels and positions. It estimates the E of Eq. 3.
 
-    weight: [B, 1, H, W], 0 or more: what each pixel of [B, C, H, W] counts in the mean. By default all alike.
+    weight: [B, 1, H, W], not negative: the weight of each position. None: all weights are equal.
     """
     error = (prediction.float() - target.float()).square()
     return error.mean() if weight is None else (weight * error).mean() / weight.mean()
 
 
 def guide(v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: extrapolates from the empty text's prediction. 1 changes nothing."""
+    """Classifier-free guidance: v_null plus guidance times (v_text - v_null). guidance = 1 gives v_text."""
     return v_null + guidance * (v_text - v_null)
 
 
 def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """x_1 [len(seeds), *shape]. Each sample has its own generator, so no other sample changes its noise."""
+    """Noise x_1 [len(seeds), *shape]. Row i depends on seeds[i] alone, not on the size of the batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
-    """The times from 1 down to 0 at which the sampler stops, steps + 1 of them.
+    """The steps + 1 times of the sampler, from 1 down to 0.
 
-    Args:
-        last: the last time that is not 0, unshifted. By default the times are evenly spaced. The public
-            sampler of SD3 has 0.002994 here, so its last step is very short.
+    last: the smallest time above 0, before the shift. None: 1 / steps (even steps before the shift). SD3's
+        published sampler uses 0.002994, so its last step is very short.
     """
     last = 1 / steps if last is None else last
     times = torch.linspace(1, last, steps, dtype=torch.float64)
@@ -80,10 +80,12 @@ def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) ->
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, shift: float = 1.0,
           last: float | None = None) -> Iterator[tuple[float, Tensor]]:
-    """Integrates dx/dt = velocity(x, t), x [B, ...] and t [B], from the noise x at t = 1 down to 0 in `steps`
-    Euler steps; yields (t, x) after each. shift, last: see sampling_times.
+    """Integrates dx/dt = velocity(x, t) from t = 1 to t = 0 in Euler steps; yields (t, x) after each.
+
+    x: noise [B, ...]. velocity: gets x [B, ...] and t [B]. shift, last: see sampling_times.
     """
     times = sampling_times(steps, shift, last)
     for t, t_next in zip(times, times[1:]):
+        # t_next < t: each step moves x toward the data
         x = x + (t_next - t) * velocity(x, torch.full((len(x),), t, device=x.device))
         yield t_next, x

@@ -1,10 +1,10 @@
 """MMDiT: the transformer that predicts the velocity v(x_t, t | text).
 
-One class, two sizes: the tiny model of the picture-book world and Stable Diffusion 3.5 Medium are two
-`MMDiTConfig`s of it. An image stream and a text stream run side by side through `depth` blocks; each has
-its own weights, and they meet in one joint attention per block. Time and the pooled text modulate every
-block (adaLN). The `visit` argument of `MMDiT.forward` is the place at which a concept enters
-(purecc_min/branch.py). Read next: text.py.
+One class, two sizes: the defaults of `MMDiTConfig` are the tiny model's, and sd3/load.py has those of Stable
+Diffusion 3.5 Medium. Each of the `depth` blocks has separate weights for image and text tokens; one joint
+attention mixes both. Time and the pooled text vector (text.py) give each block its shifts, scales and gates
+(adaLN). The function `visit` can replace how a block runs; purecc_min/branch.py uses it to insert a concept.
+Read next: text.py.
 """
 
 import math
@@ -31,8 +31,8 @@ class MMDiTConfig:
     heads: int = 4
     context_width: int = 128                     # of the text encoder's hidden states
     pooled_width: int = 128                      # of the text encoder's pooled vector
-    max_grid: int = 8                            # positions are known for max_grid x max_grid patches
-    base_grid: int = 8                           # the grid on which a patch is one position
+    max_grid: int = 8                            # the largest input has max_grid x max_grid patches
+    base_grid: int = 8                           # neighbouring positions are base_grid / max_grid apart
     qk_norm: bool = True
     dual_attention_layers: tuple[int, ...] = ()  # blocks whose image stream attends to itself a second time
 
@@ -48,14 +48,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def time_features(t: Tensor, width: int = 256) -> Tensor:
-    """Sinusoidal features of t in [0, 1], read as 0..1000: [B] -> [B, width], cosines first."""
+    """Sinusoidal features of 1000 t, for t in [0, 1]: [B] -> [B, width], cosines first."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = 1000 * t.float()[:, None] * frequencies                                    # [B, width/2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                              # [B, width]
 
 
 def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
-    """2-D sin-cos positions [max_grid, max_grid, width]. Half of the channels tell x, the other half y."""
+    """2-D sin-cos positions [G, G, width], G = max_grid. The first half of the channels encodes x, then y."""
     place = torch.arange(max_grid, dtype=torch.float64) * base_grid / max_grid
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = place[:, None] * frequencies                                               # [G, width/4]
@@ -65,7 +65,7 @@ def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
 
 
 class AdaLN(nn.Module):
-    """Time-and-text vector [B, D] -> `count` tensors [B, 1, D]: shift, scale and gate of each sublayer."""
+    """Maps vec [B, D] to `count` tensors [B, 1, D]: a shift, a scale and mostly a gate per sublayer."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -93,6 +93,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool, last: bool):
         super().__init__()
+        # 3 per sublayer: shift, scale, gate. The last text stream needs one shift and one scale.
         self.image_adaln = AdaLN(width, 9 if dual else 6)
         self.text_adaln = AdaLN(width, 2 if last else 6)
         self.attention = JointAttention(width, heads, qk_norm, text_output=not last)
@@ -107,7 +108,7 @@ class Block(nn.Module):
 
         x_out, c_out = self.attention(modulate(x, shift, scale), modulate(c, c_shift, c_scale))
         x_attended = x + gate * x_out
-        if self.attention2 is not None:          # it sees the same x as the first attention
+        if self.attention2 is not None:          # it reads x, too, and not x_attended
             dual_shift, dual_scale, dual_gate = dual
             x_attended = x_attended + dual_gate * self.attention2(modulate(x, dual_shift, dual_scale))
         x = x_attended + mlp_gate * self.image_mlp(modulate(x_attended, mlp_shift, mlp_scale))  # [B, N, D]
@@ -119,12 +120,12 @@ class Block(nn.Module):
         return x, c + mlp_gate * self.text_mlp(modulate(c, mlp_shift, mlp_scale))       # [B, T, D]
 
 
-# (l, block l, x, c, vec) -> (x, c): computes a block in the caller's way
+# visit(l, block, x, c, vec) runs block l and returns (x, c)
 Visit = Callable[[int, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class MMDiT(nn.Module):
-    """v(x_t, t | context, pooled).
+    """The transformer. It predicts the velocity v(x_t, t | context, pooled).
 
     Raises: ValueError when a picture does not divide into patches or exceeds the grid of positions.
     """
@@ -133,7 +134,7 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig = MMDiTConfig()):
         super().__init__()
         self.config, width = config, config.width
-        self.checkpointing = False               # True: the backward pass computes blocks again
+        self.checkpointing = False               # True: the backward pass recomputes blocks (less memory)
         self.patch_embedder = nn.Conv2d(config.channels, width, config.patch, stride=config.patch)
         self.time_embedder = MLP(256, width, width, F.silu)
         self.pooled_embedder = MLP(config.pooled_width, width, width, F.silu)
@@ -149,8 +150,8 @@ class MMDiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Weights Xavier-uniform, embedder MLPs normal(0.02), biases zero. Every adaLN and the final layer
-        start at zero, so a block begins as the identity, and the model as v = 0.
+        """Linear and convolution weights: Xavier. Embedder MLPs: normal, std 0.02. Biases: zero. Every adaLN
+        and the final layer start at 0, so each block first returns its input, and the model v = 0.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaln" in name or "final_linear" in name:
@@ -158,7 +159,7 @@ class MMDiT(nn.Module):
             elif "time_embedder" in name or "pooled_embedder" in name:
                 nn.init.normal_(parameter, std=0.02)
             elif parameter.ndim > 1:             # the others are the norms' weights, which stay at one
-                nn.init.xavier_uniform_(parameter.flatten(1))
+                nn.init.xavier_uniform_(parameter.flatten(1))    # a view: this writes into the parameter
 
     def cropped_positions(self, rows: int, columns: int) -> Tensor:
         grid = self.config.max_grid
@@ -170,11 +171,12 @@ class MMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,
                 visit: Visit | None = None) -> Tensor:
         """Args:
-            x: [B, C, H, W] noisy pictures x_t.
+            x: [B, C, H, W] noisy latents x_t.
             t: [B] times in [0, 1]; 0 is data, 1 is noise.
-            context: [B, T, context_width] text tokens. pooled: [B, pooled_width].
-            visit: called as visit(l, block, x, c, vec) in place of block l = 0..depth-1; returns what the
-                block returns. It may change the text tokens c first, or adapt the block while it runs.
+            context: [B, T, context_width] text tokens.
+            pooled: [B, pooled_width].
+            visit: called as visit(l, block, x, c, vec) in place of block(x, c, vec), l = 0..depth-1; returns
+                (x, c). It may first change c, or attach adapters to the block.
         Returns: velocity [B, C, H, W].
         """
         patch = self.config.patch
@@ -190,11 +192,11 @@ class MMDiT(nn.Module):
         vec = vec + self.pooled_embedder(pooled)
 
         for l, block in enumerate(self.blocks):
-            step = block if visit is None else partial(visit, l, block)
+            run_block = block if visit is None else partial(visit, l, block)
             if self.checkpointing and torch.is_grad_enabled():
-                x, c = checkpoint(step, x, c, vec, use_reentrant=False)
+                x, c = checkpoint(run_block, x, c, vec, use_reentrant=False)
             else:
-                x, c = step(x, c, vec)
+                x, c = run_block(x, c, vec)
 
         shift, scale = self.final_adaln(vec)
         x = self.final_linear(modulate(x, shift, scale))                                # [B, N, p*p*C]

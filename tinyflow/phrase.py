@@ -1,11 +1,11 @@
-"""A placeholder and its phrase: which words of a text speak of "[V]".
+"""Finds the placeholders of a text, and for each its phrase: the words that describe it.
 
-A placeholder such as "[V]" is encoded as its stand-in, the word or words that are written in its place. Its
-PHRASE goes from the placeholder to the end of its clause: "a big [V] robot on the left | and a small robot".
-A clause ends before "and", "next to" or "beside", at a comma, a semicolon or a full stop, and before the next
-placeholder. In a list that "with" opens, commas and "and" do not end it; the list itself ends at its next
-"on", "in" or "at". Where this is wrong, braces say it: "{a [V] robot with a hat} and a robot". The phrase of
-a style is all words that stand in no other phrase. Read next: tokenizer.py.
+A stand-in replaces each placeholder: with {"[V]": "robot"}, "a [V] robot" becomes "a robot robot". The phrase
+goes from the placeholder to the end of its clause: in "a big [V] robot on the left and a small robot" it is
+"[V] robot on the left". A clause ends before "and", "next to" or "beside", at a comma, a semicolon or a full
+stop, and before the next placeholder. In a list after "with", commas and "and" do not end it; the list ends
+at "on", "in" or "at". If this rule fails, write braces: "{a [V] robot with a hat} and a robot". The phrase of
+a style is every word outside the other phrases. Read next: tokenizer.py.
 """
 
 import re
@@ -15,64 +15,67 @@ from torch import Tensor
 
 from tinyflow.errors import InputError, shown
 
-LETTER = "(?:[^\\W_]|[\u0300-\u036f])"           # a letter or a digit, or an accent that belongs to one
-MARK = re.compile(r"(?<![\w-])(?:with|and|next\s+to|beside|on|in|at)(?![\w-])|[,;.](?!\d)", re.IGNORECASE)
+LETTER = "(?:[^\\W_]|[\u0300-\u036f])"           # a letter, a digit or a combining accent
+# a comma or full stop before a digit ends nothing: "1,000", "v1.5"
+CLAUSE_WORD = re.compile(r"(?<![\w-])(?:with|and|next\s+to|beside|on|in|at)(?![\w-])|[,;.](?!\d)",
+                         re.IGNORECASE)
 
 
 class Tokens(NamedTuple):
-    """Texts as a tokenizer reads them, one a row."""
+    """Tokenized texts, one per row."""
     ids: Tensor                                  # [B, T] integers
-    slots: Tensor                                # [B, T] n at the last token of the n-th placeholder, else 0
-    phrases: Tensor                              # [B, T] n at the tokens of its phrase, else 0
+    slots: Tensor                                # [B, T] n at the last token of stand-in n, else 0
+    phrases: Tensor                              # [B, T] n at the tokens of phrase n, else 0
 
 
 class Written(NamedTuple):
-    """A text with stand-ins in the place of placeholders. n counts the placeholders from 1."""
+    """A text with stand-ins. n is a placeholder's place in `stand_ins`, from 1; not its order in the text."""
     text: str
-    slots: list[tuple[int, int]]                 # (n, the character at which its stand-in stops)
-    phrases: list[tuple[int, int, int]]          # (n, the characters from which and to which its phrase goes)
+    slots: list[tuple[int, int]]                 # (n, index of the character after its stand-in)
+    phrases: list[tuple[int, int, int]]          # (n, first character, character after the last)
 
 
 def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...] = ()) -> Written:
-    """Writes stand-ins in the place of placeholders, and finds the phrase of each.
+    """Replaces placeholders by stand-ins, and finds the phrase of each.
 
-    A placeholder counts only as a word of its own: "[V]'s" holds one, and the "dog" of "hotdog" is none.
-    Braces count only in a text with a placeholder that does not merely stand for itself.
+    A placeholder must be a word of its own: "[V]'s" has one, but "hotdog" does not contain "dog". Braces have
+    a meaning only if some placeholder in the text differs from its stand-in.
 
     Args:
-        stand_ins: placeholder -> what is encoded in its place, e.g. {"[V]": "teddy bear"}.
-        styles: those of the placeholders that are styles.
-    Raises: InputError for an empty placeholder or stand-in, for a placeholder glued to its neighbour, for
+        stand_ins: placeholder -> the words that replace it, e.g. {"[V]": "teddy bear"}.
+        styles: the placeholders that name a style, not a thing.
+    Raises: InputError for an empty placeholder or stand-in, for a placeholder that touches another word, for
         braces that do not enclose one placeholder each, and for two styles in one text.
     """
-    parts = split_at(text, stand_ins)            # text, mark, text, mark, ..., text
-    named = any(stand_ins.get(part, part) != part for part in parts[1::2])
-    written, slots, phrases, begun, wrong = parts[0], [], [], None, False
-    for mark, following in zip(parts[1::2], parts[2::2]):
-        here = len(written)
-        if mark in stand_ins:
-            n = list(stand_ins).index(mark) + 1
-            written += stand_ins[mark]
+    parts = split_at(text, stand_ins)
+    any_replaced = any(stand_ins.get(piece, piece) != piece for piece in parts[1::2])
+    written, slots, phrases, brace_start, bad_braces = parts[0], [], [], None, False
+    for piece, following in zip(parts[1::2], parts[2::2]):
+        start = len(written)
+        if piece in stand_ins:
+            n = list(stand_ins).index(piece) + 1
+            written += stand_ins[piece]
             slots.append((n, len(written)))
-            if begun is None and mark not in styles:
-                phrases.append((n, here, len(written) + clause_end(following, stand_ins[mark])))
-        elif not named:
-            written += mark
-        elif mark == "{" and begun is None:
-            begun, before = here, len(slots)
-        elif mark == "}" and begun is not None and len(slots) == before + 1:
-            phrases.append((slots[-1][0], begun, here))
-            begun = None
+            if brace_start is None and piece not in styles:
+                phrases.append((n, start, len(written) + clause_end(following, stand_ins[piece])))
+        elif not any_replaced:
+            written += piece
+        elif piece == "{" and brace_start is None:
+            brace_start, slots_before = start, len(slots)
+        elif piece == "}" and brace_start is not None and len(slots) == slots_before + 1:
+            phrases.append((slots[-1][0], brace_start, start))
+            brace_start = None
         else:
-            wrong = True
+            bad_braces = True
         written += following
-    if wrong or begun is not None:
-        raise InputError(f"the braces in {shown(text)} do not enclose one placeholder each, as in "
-                         "'{a [V] robot on the left} and a robot'; mend them or leave them out")
+    if bad_braces or brace_start is not None:
+        raise InputError(f"the braces in {shown(text)} do not enclose one placeholder each; write them as in "
+                         "'{a [V] robot on the left} and a robot', or leave them out")
 
-    style = {n for n, _ in slots} - {n for n, _, _ in phrases}
+    style = {n for n, _ in slots} - {n for n, _, _ in phrases}       # only a style has no phrase yet
     if len(style) > 1:
-        raise InputError(f"two styles in {shown(text)}: each would speak of all its words; name one of them")
+        raise InputError(f"two styles in {shown(text)}, but a text can have only one; remove one of them")
+    # a style's phrase is made of the gaps between the phrases
     edges = [0, *(edge for span in sorted(row[1:] for row in phrases) for edge in span), len(written)]
     gaps = [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
     return Written(written, slots, phrases + [(n, *gap) for n in style for gap in gaps])
@@ -82,26 +85,27 @@ def split_at(text: str, stand_ins: dict[str, str]) -> list[str]:
     """The text, cut at placeholders and braces: text, mark, text, mark, ..., text."""
     for placeholder, stand_in in stand_ins.items():
         if not placeholder.strip() or not re.search(LETTER, stand_in):
-            raise InputError(f"the placeholder {placeholder!r} with the stand-in {stand_in!r}: "
-                             "both must be written, the stand-in as a word")
+            raise InputError(f"the placeholder {placeholder!r} must be written, and its stand-in "
+                             f"{stand_in!r} must have a letter or a digit")
     if not stand_ins:
         return [text]
     longest_first = sorted(stand_ins, key=len, reverse=True)
     any_of_them = "|".join(map(re.escape, longest_first))
     parts = re.split(f"((?<!{LETTER})(?:{any_of_them})(?!{LETTER}|{any_of_them})|[{{}}])", text)
     for placeholder in longest_first:
-        is_word = placeholder[0].isalnum() and placeholder[-1].isalnum()     # may be part of a longer word
+        is_word = placeholder[0].isalnum() and placeholder[-1].isalnum()     # "dog" may be in "hotdog"
         if not is_word and any(placeholder in part for part in parts[::2]):
-            raise InputError(f"the placeholder {placeholder!r} is glued to its neighbour in "
+            raise InputError(f"the placeholder {placeholder!r} is glued to another word in "
                              f"{shown(text)}; write it as a word of its own")
     return parts
 
 
 def clause_end(following: str, stand_in: str) -> int:
-    """How many characters of what follows a placeholder still speak of it: its class word and its clause."""
+    """The number of characters of `following` that belong to the placeholder's phrase."""
+    # the class word may itself contain "and", so the search starts after it
     noun = re.match(rf"\s*{re.escape(stand_in)}", following, re.IGNORECASE)
     in_list = False
-    for mark in MARK.finditer(following, noun.end() if noun else 0):
+    for mark in CLAUSE_WORD.finditer(following, noun.end() if noun else 0):
         word = mark[0].lower()
         if word == "with":
             in_list = True

@@ -1,11 +1,13 @@
-"""The pipeline: tokenizer, text encoder, MMDiT and codec behind four calls.
+"""The pipeline joins tokenizer, text encoder, MMDiT and codec. Its methods:
 
     encode_text     texts -> Text(context, pooled, slots, phrases)
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
 
-`sample` draws pictures with them. The flow runs on latents, which the codec makes of pictures. Where one is
-made: picturebook/model.py (tiny), sd3/load.py (public weights). Read next: purecc_min/concept.py.
+    sample          texts -> x_0, from noise
+
+The model works on latents, which the codec encodes pictures as: x is always latents. Pipelines are made in
+picturebook/model.py (tiny) and sd3/load.py (public weights). Read next: picturebook/model.py.
 """
 
 from dataclasses import dataclass, fields
@@ -24,11 +26,11 @@ from tinyflow.vae import VAE
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded texts, one a row. What slots and phrases are, phrase.py says."""
+    """Encoded texts, one per row. phrase.py explains slots and phrases."""
     context: Tensor                              # [B, T, context_width]
     pooled: Tensor                               # [B, pooled_width]
-    slots: Tensor                                # [B, T] n where the n-th placeholder stands, else 0
-    phrases: Tensor                              # [B, T] n at the tokens of its phrase, else 0
+    slots: Tensor                                # [B, T] n at the last token of stand-in n, else 0
+    phrases: Tensor                              # [B, T] n at the tokens of phrase n, else 0
 
     def __getitem__(self, rows) -> "Text":
         return Text(*(getattr(self, part.name)[rows] for part in fields(Text)))
@@ -42,13 +44,13 @@ Velocity = Callable[[Tensor, Tensor, Text], Tensor]      # v_theta: (x_t, t, tex
 
 
 def in_one_batch(theta: Velocity, x_t: Tensor, t: Tensor, *texts: Text) -> tuple[Tensor, ...]:
-    """theta(x_t, t, text) for each text, as one larger batch, which is faster than one after the other."""
-    x_t, t = (torch.cat([same] * len(texts)) for same in (x_t, t))
+    """Calls theta once, with all texts in one batch; returns one velocity per text."""
+    x_t, t = (torch.cat([part] * len(texts)) for part in (x_t, t))
     return theta(x_t, t, Text.cat(list(texts))).chunk(len(texts))
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1], as a codec takes them."""
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1], the codec's input."""
     return rearrange(torch.tensor(np.asarray(pictures)), "b h w c -> b c h w") / 127.5 - 1
 
 
@@ -59,11 +61,12 @@ def to_pictures(pixels: Tensor) -> np.ndarray:
 
 
 class Pipeline(nn.Module):
-    """A text-to-image model: everything that a prompt needs to become a picture.
+    """A text-to-image model: tokenizer, text encoder, MMDiT and codec.
 
     Args:
-        picture_size: pixels a side. shift, last_time: of the times in training and sampling (flow.py).
-        guidance: the classifier-free guidance that suits the model.
+        picture_size: side in pixels.
+        shift, last_time: shift and last of flow.sampling_times.
+        guidance: the default strength of classifier-free guidance.
     """
 
     def __init__(self, tokenizer, encoder: nn.Module, mmdit: MMDiT, codec: VAE, picture_size: int,
@@ -81,7 +84,7 @@ class Pipeline(nn.Module):
 
     def encode_text(self, texts: list[str], stand_ins: dict[str, str] | None = None,
                     styles: tuple[str, ...] = ()) -> Text:
-        """stand_ins: placeholder -> the word that the encoder reads there. styles: those that are styles."""
+        """stand_ins: placeholder -> the word that replaces it. styles: the placeholders that name a style."""
         tokens = self.tokenizer(texts, stand_ins, styles)
         context, pooled = self.encoder(tokens.ids.to(self.device))
         return Text(context, pooled, tokens.slots.to(self.device), tokens.phrases.to(self.device))
@@ -95,7 +98,7 @@ class Pipeline(nn.Module):
     def encode_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 [B, H, W, 3] -> x_0 [B, C, H / factor, W / factor]."""
         pixels = to_pixels(pictures).to(self.device)
-        return torch.cat([self.codec.encode(pixel[None]) for pixel in pixels])   # one by one, to save memory
+        return torch.cat([self.codec.encode(picture[None]) for picture in pixels])   # to save memory
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
@@ -110,12 +113,13 @@ class Pipeline(nn.Module):
     def sample(self, text: Text, seeds: list[int], steps: int = 28, guidance: float | None = None,
                theta: Velocity | None = None, theta_null: Velocity | None = None,
                negative: str = "") -> Tensor:
-        """Draws a picture for each row of `text`: x_0 [B, C, H, W]. Row i starts from the noise of seeds[i].
+        """Samples latents x_0 [B, C, H, W], one per row of text. Row i starts from the noise of seeds[i].
 
         Args:
-            guidance: by default the pipeline's own. theta: the velocity to follow, by default `velocity`.
-            theta_null: the velocity that answers guidance's empty text, by default theta.
-            negative: a text in its place, which says what should not be there.
+            guidance: None: the pipeline's own.
+            theta: the velocity function; None: self.velocity.
+            theta_null: the velocity function for guidance's empty text; None: theta.
+            negative: a text that replaces the empty text; guidance moves the picture away from it.
         """
         guidance = self.guidance if guidance is None else guidance
         theta = theta or self.velocity

@@ -1,6 +1,7 @@
 """Contact sheets: rows of small pictures with labels, in one image to look at."""
 
 import textwrap
+from typing import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +17,7 @@ def enlarge(picture: np.ndarray, side: int) -> Image.Image:
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, list[str]]],
-          side: int = 128, notes: list[str] = ()) -> Image.Image:
+          side: int = 128, notes: Sequence[str] = ()) -> Image.Image:
     """Args:
         rows: (label, pictures), from top to bottom; the pictures are uint8 [H, W, 3] of any size.
         headings: (row, texts), a line of texts above that row, one for each of its pictures.

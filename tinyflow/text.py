@@ -1,9 +1,9 @@
 """The text encoder: a CLIP-style causal transformer.
 
-It gives a model two things: the hidden states before the last layer, one vector a token (the `context`,
-which joins the text stream of the MMDiT), and the final state at the end-of-text token, projected (the
-`pooled` vector, which modulates every block). In the tiny world it is trained together with the MMDiT.
-CLIP-L and CLIP-G, two of SD3.5's encoders, are two more `TextConfig`s. Read next: tokenizer.py.
+It returns two tensors. `context` is the input of the last layer, one vector per token; it becomes the MMDiT's
+text tokens. `pooled` is the final state at the end-of-text token, projected; it modulates every block. The
+tiny model's text encoder is trained together with its MMDiT. CLIP-L and CLIP-G, two of SD3.5's text encoders,
+are this class with other configurations. Read next: phrase.py.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from tinyflow.attention import attention
 class TextConfig:
     """The defaults are the tiny encoder."""
     vocabulary_size: int
-    length: int = 16
+    length: int = 16                             # tokens per text
     width: int = 128
     depth: int = 3
     heads: int = 4
-    hidden: int = 512
+    hidden: int = 512                            # width inside each layer's MLP
     pooled_width: int | None = 128               # None: the pooled state is not projected
-    end: int = 1                                 # the end-of-text token's id; its first position is pooled
+    end: int = 1                                 # end-of-text id; pooled is the state at its first place
     activation: str = "gelu"                     # or "quick_gelu"
 
 
@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)              # [B, T, D]
         for layer in self.layers:
-            context, x = x, layer(x)             # in the end, context is the state before the last layer
+            context, x = x, layer(x)             # after the loop, context is the input of the last layer
         first_end = (ids == self.config.end).int().argmax(dim=1)                        # [B]
         pooled = self.final_norm(x)[torch.arange(len(ids), device=ids.device), first_end]
         return context, self.projection(pooled)                                         # [B, T, D], [B, P]

@@ -1,8 +1,8 @@
 """The tokenizer of the tiny world: one word, one id.
 
-A placeholder such as "[V]" is encoded as an ordinary word that stands in for it. The position that it takes,
-its slot, and the positions of its phrase are reported, so that a concept can act there later. A word that the
-world does not know is an error that names it. Read next: pipeline.py.
+A stand-in word replaces a placeholder such as "[V]". Its position (the slot) and those of its phrase are
+returned, so that a concept can act there later. An unknown word raises an InputError that names the word.
+Read next: vae.py.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from tinyflow.phrase import Tokens, write_stand_ins
 
 
 class WordTokenizer:
-    """Ids: 0 starts a text, 1 ends it and pads it, the words of `vocabulary` follow in their order."""
+    """Ids: 0 is the start, 1 the end and the padding, 2, 3, ... are the words of `vocabulary` in order."""
 
     start, end = 0, 1
 
@@ -30,10 +30,10 @@ class WordTokenizer:
     def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
                  styles: tuple[str, ...] = ()) -> Tokens:
         """Args:
-            stand_ins: placeholder -> the known word that is encoded in its place, e.g. {"[V]": "robot"}.
-            styles: those of the placeholders that are styles.
+            stand_ins: placeholder -> the vocabulary word that replaces it, e.g. {"[V]": "robot"}.
+            styles: the placeholders that name a style, not a thing.
         Raises: InputError for an unknown word (with the nearest known ones), for a text that is too long, and
-            as write_stand_ins does.
+            for the causes that write_stand_ins lists.
         """
         tokens = Tokens(*(torch.zeros(len(texts), self.length, dtype=torch.long) for _ in Tokens._fields))
         for row, text in enumerate(texts):
@@ -54,7 +54,7 @@ class WordTokenizer:
         known = self.ids.get(word.lower())
         if known is None:
             near = difflib.get_close_matches(word.lower()[:40], self.ids, n=3)
-            advice = f"did you mean {' or '.join(near)}?" if near else "python -m purecc_min words lists them"
+            advice = f"did you mean {' or '.join(near)}?" if near else "see python -m purecc_min words"
             raise InputError(f"the tiny model does not know the word {shown(word)} in {shown(text)}; "
                              f"{advice}")
         return known

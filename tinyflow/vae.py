@@ -1,9 +1,9 @@
-"""SD3's autoencoder: from pictures to latents that are `factor` times less wide and high, and back.
+"""SD3's autoencoder: it encodes pictures as latents with sides `factor` times shorter, and decodes them.
 
-Encoder and decoder mirror each other: levels of residual blocks, each at half (or twice) the resolution of
-the level before. At the coarsest resolution every place also attends to every other place. The encoder
-describes a normal distribution for each latent, of which we take the mean. Latents are then shifted and
-scaled to about unit variance, and this is what the MMDiT sees. Read next: pipeline.py.
+Each level of the encoder halves the resolution, and each level of the decoder doubles it (but for the last).
+At the coarsest resolution, self-attention connects all positions. The encoder outputs a mean and a
+log-variance per latent value; we use the mean. The MMDiT gets latents that are shifted and scaled to about
+unit variance. In shapes, f is the factor and L the latent channels. Read next: pipeline.py.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from tinyflow.errors import InputError
 @dataclass(frozen=True)
 class VAEConfig:
     """The defaults are those of SD3's autoencoder."""
-    channels: tuple[int, ...] = (128, 256, 512, 512)     # of the levels, the finest first
-    layers: int = 2                              # residual blocks in a level; in the decoder, one more
+    channels: tuple[int, ...] = (128, 256, 512, 512)     # per level, the finest first
+    layers: int = 2                              # residual blocks per level; the decoder has one more
     latent_channels: int = 16
     groups: int = 32                             # of every GroupNorm
     scale: float = 1.5305                        # latent = (mean - shift) * scale
@@ -30,7 +30,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels a latent covers along each side."""
+        """The side, in pixels, of the square that one latent position covers."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -52,8 +52,8 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h                                                    # [B, C, H, W]
 
 
-class Attention(SelfAttention):
-    """Every place attends to every place, with a single head."""
+class SpatialAttention(SelfAttention):
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1, qk_norm=False)
@@ -75,7 +75,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the resolution: every value is written four times, then a convolution smooths them."""
+    """Doubles the resolution: copies each value to 2 x 2 positions, then applies a convolution."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
@@ -100,24 +100,24 @@ class Level(nn.Module):
 def levels(channels: tuple[int, ...], layers: int, groups: int, resample: type[nn.Module]) -> nn.Sequential:
     """One level for each entry of `channels`, in the order in which they are applied."""
     channels_in = (channels[0], *channels)
-    steps = [*map(resample, channels[:-1]), nn.Identity()]       # no step behind the last level
+    steps = [*map(resample, channels[:-1]), nn.Identity()]       # the last level keeps the resolution
     return nn.Sequential(*(Level(before, after, layers, groups, step)
                            for before, after, step in zip(channels_in, channels, steps)))
 
 
-class Half(nn.Module):
-    """The encoder or the decoder, but for its levels: a convolution at each end, and the middle."""
+class Ends(nn.Module):
+    """What encoder and decoder share: the first and last convolution, and the middle blocks."""
 
     def __init__(self, channels_in: int, channels: tuple[int, ...], channels_out: int, groups: int):
         super().__init__()
-        coarsest = max(channels[0], channels[-1])
+        coarsest = max(channels)
         self.conv_in = conv(channels_in, channels[0])
-        self.mid = nn.Sequential(ResidualBlock(coarsest, coarsest, groups), Attention(coarsest, groups),
+        self.mid = nn.Sequential(ResidualBlock(coarsest, coarsest, groups), SpatialAttention(coarsest, groups),
                                  ResidualBlock(coarsest, coarsest, groups))
         self.norm_out, self.conv_out = norm(groups, channels[-1]), conv(channels[-1], channels_out)
 
 
-class Encoder(Half):
+class Encoder(Ends):
     def __init__(self, config: VAEConfig):
         mean_and_log_variance = 2 * config.latent_channels
         super().__init__(3, config.channels, mean_and_log_variance, config.groups)
@@ -128,7 +128,7 @@ class Encoder(Half):
         return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*L, H/f, W/f]
 
 
-class Decoder(Half):
+class Decoder(Ends):
     def __init__(self, config: VAEConfig):
         super().__init__(config.latent_channels, config.channels[::-1], 3, config.groups)
         self.up = levels(config.channels[::-1], config.layers + 1, config.groups, Upsample)
@@ -139,7 +139,7 @@ class Decoder(Half):
 
 
 class VAE(nn.Module):
-    """The codec of SD3, as the Pipeline needs it."""
+    """The autoencoder, with the two methods that Pipeline calls."""
 
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
@@ -150,11 +150,11 @@ class VAE(nn.Module):
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]; f must divide the sides."""
         height, width = pictures.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise InputError(f"a picture of {width} x {height} pixels has no latents; "
-                             f"crop or resize it to sides that are multiples of {self.factor}")
+            raise InputError(f"the sides of a picture must be multiples of {self.factor} pixels, not "
+                             f"{width} x {height}; crop or resize it")
         mean, _ = self.encoder(pictures).chunk(2, dim=1)
         return (mean - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, L, H/f, W/f] -> pictures [B, 3, H, W], about in [-1, 1]."""
+        """Latents [B, L, H/f, W/f] -> pictures [B, 3, H, W], roughly in [-1, 1], not clamped."""
         return self.decoder(latents / self.config.scale + self.config.shift)

@@ -1,7 +1,7 @@
-"""Saving and loading tensors: safetensors only, written whole or not at all, checked when read back.
+"""Saving and loading tensors: safetensors only, written whole or not at all, checked when loaded.
 
-Every file of ours says in its metadata what it is (`kind`), how it was made (`facts`), and its SHA-256, so
-a file that is foreign, cut short or damaged ends in one clear error.
+The metadata of our files have a `kind`, `facts` (how the file was made) and a SHA-256. So a file of another
+kind, one that is cut short, and a damaged one end in one clear error.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from tinyflow.files import ordinary_file, write_whole
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and values, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -28,7 +28,7 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def seal(kind: str, tensors: dict[str, Tensor], facts: dict) -> str:
-    """The SHA-256 of a whole file's content."""
+    """The SHA-256 of kind, tensors and facts, which the file stores."""
     return text_hash(json.dumps([kind, tensor_hash(tensors), facts], sort_keys=True))
 
 
@@ -37,16 +37,14 @@ def text_hash(text: str) -> str:
 
 
 def check_finite(path: str | Path, tensors: dict[str, Tensor], advice: str) -> None:
-    """Raises: InputError if a number is infinite or none."""
+    """Raises: InputError if a tensor contains inf or nan."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds numbers that are not finite; {advice}")
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Writes tensors with `facts` (JSON-able). Raises InputError for numbers that are not finite; the file
-    stays as it was.
-    """
+    """Writes tensors with `facts` (JSON-able). Raises InputError for inf or nan; an existing file stays."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(path, tensors, "nothing was saved; try lower learning rates")
     about = json.dumps({"kind": kind, "sha256": seal(kind, tensors, facts), "facts": facts}, sort_keys=True)
@@ -71,7 +69,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     if found != kind:
         raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {found}")
     if not isinstance(about.get("facts"), dict):
-        raise InputError(f"{path}: it says nothing about itself; make it again")
+        raise InputError(f"{path}: the file's metadata have no facts; make it again")
     if about.get("sha256") != seal(kind, tensors, about["facts"]):
         raise InputError(f"{path}: the content does not match the file's SHA-256; it is damaged, "
                          "copy or make it again")
@@ -80,9 +78,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Copies tensors into a module, strictly.
-
-    Raises: InputError that lists what is missing, unexpected or mis-shaped.
+    """Copies tensors into a module. Raises InputError that lists each tensor that is missing, unexpected, or
+    of a wrong shape.
     """
     own = module.state_dict()
     wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]

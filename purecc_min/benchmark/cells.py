@@ -41,7 +41,7 @@ from purecc_min.measure.velocities import TIMES, velocity_error
 from purecc_min.pairs import IMAGINED, imagine
 from purecc_min.registry import is_held
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
-from tinyflow.disk import write_picture
+from tinyflow.disk import read_json, write_picture
 from tinyflow.errors import InputError
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
@@ -74,12 +74,11 @@ def shipped_results() -> dict[str, dict]:
 
 
 def read_result(file: Path) -> dict:
-    """What a run has left. Raises InputError if it cannot be read."""
-    try:
-        result = dict(json.loads(file.read_bytes()))
-        result["recipe"]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{file}: damaged; delete it, and it is run anew") from None
+    """The result file of a cell or a pair. Raises InputError if it cannot be read."""
+    advice = "delete it; the same command makes it again"
+    result = read_json(file, advice)
+    if "recipe" not in result:
+        raise InputError(f"{file}: damaged; {advice}")
     return result
 
 
@@ -187,7 +186,7 @@ def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas
     optimizer, data = optimizer_for(theta, config), setup.masked if method.masked else setup.data
     if method.imagines:
         data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
-    for row in train_steps(loss, thetas, data, config, method.stage, optimizer):
+    for row in train_steps(loss, thetas, data, config, method.stages, optimizer):
         yield row["step"], thetas, loss
 
 
@@ -213,7 +212,7 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
     if method.imagines:
         counted["forward"] += cell.imagined * IMAGINING_STEPS * 2        # guidance asks twice
         before = dict(counted)
-    batch = draw_batch(data, config, method.stage, 0, setup.pipe.shift)
+    batch = draw_batch(data, config, method.stages, 0, setup.pipe.shift)
     loss(Thetas(setup.pipe.velocity, theta_1, theta), batch, config.eta)
     hook.remove()
     own = {name: (before[name] / config.steps + counted[name] - before[name]) / config.batch

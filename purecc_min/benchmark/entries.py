@@ -193,11 +193,6 @@ class Entry(Method):
     beside: tuple[str, ...] = ()                 # methods of MAIN with which the tables compare it
 
     @property
-    def stage(self) -> int:
-        """The stage of Algorithm 1 whose draws it uses: stage 2 follows a frozen extractor."""
-        return 2 if self.extractor else 1
-
-    @property
     def has_theta_1(self) -> bool:
         return self.joint or self.extractor is not None
 
@@ -321,7 +316,7 @@ def start(method: Entry, pipe: Pipeline, data: EncodedConcept, config: TrainConf
     Y starts as a copy of the frozen extractor's Y if there is one, otherwise from the class word; where it is
     added to a word, at zero.
     """
-    generator, Y = generator_for(config.seed, method.stage, step=-1), None
+    generator, Y = generator_for(config.seed, method.stages, step=-1), None
     if method.embeddings:
         Y = class_word_states(pipe, data, generator) if theta_1 is None else theta_1.embeddings.Y.detach()
     if method.whole_model:

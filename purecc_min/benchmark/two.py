@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import markdown
 from purecc_min.branch import Branch, Thetas, velocity_with
 from purecc_min.measure.toy import HELD_OUT
+from purecc_min.sheets import draw_texts
 from tinyflow.disk import write_picture
 from tinyflow.files import write_whole
 from tinyflow.picturebook import world
@@ -41,7 +41,7 @@ NAMES = ("[V1]", "[V2]")
 SAID = world.PLAIN_PARTS - {"colour"}
 KEYS = ("names", "method", "seed", "recipe")     # what tells one result from another
 METHODS = ("lora", "switched-off", "anchor", "paper", "token", "bound", "bound-half", "bound-pairs")
-SEEDS, SCENES, AT_ONCE = 2, 50, 10
+SEEDS, SCENES = 2, 50
 PAIRS = HELD_OUT[:2], HELD_OUT[2:4]
 
 
@@ -112,24 +112,18 @@ def pair_of(names: tuple[str, str]) -> Pair:
     return Pair(setups, scenes)
 
 
-@torch.no_grad()
-def drawn(pair: Pair, method: str, branches: list[Branch], named: tuple[int, ...],
-          count: int | None = None) -> Tensor:
+def draw_pair(pair: Pair, method: str, branches: list[Branch], named: tuple[int, ...],
+              count: int | None = None) -> Tensor:
     """The pair's first scenes with these concepts, pixels [count, 3, H, W]; scene i from the noise of seed i.
 
     named: the numbers of the concepts that the texts name; the adapters of no other are attached.
     """
-    pipe, pictures, texts = pair.setups[0].pipe, [], pair.texts(named)[:count]
-    words, who = {NAMES[n]: pair.setups[n].toy.class_word for n in named}, {}
+    pipe, sampler = pair.setups[0].pipe, {}
     if named:
         theta = partial(velocity_with, [branches[n] for n in named])
-        who = as_sampled(ALL[method], Thetas(pipe.velocity, None, theta))
-    for first in range(0, len(texts), AT_ONCE):
-        rows = texts[first:first + AT_ONCE]
-        text = pipe.encode_text(rows, words)
-        seeds = list(range(first, first + len(rows)))
-        pictures.append(pipe.decode(pipe.sample(text, seeds, FEW_STEPS, **who)))
-    return torch.cat(pictures)
+        sampler = as_sampled(ALL[method], Thetas(pipe.velocity, None, theta))
+    words = {NAMES[n]: pair.setups[n].toy.class_word for n in named}
+    return draw_texts(pipe, pair.texts(named)[:count], words, steps=FEW_STEPS, **sampler)
 
 
 def seen_share(reading: Reading, n: int, traits: dict) -> float:
@@ -155,11 +149,12 @@ def run_two(two: Two, folder: Path) -> dict:
     pair = pair_of(two.names)
     branches, reader = [learned(cell, folder) for cell in two.cells], pair.setups[0].reader
     named = (0, 1) if branches else ()
-    both = pair.perfect() if two.method == "perfect" else drawn(pair, two.method, branches, named)
+    both = pair.perfect() if two.method == "perfect" else draw_pair(pair, two.method, branches, named)
     result = {**two._asdict(), "names": list(two.names), "recipe": two.recipe(),
               "together": [judged(pair, reader(both), n) for n in (0, 1)]}
     if branches:
-        result["alone"] = [judged(pair, reader(drawn(pair, two.method, branches, (n,))), n) for n in (0, 1)]
+        result["alone"] = [judged(pair, reader(draw_pair(pair, two.method, branches, (n,))), n)
+                           for n in (0, 1)]
     strip = np.concatenate(to_pictures(both[:12]), axis=1)
     write_picture((folder / two.file).with_suffix(".png"), Image.fromarray(strip))
     write_whole(folder / two.file, json.dumps(result).encode())

@@ -30,7 +30,7 @@ from purecc_min.measure.draw import FEW_STEPS, PLAIN, UNNAMED, count_pictures, d
 from purecc_min.measure.measures import in_words, measure, table
 from purecc_min.measure.toy import CONCEPTS, FOLDER, Toy
 from purecc_min.registry import METHODS, as_sampled, is_held
-from purecc_min.sheets import Second, Who, draw_sheet, unseen_texts
+from purecc_min.sheets import Samplers, Second, draw_sheet, unseen_texts
 from tinyflow.files import write_whole
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.reader import Reader
@@ -51,21 +51,21 @@ class Assessed(NamedTuple):
         return "\n".join([table(self.measures), "", *self.sentences])
 
 
-def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, drawn: Who) -> Assessed:
+def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, samplers: Samplers) -> Assessed:
     """Draws and measures each method, behind a progress bar.
 
     Where a text without [V] is the base model's by construction, it is not drawn again.
     """
     reader, references = Reader.shipped(), np.stack([r.picture for r in concept.references])
-    count, results = count_pictures(toy) * (len(drawn) + 1) - PLAIN, {}
+    count, results = count_pictures(toy) * (len(samplers) + 1) - PLAIN, {}
     with tqdm(total=count, desc=f"{'drawing':24s}", unit="picture") as bar:
         original = draw_groups(pipe, None, toy, bar, steps=FEW_STEPS)
-        of_original = measure(pipe, reader, None, toy, references, original, original)
-        for name, who in drawn.items():
-            known = {group: original[group] for group in UNNAMED if is_held(METHODS[name])}
-            custom = draw_groups(pipe, toy=toy, bar=bar, steps=FEW_STEPS, known=known, **who)
-            results[name] = measure(pipe, reader, who["theta"], toy, references, original, custom)
-    return Assessed(results, [in_words(name, values, of_original) for name, values in results.items()])
+        original_values = measure(pipe, reader, None, toy, references, original, original)
+        for name, sampler in samplers.items():
+            reused = {group: original[group] for group in UNNAMED if is_held(METHODS[name])}
+            custom = draw_groups(pipe, toy=toy, bar=bar, steps=FEW_STEPS, known=reused, **sampler)
+            results[name] = measure(pipe, reader, sampler["theta"], toy, references, original, custom)
+    return Assessed(results, [in_words(name, values, original_values) for name, values in results.items()])
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -84,9 +84,9 @@ def demo_command(options: argparse.Namespace) -> None:
             for _ in follow(name, training, config.steps, METHODS[name].stages):
                 pass
         branches = {name: load_branch(pipe, out / f"{name}-concept.safetensors")[0] for name in ROWS}
-        drawn = {name: as_sampled(METHODS[name], branches[name], pipe.velocity) for name in ROWS}
-        assessed = assess(pipe, CONCEPTS[ROBOT], concept, drawn)
-        draw_sheet(pipe, concept, drawn, unseen_texts(concept.class_word), out / "comparison.png",
+        samplers = {name: as_sampled(METHODS[name], branches[name], pipe.velocity) for name in ROWS}
+        assessed = assess(pipe, CONCEPTS[ROBOT], concept, samplers)
+        draw_sheet(pipe, concept, samplers, unseen_texts(concept.class_word), out / "comparison.png",
                    assessed.sentences, second_concept(pipe, branches))
         write_whole(out / "results.json", json.dumps(assessed.measures, indent=1).encode())
         write_whole(out / "table.md", f"{assessed.report}\n".encode())
@@ -96,8 +96,8 @@ def demo_command(options: argparse.Namespace) -> None:
 
 def second_concept(pipe: Pipeline, branches: dict[str, Branch]) -> Second:
     """The second concept of the sheet, and each row's model with the adapters of both."""
-    drawn = {}
+    samplers = {}
     for name, branch in branches.items():
         second = load_branch(pipe, LEARNED / f"{SECOND}-{name}.safetensors")[0]
-        drawn[name] = as_sampled(METHODS[name], partial(velocity_with, [branch, second]), pipe.velocity)
-    return Second(CONCEPTS[SECOND].references(), drawn)
+        samplers[name] = as_sampled(METHODS[name], partial(velocity_with, [branch, second]), pipe.velocity)
+    return Second(CONCEPTS[SECOND].references(), samplers)

@@ -23,7 +23,7 @@ from purecc_min.concept_file import load_branch
 from purecc_min.learning import concept_facts, learn
 from purecc_min.pairs import ON_PUBLIC_WEIGHTS, check_has_halves, imagine_resumably
 from purecc_min.registry import METHODS, as_sampled
-from purecc_min.sheets import draw_sheet, unseen_texts
+from purecc_min.sheets import Samplers, draw_sheet, unseen_texts
 from purecc_min.train import TrainConfig
 from tinyflow.disk import read_text, write_picture
 from tinyflow.errors import InputError, shown
@@ -69,28 +69,28 @@ def learn_command(options: argparse.Namespace) -> None:
             if options.samples_every and row["step"] % options.samples_every == 0:
                 own = method if stage == method.stages else method.extractor
                 name = f"{stage}-{row['step']:06d}"
-                drawn = {f"stage {stage}, step {row['step']}": as_sampled(method, theta, pipe.velocity)}
-                draw_sheet(pipe, concept, drawn, texts, out / f"samples-{name}.png")
+                sampler = {f"stage {stage}, step {row['step']}": as_sampled(method, theta, pipe.velocity)}
+                draw_sheet(pipe, concept, sampler, texts, out / f"samples-{name}.png")
                 facts = concept_facts(pipe, concept.class_word, replace(config, steps=row["step"]), own.name,
                                       options.base)
                 theta.save(out / f"concept-{name}.safetensors", facts)
         theta = load_branch(pipe, out / "concept.safetensors")[0]
-        drawn = {method.name: as_sampled(method, theta, pipe.velocity)}
-        draw_sheet(pipe, concept, drawn, texts, out / "comparison.png")
+        sampler = {method.name: as_sampled(method, theta, pipe.velocity)}
+        draw_sheet(pipe, concept, sampler, texts, out / "comparison.png")
         if not model.public:
-            report(pipe, concept, drawn, out)
+            print_measures(pipe, concept, sampler, out)
     print(f"\nlearned: {out}/concept.safetensors; {out}/comparison.png shows it")
 
 
-def report(pipe: Pipeline, concept: ConceptSet, drawn: dict, out: Path) -> None:
-    """Measures a thing whose name the reader knows, prints the table and keeps it; a style has none."""
+def print_measures(pipe: Pipeline, concept: ConceptSet, sampler: Samplers, out: Path) -> None:
+    """Measures the concept, and writes table.md, if the reader network knows its class word (no style)."""
     from purecc_min.commands.demo import assess
     from purecc_min.measure.toy import Toy
 
     if concept.class_word.lower() in OBJECTS:
-        said = assess(pipe, Toy({"object": concept.class_word.lower()}, {}), concept, drawn).report
-        write_whole(out / "table.md", f"{said}\n".encode())
-        print(f"\n{said}")
+        text = assess(pipe, Toy({"object": concept.class_word.lower()}, {}), concept, sampler).report
+        write_whole(out / "table.md", f"{text}\n".encode())
+        print(f"\n{text}")
 
 
 def imagine_for(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, out: Path,

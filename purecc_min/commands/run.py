@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from purecc_min.concept import ConceptSet
 from purecc_min.train import TrainConfig
-from tinyflow.disk import check_place, locked, present, read_text
+from tinyflow.disk import check_place, locked, present, read_json
 from tinyflow.errors import InputError, shown
 from tinyflow.files import write_whole
 
@@ -72,12 +72,13 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
 
 def check_same(run: dict, file: Path) -> None:
     """Raises: InputError if a run.json cannot be read, or is of another run, which may have fewer steps."""
+    advice = "choose another --out or delete the folder"
     try:
-        there = dict(json.loads(read_text(file)))
+        there = read_json(file, advice)
         config = dict(there["config"])
         longer = config["steps"] < run["config"]["steps"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(f"{file}: damaged; choose another --out or delete the folder") from None
+    except (TypeError, KeyError):
+        raise InputError(f"{file}: damaged; {advice}") from None
     wrong = [name for name in ("base", "class_word", "references", "method") if there.get(name) != run[name]]
     wrong += [f"{name}, which is {config.get(name)} there and {value} here"
               for name, value in run["config"].items()

@@ -130,18 +130,27 @@ def diversity(drawn: Drawn) -> Number:
 
 
 # ----------------------------------------- is another thing of the class, beside the concept, left as it is?
-@measure_of("beside another", range=SHARE, perfect=1, needs="traits_beside")
-def beside_another(drawn: Drawn) -> Number:
-    """In the neighbour group, the share of the concept's traits that the reader sees where [V] stands."""
-    return drawn.traits_beside(drawn.seen, plain=False).float().mean()
+def measures_of_pairs(group: str, on_token: str, leak: str, form: str | None) -> None:
+    """Enters two measures on a group of two things: the concept's traits where [V] stands, and next to it.
+
+    form: the group of Toy.forms, if it is one.
+    """
+    def seen_on_token(drawn: Drawn) -> Number:
+        return drawn.traits_beside(drawn.seen, False, group).float().mean()
+
+    def seen_next_to_it(drawn: Drawn) -> Number:
+        now, before = (drawn.traits_beside(seen, True, group) for seen in (drawn.seen, drawn.seen_original))
+        return now.float().mean() - before.float().mean()
+
+    seen_on_token.__doc__ = f"""In the group {group}, the share of the concept's traits that the reader sees
+        where [V] stands."""
+    seen_next_to_it.__doc__ = f"""In the group {group}, the share of the concept's traits that the reader sees
+        on the other thing, minus the original's."""
+    measure_of(on_token, SHARE, 1, needs="traits_beside", group=form)(seen_on_token)
+    measure_of(leak, SIGNED, 0, 0, needs="traits_beside", group=form)(seen_next_to_it)
 
 
-@measure_of("neighbour leak", range=SIGNED, perfect=0, nothing=0, needs="traits_beside")
-def neighbour_leak(drawn: Drawn) -> Number:
-    """In the neighbour group, the share of the concept's traits that the reader sees on the plain object
-    beside it, minus the original's."""
-    seen, before = (drawn.traits_beside(seen, plain=True) for seen in (drawn.seen, drawn.seen_original))
-    return seen.float().mean() - before.float().mean()
+measures_of_pairs("neighbour", "beside another", "neighbour leak", None)
 
 
 @measure_of("neighbour change", range=SHARE, perfect=0, nothing=0, needs="traits_beside")
@@ -165,49 +174,22 @@ def beside_second(drawn: Drawn) -> Number:
     return drawn.traits_beside(drawn.seen, plain=False)[1::2].float().mean()
 
 
-def measures_of_form(group: str) -> None:
-    """Enters two measures on a group of Toy.forms: the concept's traits where [V] stands, and beside it."""
-    def on_token(drawn: Drawn) -> Number:
-        return drawn.traits_beside(drawn.seen, False, group).float().mean()
-
-    def leak(drawn: Drawn) -> Number:
-        seen, before = (drawn.traits_beside(of, True, group) for of in (drawn.seen, drawn.seen_original))
-        return seen.float().mean() - before.float().mean()
-
-    on_token.__doc__ = f"In the group {group}, the share of the concept's traits that the reader sees on [V]."
-    leak.__doc__ = f"""In the group {group}, the share of the concept's traits that the reader sees on the
-        thing beside it, minus the original's."""
-    measure_of(f"{group}: on [V]", SHARE, 1, needs="traits_beside", group=group)(on_token)
-    measure_of(f"{group}: leak", SIGNED, 0, 0, needs="traits_beside", group=group)(leak)
-
-
 for form in ("no places", "right first", "another kind"):
-    measures_of_form(form)
+    measures_of_pairs(form, f"{form}: on [V]", f"{form}: leak", form)
 
 
 # -------------------------------------------------------------------- are other prompts drawn as they were?
-@measure_of("object", range=SIGNED, perfect=0, nothing=0)
-def object_right(drawn: Drawn) -> Number:
-    """In the other group, the share of pictures with the object of the text, minus the original's share."""
-    return drawn.gained("object").mean()
+def measure_of_head(head: str) -> None:
+    def right(drawn: Drawn) -> Number:
+        return drawn.gained(head).mean()
+
+    right.__doc__ = f"""In the other group, the share of pictures with the {head} of the text, minus the
+        original's share."""
+    measure_of(head, range=SIGNED, perfect=0, nothing=0)(right)
 
 
-@measure_of("colour", range=SIGNED, perfect=0, nothing=0)
-def colour_right(drawn: Drawn) -> Number:
-    """In the other group, the share of pictures with the colour of the text, minus the original's share."""
-    return drawn.gained("colour").mean()
-
-
-@measure_of("place", range=SIGNED, perfect=0, nothing=0)
-def place_right(drawn: Drawn) -> Number:
-    """In the other group, the share of pictures with the place of the text, minus the original's share."""
-    return drawn.gained("place").mean()
-
-
-@measure_of("background", range=SIGNED, perfect=0, nothing=0)
-def background_right(drawn: Drawn) -> Number:
-    """In the other group, the share of pictures with the background of the text, minus the original's."""
-    return drawn.gained("background").mean()
+for head in NAMED:
+    measure_of_head(head)
 
 
 @measure_of("retention, seen", range=SIGNED, perfect=0, nothing=0)

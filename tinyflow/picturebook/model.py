@@ -1,10 +1,10 @@
-"""The tiny model of the picture-book world: the classes of Stable Diffusion 3.5, in a size for a laptop.
+"""The tiny model of the picture-book world: the classes of Stable Diffusion 3.5, small enough for a laptop.
 
-    make_tiny()      untrained, as pretraining starts with it
+    make_tiny()      the untrained model, from which pretraining starts
     load_tiny()      with the weights of this repository (weights/README.md says how they were made)
 
-Its codec is SD3's autoencoder class, too: the flow runs on latents of 16 numbers for each 4 x 4 pixels. Read
-next: training.py.
+Its codec is of SD3's class, too. One latent position has 16 numbers and covers 4 x 4 pixels. Read next:
+purecc_min/concept.py.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ from tinyflow.vae import VAE, VAEConfig
 from tinyflow.weights import load_into, load_tensors
 
 SHIPPED = Path(__file__).parent / "weights"
-SHIFT = 3.0                                      # of times, as in SD3.5: texts decide where t is above .7
+SHIFT = 3.0                                      # of times, as in SD3.5: a text has most effect at t > .7
 SIZE = 64                                        # pixels a side of a picture
-LENGTH = 44                                      # tokens; the longest caption of two things has 42
+LENGTH = 44                                      # tokens of a text: start, end and at most 42 words
 
 
 def make_codec(scale: float = 1.0, shift: float = 0.0) -> VAE:
-    """The untrained codec. Its scale and shift are known when it is trained."""
+    """The untrained codec. scale and shift are measured after training."""
     return VAE(VAEConfig((16, 32, 64), layers=1, latent_channels=16, groups=2, scale=scale, shift=shift))
 
 
@@ -47,8 +47,8 @@ def make_tiny(config: MMDiTConfig = MMDiTConfig()) -> Pipeline:
 
 
 def load_base(pipe: Pipeline, path: str | Path) -> None:
-    """Loads everything but the codec, which has a file of its own. Raises InputError as load_tiny does."""
-    codec = pipe.codec
+    """Loads everything but the codec. Raises InputError for a damaged file, or one of another kind."""
+    codec = pipe.codec                           # it has a file of its own
     del pipe.codec
     load_into(pipe, load_tensors(path, "tinyflow base")[0], path)
     pipe.codec = codec

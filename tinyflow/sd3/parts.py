@@ -4,7 +4,6 @@ Stable Diffusion 3 consists of five models (transformer, VAE, CLIP-L, CLIP-G, T5
 `Part` here. Only headers and small JSON files are read. Read next: checkpoint.py.
 """
 
-import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tinyflow.disk import read_json
 from tinyflow.errors import InputError
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
@@ -77,14 +77,9 @@ class Part:
             raise InputError(f"{self.checkpoint.where}: the shapes contradict each other ({error})") from None
 
 
-def read_json(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     """A JSON object, or {} if there is no such file. Raises InputError if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise InputError(f"{path}: damaged; download it again") from None
+    return read_json(path, "download it again") if path.exists() else {}
 
 
 def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, Part], dict[str, Path]]:
@@ -108,12 +103,12 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
         found["transformer"].shape("x_embedder.proj.weight", 4)  # an error says what the file is instead
         parts = {name: part for name, part in found.items() if part.shapes}
     for place in filter(Path.is_dir, places):
-        kind = read_json(place / "model_index.json").get("_class_name", KIND)
+        kind = read_config(place / "model_index.json").get("_class_name", KIND)
         if kind != KIND:
             raise InputError(f"{place}: this folder holds a {kind}; "
                              f"a {KIND} (Stable Diffusion 3 or 3.5) is needed")
         for name, (folder, stem, _) in PARTS.items():
-            config = read_json(place / folder / "config.json")
+            config = read_config(place / folder / "config.json")
             if name in parts:                    # a single file has no room for it
                 parts[name] = replace(parts[name], config=parts[name].config or config)
             elif checkpoint := Checkpoint.find(place / folder, stem):

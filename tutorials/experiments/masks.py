@@ -35,7 +35,7 @@ def learn(method: str, seed: int, data: EncodedConcept) -> dict[str, float]:
     pipe, entry = setup.pipe, ALL[method]
     theta = start(entry, pipe, data, config, None)
     thetas = Thetas(pipe.velocity, None, theta)
-    for _ in train_steps(entry.loss, thetas, data, config, entry.stage, optimizer_for(theta, config)):
+    for _ in train_steps(entry.loss, thetas, data, config, entry.stages, optimizer_for(theta, config)):
         pass
     drawn = draw_groups(pipe, theta, setup.toy, steps=FEW_STEPS, theta_null=pipe.velocity)
     return measure(pipe, setup.reader, theta, setup.toy, setup.pictures, setup.original, drawn)
