@@ -121,9 +121,6 @@ def devices() -> Iterator[Case]:
         for device in ("foo", "", "cuda", "cuda:99", "mps", "meta", "\x1b[31mcpu"):
             yield Case("device", f"{name} --device {device!r}", ("--out", "out", f"--device={device}"),
                        main=TRAININGS[name][0].main, says="--device")
-    for rank in ({"RANK": "x"}, {"RANK": "-1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"},
-                 {"WORLD_SIZE": "1.5"}, {"WORLD_SIZE": "2"}, {"RANK": ""}, {"LOCAL_RANK": "y"}):
-        yield Case("device", f"pretrain with {rank}", ("--out", "out"), main=pretrain.main, environment=rank)
 
 
 # ------------------------------------------------------------------------------------------------------ words

@@ -35,7 +35,6 @@ class Case(NamedTuple):
     prepare: Prepare | None = None               # spoils something in the case's folder
     main: Callable[[list[str]], None] = purecc_min.main
     says: str = ""                               # what the line must hold
-    environment: dict = {}
 
 
 class Hang(BaseException):
@@ -101,17 +100,14 @@ def set_traps(root: Path) -> None:
 
 def run(case: Case) -> str:
     """The outcome of a case, in a folder of its own."""
-    here, environment = os.getcwd(), dict(os.environ)
+    here = os.getcwd()
     with TemporaryDirectory() as place:
         root = Path(place)
         set_traps(root)
         if case.prepare:
             case.prepare(root)
         os.chdir(root)
-        os.environ.update(case.environment)
         try:
             return outcome(case, root)
         finally:
             os.chdir(here)
-            os.environ.clear()
-            os.environ.update(environment)

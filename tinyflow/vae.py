@@ -112,8 +112,8 @@ class Ends(nn.Module):
         super().__init__()
         coarsest = max(channels)
         self.conv_in = conv(channels_in, channels[0])
-        self.mid = nn.Sequential(ResidualBlock(coarsest, coarsest, groups), SpatialAttention(coarsest, groups),
-                                 ResidualBlock(coarsest, coarsest, groups))
+        blocks = [ResidualBlock(coarsest, coarsest, groups) for _ in range(2)]
+        self.mid = nn.Sequential(blocks[0], SpatialAttention(coarsest, groups), blocks[1])
         self.norm_out, self.conv_out = norm(groups, channels[-1]), conv(channels[-1], channels_out)
 
 

@@ -1,1 +1,1 @@
-"""What a user runs: __main__ calls one of these files for each command."""
+"""One file per command, and what they share."""

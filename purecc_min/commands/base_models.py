@@ -2,9 +2,9 @@
 
     tiny             the picture-book model, shipped with this project
     sd3.5-medium     Stable Diffusion 3.5 Medium, the paper's base model, from its public weights
-    sd3-medium       its predecessor, by the same code
+    sd3-medium       the version before it, loaded by the same code
 
-All are one class, tinyflow.pipeline.Pipeline, and are trained by the same lines.
+All are one class, tinyflow.pipeline.Pipeline, and are trained by the same code.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from tinyflow.sd3.load import load_sd3, load_tokenizer
 class BaseModel:
     public: bool                                 # its weights are downloaded, not shipped
     training: TrainConfig                        # for the public ones, the paper's settings
-    size: int                                    # pixels a side of a picture
-    variants: int                                # of each reference picture: itself, random crops and flips
-    method: str                                  # of METHODS, unless another one is asked for
+    size: int                                    # side of a picture, in pixels
+    variants: int                                # pictures made of each reference: itself, crops and flips
+    method: str                                  # the default, a key of METHODS
 
 
 OF_PAPER = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
@@ -38,18 +38,18 @@ BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(steps=200), size=64, variant
 
 
 def training_config(options: argparse.Namespace, base: str, method: Method) -> TrainConfig:
-    """The settings that suit a base model and a method, with what the command line gives in their place."""
+    """The settings for a base model and a method; options of the command line replace them."""
     model = BASE_MODELS[base]
     settings = replace(model.training, **({} if model.public else method.settings))
-    given = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "learning_rate" in given:                 # a rate is for both stages
-        given["extractor_learning_rate"] = None
-    return replace(settings, **given)
+    options_of = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
+    overrides = {name: value for name, value in options_of.items() if value is not None}
+    if "learning_rate" in overrides:             # --learning-rate sets the rate of both stages
+        overrides["extractor_learning_rate"] = None
+    return replace(settings, **overrides)
 
 
 def check_base_model(name: str, weights: Path | None, size: int) -> None:
-    """Raises InputError if weights are missing or given in vain, or if `size` does not suit the model."""
+    """Raises InputError if weights are missing or not needed, or if `size` does not suit the model."""
     model = BASE_MODELS[name]
     if model.public and weights is None:
         raise InputError(f"the base model {name} is downloaded, not shipped: say where it is with "
@@ -65,7 +65,7 @@ def check_base_model(name: str, weights: Path | None, size: int) -> None:
 
 
 def open_tokenizer(name: str, weights: Path | None, text: Path | None):
-    """The base model's tokenizer alone, which is there at once. Raises InputError if it cannot be used."""
+    """Only the tokenizer, so that texts are checked before weights are loaded. Raises InputError."""
     return load_tokenizer(weights, text) if BASE_MODELS[name].public else make_tiny().tokenizer
 
 

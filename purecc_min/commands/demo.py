@@ -1,13 +1,13 @@
 """The demo: one concept, learned in several ways, drawn on one sheet and measured.
 
     lora           a plain LoRA: L_CC alone
-    switched-off   a LoRA that is switched off where a text is without [V]: there the base model answers
+    switched-off   a LoRA that is switched off for texts without [V]: the base model is used for them
     paper          PureCC as the paper writes it: an extractor, then fresh adapters that learn with L_PCC
-    bound          L_CC, with adapters that act on [V]'s phrase alone
+    bound          L_CC, with adapters that act only on [V]'s phrase
 
-Each takes as many steps, with the settings of registry.py. The sheet has columns in which a [V] robot stands
-beside a plain one, and beside a second learned concept, which comes with the repository (LEARNED): there
-nobody can hide. The same with more methods, concepts and seeds is in benchmark/.
+All train for the same number of steps, with the settings of registry.py. In some columns of the sheet a [V]
+robot stands next to a plain one, or to a second learned concept, which comes with the repository (LEARNED):
+there, damage to neighbours is visible. benchmark/ does the same with more methods, concepts and seeds.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tinyflow.pipeline import Pipeline
 from tinyflow.threads import choose_device
 
 ROWS = ("lora", "switched-off", "paper", "bound")        # of the sheet
-# `learn` made these of the second concept's references, a file for each row
+# `learn` made the files in LEARNED, one per row, from the references of SECOND
 ROBOT, SECOND, LEARNED = "checked_robot", "dotted_house", FOLDER.parent / "learned"
 
 
@@ -52,9 +52,9 @@ class Assessed(NamedTuple):
 
 
 def assess(pipe: Pipeline, toy: Toy, concept: ConceptSet, samplers: Samplers) -> Assessed:
-    """Draws and measures each method, behind a progress bar.
+    """Draws and measures each method, with a progress bar.
 
-    Where a text without [V] is the base model's by construction, it is not drawn again.
+    Pictures of texts that a method leaves to the base model are reused.
     """
     reader, references = Reader.shipped(), np.stack([r.picture for r in concept.references])
     count, results = count_pictures(toy) * (len(samplers) + 1) - PLAIN, {}
@@ -90,7 +90,7 @@ def demo_command(options: argparse.Namespace) -> None:
                    assessed.sentences, second_concept(pipe, branches))
         write_whole(out / "results.json", json.dumps(assessed.measures, indent=1).encode())
         write_whole(out / "table.md", f"{assessed.report}\n".encode())
-    print(f"\n{assessed.report}\n\n{out}/comparison.png shows all, side by side; {out}/ holds the concepts, "
+    print(f"\n{assessed.report}\n\n{out}/comparison.png compares all methods; {out}/ holds the concepts, "
           f"the logs and the table ({time.time() - begun:.0f} s)")
 
 

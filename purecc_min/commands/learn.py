@@ -1,7 +1,6 @@
 """`learn`: a concept from a folder of pictures, on the tiny base model or on public weights.
 
-What only the tiny model has, the renderer's world and its measures, is imported where it is used. Read next:
-demo.py.
+The measures of the tiny world are imported only where they are used. Read next: demo.py.
 """
 
 import argparse
@@ -95,9 +94,9 @@ def print_measures(pipe: Pipeline, concept: ConceptSet, sampler: Samplers, out: 
 
 def imagine_for(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, out: Path,
                 public: bool) -> EncodedConcept:
-    """The scenes of two things that the base model imagines. They are kept in `out`, with a sheet to look at.
+    """Scenes of two things that the base model samples; they are saved in `out`, with a sheet.
 
-    On the tiny model the reader says how many are what the text asked for.
+    On the tiny model the reader network says how many of them match their text.
     """
     templates, steps = (ON_PUBLIC_WEIGHTS, 28) if public else (pair_templates(), 10)
     imagined = imagine_resumably(pipe, concept, templates, config.seed, out / "imagined.safetensors", steps)
@@ -145,4 +144,4 @@ def check_noun(word: str) -> None:
     """Raises: InputError for a class word that names nothing in the tiny world; "a" stands for a style."""
     if word.lower() not in (*OBJECTS, STYLE_WORD):
         raise InputError(f"--class-word {shown(word)}: the tiny model knows these kinds of things: "
-                         f"{', '.join(OBJECTS)}; for a style, say a")
+                         f"{', '.join(OBJECTS)}; for a style, give --class-word a")

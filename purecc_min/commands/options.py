@@ -1,4 +1,4 @@
-"""The options of every command, which __main__ calls commands/NAME.py."""
+"""The options of every command; __main__ runs commands/NAME.py for the command NAME."""
 
 import argparse
 from pathlib import Path
@@ -46,7 +46,7 @@ def add_out(parser: argparse.ArgumentParser, default: str, about: str) -> None:
 
 
 RAW = argparse.RawDescriptionHelpFormatter       # keeps the lines of a text as they are
-RUN_FOLDER = "folder for everything; the same run found there goes on"
+RUN_FOLDER = "folder for all results; an interrupted run in it is resumed"
 
 
 def add_learn(commands) -> None:
@@ -59,15 +59,15 @@ def add_learn(commands) -> None:
     one.add_argument("--class-word", help="an ordinary word for the kind of thing that [V] is")
     add_out(one, "output/learned", RUN_FOLDER)
     one.add_argument("--alpha-as-mask", action="store_true",
-                     help="of pictures with transparency, what is opaque is the mask")
+                     help="use the opaque part of each picture as its mask")
     one.add_argument("--method", choices=tuple(METHODS),
                      help=f"see below ({TINY.method}; on public weights {PUBLIC.method})")
     one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
                      help="the base model to learn it on (%(default)s)")
     add_weights(one)
     one.add_argument("--samples-every", type=positive,
-                     help="draw the final sheet every so many steps, and keep the concept as it is then, to "
-                          "stop by eye")
+                     help="every so many steps, draw the sheet and save the concept, so that you can choose "
+                          "the best step")
     one.add_argument("--prompts", type=file_path, help="a file with the sheet's texts, one a line")
     one.add_argument("--size", type=positive,
                      help=f"pixels a side; on public weights, a multiple of 16 ({PUBLIC.size})")
@@ -78,25 +78,27 @@ def add_learn(commands) -> None:
 def add_sample(commands) -> None:
     one = commands.add_parser("sample", help="draw pictures with a learned concept")
     one.add_argument("concept", type=file_path, nargs="+", help="a concept's .safetensors file, or several")
-    one.add_argument("prompt", help="with [V] where the concept's name stands, before the class word; "
-                                    "of several concepts the names are [V1], [V2], ...; braces say by hand "
-                                    "which words speak of one: '{a [V] robot on the left} and a robot'")
+    one.add_argument("prompt", help="a text with [V] before the class word ([V1], [V2], ... for several "
+                                    "concepts); braces mark a concept's words: '{a [V] robot on the left} "
+                                    "and a robot'")
     add_weights(one)
     one.add_argument("--number", type=number(int, 1, 1000), default=4,
                      help="pictures, at seeds seed, seed + 1, ... (%(default)s)")
     one.add_argument("--guidance", type=number(float, 0, 100),
-                     help="classifier-free guidance; more: closer to the text, less varied (3; public 5)")
+                     help="classifier-free guidance; more: closer to the text, less varied (3; on public "
+                          "weights 5)")
     one.add_argument("--strength", type=number(float, 0, 10), default=1.0,
                      help="of the adapters; less: closer to the original model (%(default)s)")
     one.add_argument("--steps", type=number(int, 1, 1000), default=28, help="Euler steps (%(default)s)")
     one.add_argument("--negative", default="", metavar="TEXT",
-                     help="what should not be there, in the place of guidance's empty text")
+                     help="negative prompt: it replaces guidance's empty text")
     one.add_argument("--empty-text", choices=("adapted", "base"), default="base",
-                     help="who answers guidance's empty text: the adapted model or the base model, as in "
-                          "every table and picture here (%(default)s)")
+                     help="the model that predicts for guidance's empty text; base: as in every table and "
+                          "picture here (%(default)s)")
     one.add_argument("--only-with-token", action="store_true",
                      help="switch the adapters off for every text without [V], the empty one included")
-    add_out(one, "output/sample.png", "the sheet; single pictures lie beside it, and nothing is overwritten")
+    add_out(one, "output/sample.png", "the sheet; single pictures go into the same folder; nothing is "
+                                      "overwritten")
     add_common_options(one)
 
 
@@ -106,7 +108,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"purecc-min {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    one = commands.add_parser("demo", help="what runs without a command")
+    one = commands.add_parser("demo", help="the default command")
     add_out(one, "output/demo", RUN_FOLDER)
     add_training_options(one)
     one.set_defaults(goes_on=True)
@@ -123,7 +125,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     one = commands.add_parser("words", help="the words that the tiny model knows")
 
-    one = commands.add_parser("speed", help="seconds a step and peak memory")
-    one.add_argument("--steps", type=positive, default=60, help="steps measured of each (%(default)s)")
+    one = commands.add_parser("speed", help="a training step's time and memory")
+    one.add_argument("--steps", type=positive, default=60, help="steps that are measured (%(default)s)")
     add_common_options(one)
     return parser

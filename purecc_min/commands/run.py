@@ -24,7 +24,7 @@ from tinyflow.files import write_whole
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises: InputError or OSError if no run can live there, before any work is done for it."""
+    """Raises: InputError or OSError if the folder cannot be used for a run. Called before any work."""
     check_place(folder)
     if others_in(folder) and not (folder / "run.json").exists():
         raise InputError(f"{folder}: this folder holds other files, such as {shown(others_in(folder)[0])}; "
@@ -32,14 +32,14 @@ def check_run_folder(folder: Path) -> None:
 
 
 def others_in(folder: Path) -> list[str]:
-    """What lies in a folder, but for hidden files and what an interrupted write has left."""
+    """The names in a folder, except hidden files and the rest of interrupted writes."""
     found = sorted(path.name for path in folder.iterdir()) if present(folder) else []
     return [name for name in found if not name.startswith(".") and not name.endswith(".part")]
 
 
 @contextlib.contextmanager
 def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: str, base_model: str):
-    """Within this context `folder` is this run's own.
+    """Locks `folder` for this run, and writes its run.json.
 
     Raises: InputError if it is another run's, or if another process is at work in it.
     """
@@ -61,7 +61,7 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
             check_same(run, file)
         try:
             yield
-            write_whole(file, about)             # where it went on to more steps
+            write_whole(file, about)             # a resumed run may have more steps now
         except BaseException:
             left = [path for path in folder.iterdir() if path not in hidden]
             if is_new and not any(path.suffix == ".safetensors" for path in left):
@@ -71,7 +71,7 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
 
 
 def check_same(run: dict, file: Path) -> None:
-    """Raises: InputError if a run.json cannot be read, or is of another run, which may have fewer steps."""
+    """Raises: InputError if run.json is damaged or of another run. Fewer steps there are allowed."""
     advice = "choose another --out or delete the folder"
     try:
         there = read_json(file, advice)
@@ -84,12 +84,12 @@ def check_same(run: dict, file: Path) -> None:
               for name, value in run["config"].items()
               if config.get(name) != value and not (longer and name == "steps")]
     if wrong:
-        raise InputError(f"{file.parent}: this folder holds another run (other {'; '.join(wrong)}); choose "
-                         "another --out")
+        raise InputError(f"{file.parent}: this folder holds another run (different: {'; '.join(wrong)}); "
+                         "choose another --out")
 
 
 def follow(title: str, training: Iterator[tuple], steps: int, stages: int = 1) -> Iterator[tuple]:
-    """What `learn` yields, behind a progress bar, which says so if it goes on from a checkpoint."""
+    """Passes on what `learn` yields, with a progress bar that says where a resumed run starts."""
     with tqdm(total=stages * steps, desc=f"{title:24s}", unit="step") as bar:
         for stage, theta, row in training:
             step = row["step"] + (stage - 1) * steps

@@ -18,7 +18,7 @@ from tinyflow.errors import InputError, shown
 from tinyflow.sheet import sheet
 from tinyflow.threads import choose_device
 
-AT_ONCE = 4                                      # pictures
+AT_ONCE = 4                                      # pictures per batch
 
 
 def names_of(number: int) -> list[str]:
@@ -43,7 +43,7 @@ def read_facts(files: list[Path], prompt: str) -> tuple[str, int, dict[str, str]
             raise InputError(f"{file}: learned on {shown(where[0])}, which this version does not know")
         if where != learned_on[0]:
             raise InputError(f"{file}: learned on {where[0]} at {where[1]} px, and {files[0]} on "
-                             f"{learned_on[0][0]} at {learned_on[0][1]} px; they cannot stand in one picture")
+                             f"{learned_on[0][0]} at {learned_on[0][1]} px; they cannot be combined")
     named_only = [its["method"] in METHODS and METHODS[its["method"]].named_only for its in facts]
     return *learned_on[0], words, named_only
 
@@ -78,4 +78,4 @@ def sample_command(options: argparse.Namespace) -> None:
     write_picture(out, page)
     for seed, picture in zip(seeds, pictures):
         write_picture(free_name(out.with_name(f"{out.stem}-seed{seed}.png")), Image.fromarray(picture))
-    print(f"{out}, and each picture beside it")
+    print(f"wrote {out}, and each picture as a file of its own in the same folder")

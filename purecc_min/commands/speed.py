@@ -1,7 +1,7 @@
 """What a training step costs: seconds and peak memory, as ratios to stage 1 of the same run.
 
-Stage 2 adds to stage 1's step one prediction for the base text and a frozen one on a doubled batch, all
-without gradients. The ablations (ablations.py) are timed as well.
+A step of stage 2 is a step of stage 1 plus two predictions without gradients: theta_2 on the base text, and
+theta_1 on a batch of twice the size. Two ablations (ablations.py) are timed as well.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`words`: what the tiny model's texts can say, by kind."""
+"""`words` lists the words that the tiny model knows, by kind."""
 
 import argparse
 

@@ -3,13 +3,9 @@
     python -m tinyflow.picturebook.pretrain --out runs/base-1
     python -m tinyflow.picturebook.pretrain --out runs/2 --seed 2 --start runs/base-1/base.safetensors
 
-The second line is a second stage: it goes on from the weights of the first, on new pictures. The codec has to
-be there; its latents of all pictures are computed once and kept beside the checkpoint. Several processes can
-share the work, with the same result up to rounding:
-
-    torchrun --nproc_per_node 2 -m tinyflow.picturebook.pretrain --out runs/base-1
-
-Read next: reader.py.
+The second line is a second stage: it starts from the weights of the first, on new pictures. It needs a
+trained codec; the latents of all pictures are computed once and saved in the same folder. Read next:
+reader.py.
 """
 
 import os
@@ -18,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinyflow.disk import make_folder
-from tinyflow.errors import InputError, shown
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
@@ -61,33 +55,30 @@ class Pretraining(Training):
     """The latents and scenes of the training pictures, and the model. The codec stays as it is."""
     kind = "tinyflow pretraining"
 
-    def __init__(self, config: PretrainConfig, pipe: Pipeline, out: Path, rank: int = 0, processes: int = 1,
-                 compiled: bool = False):
+    def __init__(self, config: PretrainConfig, pipe: Pipeline, out: Path, compiled: bool = False):
         torch.manual_seed(config.seed)
         rng = np.random.default_rng(config.seed)
         self.scenes = [world.seen_scene(rng) for _ in range(config.pictures)]
         self.codec = pipe.codec.requires_grad_(False)
-        self.latents = self.load_latents(config, pipe, out / "latents.safetensors", rank)
+        self.latents = self.load_latents(config, pipe, out / "latents.safetensors")
         del pipe.codec                           # what is left is what is trained
-        super().__init__(config, pipe, BY_ADAM, rank, processes)
+        super().__init__(config, pipe, BY_ADAM)
         self.mmdit = torch.compile(pipe.mmdit) if compiled else pipe.mmdit
         self.batches = None
 
-    def load_latents(self, config: PretrainConfig, pipe: Pipeline, file: Path, rank: int) -> torch.Tensor:
+    def load_latents(self, config: PretrainConfig, pipe: Pipeline, file: Path) -> torch.Tensor:
         """[N, C, h, w] in fp16, of all scenes' pictures."""
         codec = tensor_hash(pipe.codec.state_dict())
         facts = {"codec": codec, "pictures": config.pictures, "seed": config.seed}
-        if not (file.exists() and load_tensors(file, "tinyflow latents")[1] == facts) and rank == 0:
+        if not (file.exists() and load_tensors(file, "tinyflow latents")[1] == facts):
             pictures, latents = render_all(self.scenes)[0], []
             for n in tqdm(range(0, config.pictures, 16), "latents"):
                 latents.append(self.codec.encode(to_pixels(pictures[n:n + 16]).to(pipe.device)).half().cpu())
             save_tensors(file, "tinyflow latents", {"latents": torch.cat(latents)}, facts)
-        if dist.is_initialized():
-            dist.barrier()
         return load_tensors(file, "tinyflow latents")[0]["latents"]
 
     def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """This process's share of step k: data x_0 and noise x_1 [B, C, h, w], times [B] and captions."""
+        """Step k: data x_0 and noise x_1 [B, C, h, w], times [B] and captions."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 10**9 + k)
         rng = np.random.default_rng((config.seed, k))
@@ -96,13 +87,10 @@ class Pretraining(Training):
         t = sample_times(config.batch, self.model.shift, generator)
         x_0 = self.latents[chosen].float()
         x_1 = torch.randn(x_0.shape, generator=generator)
-        mine = slice(self.rank, None, self.processes)
-        return x_0[mine], x_1[mine], t[mine], captions[mine]
+        return x_0, x_1, t, captions
 
     def loss(self, k: int) -> torch.Tensor:
-        """Steps come one after the other. On a card, other processes make their batches ahead: a batch takes
-        Python about as long as a step takes the card.
-        """
+        """k must increase by 1. On a GPU, worker processes prepare batches: one costs as much as a step."""
         device = self.model.device
         if self.batches is None:
             ahead = AHEAD if device.type == "cuda" else {}
@@ -150,21 +138,6 @@ def begin(start: Path | None, codec: Path | None, seed: int) -> Pipeline:
     return pipe.requires_grad_(True)
 
 
-def own_process() -> tuple[int, int, int]:
-    """This process's number among all and on its machine, and how many there are, as torchrun says it.
-
-    Raises: InputError for numbers that are none, or that do not belong together.
-    """
-    said = [os.environ.get(name, default) for name, default in
-            (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))]
-    if not all(number.isdecimal() for number in said) or not int(said[0]) < int(said[2]):
-        raise InputError(f"RANK {shown(said[0])}, LOCAL_RANK {shown(said[1])}, WORLD_SIZE {shown(said[2])}: "
-                         "these do not belong together; torchrun sets them, or leave them out")
-    if int(said[2]) > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError("WORLD_SIZE is set without MASTER_ADDR; start several processes with torchrun")
-    return int(said[0]), int(said[1]), int(said[2])
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("python -m tinyflow.picturebook.pretrain",
                     description=__doc__.split("\n\n")[0])
@@ -177,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
                         help="the codec's weights")
     parser.add_argument("--steps", type=positive, default=PretrainConfig.steps, help="training steps")
     parser.add_argument("--batch", type=positive, default=PretrainConfig.batch,
-                        help="pictures a step, over all processes")
+                        help="pictures per step")
     parser.add_argument("--pictures", type=positive, default=PretrainConfig.pictures,
                         help="pictures rendered for training")
     parser.add_argument("--seed", type=seed, default=1, help="of weights, pictures, captions and noise")
@@ -188,20 +161,14 @@ def main(arguments: list[str] | None = None) -> None:
                         help="torch.compile the MMDiT (needs a C++ compiler): about 1.2x faster on CPU")
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
-        (rank, local, processes), device = own_process(), choose_device(options.device)
+        device = choose_device(options.device)
         make_folder(options.out)
-        if processes > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            if device.type == "cuda":
-                device = torch.device("cuda", local)
         pipe = begin(options.start, options.codec, options.seed)
         start = tensor_hash(pipe.mmdit.state_dict()) if options.start else ""
         config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
                                 start=start, **(LATER if start and not options.full_rates else {}))
-        training = Pretraining(config, pipe.to(device), options.out, rank, processes, options.compile)
+        training = Pretraining(config, pipe.to(device), options.out, options.compile)
         follow(training, options.out, options.save_every, "pretraining")
-        if processes > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

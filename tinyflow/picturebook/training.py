@@ -6,7 +6,6 @@ What step k sees depends on (seed, k) only, so an interrupted run goes on where 
 uninterrupted one would. Read next: codec.py.
 """
 
-import contextlib
 import copy
 import json
 import time
@@ -16,7 +15,6 @@ from typing import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,12 +50,11 @@ class Training:
     Args:
         config: a dataclass with steps, lr, matrix_lr, warmup, flat, ema, seed, and what the loss needs.
         by_adam: see Muon.
-        rank, processes: when several processes share each batch.
     """
     kind = ""                                    # what its checkpoint says it is
 
-    def __init__(self, config, model: nn.Module, by_adam: tuple[str, ...], rank: int = 0, processes: int = 1):
-        self.config, self.model, self.rank, self.processes = config, model, rank, processes
+    def __init__(self, config, model: nn.Module, by_adam: tuple[str, ...]):
+        self.config, self.model = config, model
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = Muon(model, config.lr, config.matrix_lr, by_adam)
 
@@ -75,9 +72,6 @@ class Training:
     def step(self, k: int) -> float:
         config, loss = self.config, self.loss(k)
         loss.backward()
-        if self.processes > 1:
-            for parameter in self.model.parameters():
-                dist.all_reduce(parameter.grad.div_(self.processes))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.scale_rates(rate_share(k, config.steps, config.warmup, config.flat))
         self.optimizer.step()
@@ -132,22 +126,18 @@ def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int,
         if (k + 1) % save_every == 0 or k + 1 == config.steps:
             seconds, mean = round(time.time() - begun), float(np.mean(recent))
             row, recent = {"step": k + 1, "loss": round(mean, 5), "seconds": seconds}, []
-            if training.rank == 0:
-                log.append(json.dumps(row | training.report(out, k + 1)))
-                write_whole(out / "log.jsonl", "\n".join([*log, ""]).encode())
-                training.save(checkpoint, k + 1, time.time() - begun)
+            log.append(json.dumps(row | training.report(out, k + 1)))
+            write_whole(out / "log.jsonl", "\n".join([*log, ""]).encode())
+            training.save(checkpoint, k + 1, time.time() - begun)
         yield k, loss
-    if training.rank == 0:
-        training.finish(out, {"config": asdict(config), "seconds": round(time.time() - begun),
-                              "torch": torch.__version__})
+    training.finish(out, {"config": asdict(config), "seconds": round(time.time() - begun),
+                          "torch": torch.__version__})
 
 
 def follow(training: Training, out: Path, save_every: int, name: str) -> None:
     """Trains behind a progress bar. No other process may train in the same folder meanwhile."""
-    steps, is_first = train(training, out, save_every), training.rank == 0
-    lock = locked(out) if is_first else contextlib.nullcontext()
-    with lock, room_for_others(), tqdm(total=training.config.steps, desc=name, disable=not is_first) as bar:
-        for k, loss in steps:
+    with locked(out), room_for_others(), tqdm(total=training.config.steps, desc=name) as bar:
+        for k, loss in train(training, out, save_every):
             bar.update(k + 1 - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
