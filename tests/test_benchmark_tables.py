@@ -9,7 +9,7 @@ from purecc_min.benchmark import tables
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims
 from purecc_min.benchmark.entries import FURTHER, MAIN
 from purecc_min.benchmark.plans import VARIED, plan
-from purecc_min.benchmark.report import by_concept
+from purecc_min.benchmark.report import by_concept, gather, phrase_text
 from purecc_min.benchmark.tables import (
     add_fidelity,
     at_similarity,
@@ -151,3 +151,21 @@ def test_a_claim_is_asked_of_bound_adapters_as_well():
     row = next(n for n, row in enumerate(COMPARISONS) if row.says == "CLIP-I: above L_CC alone")
     assert claims(results)[row].values == pytest.approx([0.1])
     assert claims(results, is_bound=True)[row].values == pytest.approx([-0.1])
+
+
+def test_the_shipped_parts_make_their_tables(tmp_path, monkeypatch):
+    """`phrase` ended in an IndexError after all its cells, and in `tuning` the mean stood below a style."""
+    text = phrase_text(gather(plan("phrase"), tmp_path, shipped=True))
+    assert "bound, braces" in text.replace(" learning_rate=0.004 rank=4", "") and "at equal fidelity" in text
+    monkeypatch.setattr(tables, "WIDE", 1000)    # one table
+    table = tables.tuning_table(gather(plan("tuning"), tmp_path, shipped=True))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[0][-1] == "mean score" and {len(row) for row in rows} == {5}
+    half = next(row for row in rows if row[0].startswith("bound-half"))
+    assert half[3] == "" and float(half[4]) == pytest.approx((float(half[1]) + float(half[2])) / 2, abs=2e-3)
+
+
+def test_a_run_with_fewer_steps_lacks_what_it_did_not_record():
+    results = [dict(run("striped_cat", "paper", 0, 0.5), terms={"1": [{"lambda": 0.1}]})]
+    assert [claim.values for claim in claims(results) if claim.where == "Sec. 4.4"] == [[], []]
+    assert equal_fidelity([], [("bound", "token")]) == tables.terms_table([]) == ""

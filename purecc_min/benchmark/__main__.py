@@ -68,13 +68,18 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError("--quick, --methods and --concepts are for the main part; "
                              f"leave them out of {part}")
         planned = dict.fromkeys(plan(part, options.quick, methods, concepts))    # a name may be given twice
-        cells = [replace(cell, steps=options.steps) for cell in planned]
+        cells, whole = [replace(cell, steps=options.steps) for cell in planned], options.steps == STEPS
+        for name in methods:
+            if not any(cell.method == name for cell in cells):
+                raise InputError(f"--methods {name}: it needs scenes of two things, so it learns no style; "
+                                 "give an individual with --concepts")
         make_folder(options.out)
         with locked(options.out), room_for_others():
-            pairs = plan_two() if part == "main" and not (options.quick or methods or concepts) else []
-            run(cells + pairs, options.out, options.workers, shipped=bool(methods))
-            rows = list(dict.fromkeys(cells + plan("main"))) if methods else cells
-            print(report(part, rows, pairs, options.out, shipped=bool(methods)))
+            all_of_main = part == "main" and whole and not (options.quick or methods or concepts)
+            pairs, shipped = plan_two() if all_of_main else [], bool(methods) and whole
+            run(cells + pairs, options.out, options.workers, shipped)
+            rows = list(dict.fromkeys(cells + plan("main"))) if shipped else cells
+            print(report(part, rows, pairs, options.out, bool(methods)))
 
 
 if __name__ == "__main__":

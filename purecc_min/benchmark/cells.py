@@ -257,7 +257,7 @@ def learned_file(cell: Cell, folder: Path) -> Path:
     It is for methods that train adapters.
     """
     file = concept_file(cell, folder)
-    if not file.exists() or load_tensors(file, "concept")[1]["recipe"] != cell.recipe(measured=False):
+    if not file.exists() or load_tensors(file, "concept")[1].get("recipe") != cell.recipe(measured=False):
         for _, thetas, _ in train_cell(cell, learn_theta_1(cell, folder)):
             pass
         keep(cell, thetas.theta, folder)
@@ -294,6 +294,15 @@ def write_strip(drawn: Pictures, file: Path) -> None:
     kept = [drawn[group][:count] for group, count in STRIP.items() if group in drawn]
     pictures = to_pictures(torch.cat(kept))
     write_picture(file, Image.fromarray(np.concatenate(pictures, axis=1)))
+
+
+def read_strip(file: Path, count: int) -> list[np.ndarray]:
+    """The pictures of a strip. Raises InputError if it is damaged."""
+    try:
+        return np.split(np.asarray(Image.open(file).convert("RGB")), count, axis=1)
+    except (OSError, ValueError):
+        raise InputError(f"{file}: damaged; delete it and {file.with_suffix('.json').name}, and the same "
+                         "command makes both again") from None
 
 
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:

@@ -17,10 +17,19 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import ALL, CURVE, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
+from purecc_min.benchmark.cells import (
+    ALL,
+    CURVE,
+    STRIP,
+    Cell,
+    learn_theta_1,
+    learned,
+    read_strip,
+    set_up,
+    train_cell,
+)
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
 from purecc_min.benchmark.two import PAIRS, SEEDS, Two
@@ -58,20 +67,21 @@ def fronts(results: Results, file: Path) -> None:
     nothing = {r["concept"]: final(r) for r in results if r["method"] == "nothing"}
     names = list(dict.fromkeys(name_of(r) for r in results if r["method"] not in ENDS))
     figure, axes = plt.subplots(3, 3, figsize=(11, 9.5))
-    for colour, name in zip(COLOURS, names):
+    for n, name in enumerate(names):
         own = [r for r in results if name_of(r) == name]
         runs = [[nothing[r["concept"]], *(values for _, values in front(r))] for r in own]
         width = 2.2 if name in ("lora", "paper", "token", "bound") else 1.2
-        look = dict(color=colour, linewidth=width, zorder=1 + width, markersize=3.5, label=name)
+        look = dict(color=COLOURS[n % len(COLOURS)], linestyle="-" if n < len(COLOURS) else "--",
+                    linewidth=width, zorder=1 + width, markersize=3.5, label=name)
         for axis, panel in zip(axes.flat, PANELS):
             known = [run for run in runs if panel in run[0]]                # styles lack some measures
             fidelity, damage = (np.mean([[values[measure] for values in run] for run in known], axis=0)
                                 for measure in ("fidelity", panel))
-            axis.plot(fidelity, damage, "o-", **look)
+            axis.plot(fidelity, damage, marker="o", **look)
             axis.set(title=f"{panel} {better(panel)}", xlabel="fidelity: original 0, perfect 1",
                      xlim=(0, 1.02))
         errors = np.mean([r["velocity_error"] for r in own], axis=0)
-        axes[-1, -1].plot(TIMES, errors, "o-", **look)
+        axes[-1, -1].plot(TIMES, errors, marker="o", **look)
     axes[-1, -1].set(title="velocity error at the end ↓", xlabel="t", yscale="log")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file)
@@ -129,7 +139,7 @@ def typical_pictures(results: Results, folder: Path,
     for title, (result, *_) in grouped(typical).items():
         drawn = (folder / Cell.of(result).file).with_suffix(".png")
         if drawn.exists():                       # it is not for a result that came with this repository
-            split = np.split(np.asarray(Image.open(drawn)), ends[-1], axis=1)
+            split = read_strip(drawn, ends[-1])
             found[title] = {group: split[end - len(texts[group]):end] for group, end in zip(texts, ends)}
     return found, texts
 
@@ -169,9 +179,10 @@ def strips(pairs: list[Two], folder: Path, file: Path) -> None:
     for pair in pairs:
         drawn = (folder / pair.file).with_suffix(".png")
         if pair.seed == 0 and drawn.exists():
-            pictures = np.split(np.asarray(Image.open(drawn)), 12, axis=1)
+            pictures = read_strip(drawn, 12)
             rows.append((f"{' and '.join(pair.names)}: {pair.method}".replace("_", " "), pictures))
-    sheet(rows, [], side=64).save(file)
+    if rows:
+        sheet(rows, [], side=64).save(file)
 
 
 def scene_unseen(setup: Setup) -> Texts:

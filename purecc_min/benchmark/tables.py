@@ -242,6 +242,8 @@ def equal_fidelity(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
         if read:
             level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in read]))
             rows.append([f"{method} minus {reference}", f"{level:.2f}", *cells])
+    if not rows:
+        return ""
     shown = [n for n, column in enumerate(zip(*rows)) if any(column)]    # no front has the other forms
     header = ["at equal fidelity", "of", *names]
     return markdown([header[n] for n in shown], [[row[n] for n in shown] for row in rows], first=2)
@@ -265,6 +267,8 @@ def further_table(results: Results) -> str:
 def terms_table(results: Results) -> str:
     """The terms of Eq. 10 to 15 of the paper's method at a few steps: means over t, concepts and seeds."""
     runs, rows = [result["terms"] for result in results if name_of(result) == "paper"], []
+    if not runs:
+        return ""
     names = ("lambda", "negative", "cosine", "norm_R_complete", "norm_R_target", "loss_cc", "loss_purecc",
              "rejection", "loss")
     for step in runs[0]:
@@ -283,6 +287,7 @@ def tuning_table(results: Results) -> str:
     """The score of every try on each tuning concept."""
     groups, rows = grouped([r for r in results if r["method"] not in ENDS and r["way"] == ""]), []
     for name, group in groups.items():
-        scores = [score(final(result)) for result in group]
-        rows.append([name, *(f"{value:.3f}" for value in (*scores, np.mean(scores)))])
+        scores = {result["concept"]: score(final(result)) for result in group}           # some lack a style
+        of_each = [f"{scores[concept]:.3f}" if concept in scores else "" for concept in TUNING]
+        rows.append([name, *of_each, f"{np.mean(list(scores.values())):.3f}"])
     return markdown(["method and settings", *TUNING, "mean score"], rows)
