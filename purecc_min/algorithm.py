@@ -21,26 +21,37 @@ from purecc_min.concept import TOKEN, ConceptSet, Reference, base_text, encode
 from purecc_min.embeddings import class_word_states
 from purecc_min.objective import pcc_loss
 from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for, update
+from tinyflow.errors import InputError
 from tinyflow.flow import squared_error
 from tinyflow.picturebook.model import load_tiny
 
 ROBOT = Path(__file__).parent / "measure" / "references" / "checked_robot"
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", type=Path, nargs="?", default=ROBOT, help="PNG pictures, with a .txt for each")
 parser.add_argument("--class-word", default="robot", help="an ordinary word for the kind of thing [V] is")
 parser.add_argument("--steps", type=int, default=200, help="training steps in each stage")
 parser.add_argument("--out", type=Path, default=Path("output/algorithm"), help="folder for the results")
 options = parser.parse_args()
+if options.out.exists():
+    parser.error(f"--out {options.out} is there already; choose another")
 
 # ----------------------------------------------------------------------- the base model and the references
 pipe, word = load_tiny(), options.class_word
 references, size = [], (pipe.picture_size, pipe.picture_size)
 for file in sorted(options.folder.glob("*.png")):
     picture = Image.open(file).convert("RGB").resize(size, Image.Resampling.BOX)
+    if not file.with_suffix(".txt").is_file():
+        parser.error(f"{file} has no text; write one into {file.stem}.txt")
     complete = file.with_suffix(".txt").read_text(encoding="utf-8").strip()     # "a [V] robot in the desert"
     references.append(Reference(file.name, np.asarray(picture)[None], complete, base_text(complete),
                                 f"{TOKEN} {word}"))
-data = encode(pipe, ConceptSet(word, references))        # x_0; y_complete, y_base, y_tar and the empty text
+if not references:
+    parser.error(f"{options.folder} has no PNG pictures")
+try:
+    data = encode(pipe, ConceptSet(word, references))    # x_0; y_complete, y_base, y_tar and the empty text
+except InputError as error:
+    parser.error(str(error))
 
 # ------------------------------------------------------------- stage 1: the representation extractor, theta_1
 config = TrainConfig(steps=options.steps, learning_rate=2e-3)

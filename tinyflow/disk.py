@@ -15,7 +15,7 @@ from typing import Iterable
 
 from PIL import Image
 
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
 from tinyflow.files import ordinary_file, write_whole
 
 try:
@@ -74,6 +74,8 @@ def check_output(path: Path, suffix: str, inputs: Iterable[Path] = ()) -> None:
     """
     if path.suffix.lower() != suffix:
         raise InputError(f"--out {path}: its name must end in {suffix}")
+    if len(path.name.encode()) > 220:            # longer names stand next to it: name-seed0.png
+        raise InputError(f"--out: the name {shown(path.name)} is too long; choose a shorter one")
     check_place(path.parent)
     if not present(path):
         return
@@ -87,6 +89,8 @@ def check_output(path: Path, suffix: str, inputs: Iterable[Path] = ()) -> None:
 def check_place(folder: Path) -> None:
     """Raises: InputError or OSError if no file can be put into the folder, which need not be there yet."""
     while not present(folder):
+        if folder == folder.parent:              # a drive that is not there
+            raise InputError(f"--out: there is no {folder}; choose another --out")
         folder = folder.parent
     if not folder.is_dir():
         raise InputError(f"--out: {folder} is a file, not a folder; choose another --out")

@@ -15,6 +15,7 @@ from pathlib import Path
 from tinyflow.errors import InputError, shown
 
 LINE = 300                                       # characters of an error at most
+EXHAUSTED = ("out of memory", "allocate memory", "alloc_failed")       # of torch and of the system
 INTACT = "what was saved before is intact"
 ASCII = {"\u2191": "^", "\u2193": "v", "\u2192": "->", "\u00b1": "+-", "\u2588": "#"}
 
@@ -44,7 +45,7 @@ def file_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a path")
     if any("\ud800" <= character <= "\udfff" for character in text):         # Linux allows any bytes
         raise argparse.ArgumentTypeError(f"{shown(text)} is no name in UTF-8; rename it")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +72,12 @@ def explain(error: BaseException) -> str | None:
     """One line for an error that a user can mend; None for a bug."""
     if isinstance(error, InputError):
         return f"error: {error}"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"error: cannot use {error.filename}: {error.strerror.lower()}; {INTACT}, choose another place"
-    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"     # torch's
-    if exhausted or "can't allocate memory" in str(error):
+    if isinstance(error, OSError) and error.strerror:
+        place = error.filename or "the output"
+        return f"error: cannot use {place}: {error.strerror.lower()}; {INTACT}, choose another place"
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+        return f"error: the package {error.name} is not installed; pip install -r requirements.txt"
+    if isinstance(error, MemoryError) or any(said in str(error).lower() for said in EXHAUSTED):
         return f"error: out of memory; choose a smaller --batch, --rank, --number or --size; {INTACT}"
     return None
 
@@ -93,7 +96,8 @@ def report_errors(goes_on: bool = False):
             stream.reconfigure(errors="in_ascii")
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:                           # it may be closed
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nstopped" + "; the same command goes on from the last checkpoint" * goes_on, file=sys.stderr)
         sys.exit(130)

@@ -60,7 +60,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(json.loads((file.metadata() or {}).get("tinyflow", "{}")))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            names = file.keys() if about.get("kind") == kind else ()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({reason}); "

@@ -40,6 +40,8 @@ def packed(pictures: list[np.ndarray]) -> str:
 def concept_data(results: Results, folder: Path, concept: str) -> dict:
     """The texts of each group, and the pictures of each method in the order of the texts."""
     found, texts = typical_pictures(results, folder, concept)
+    if not found:
+        raise InputError(f"{folder}: the pictures of {concept} are not there any more; draw them again")
     methods = {title: packed([picture for group in own for picture in own[group][:EACH]])
                for title, own in found.items()}
     return {"references": packed(list(set_up(concept).pictures)), "methods": methods,

@@ -48,15 +48,15 @@ def training_config(options: argparse.Namespace, base: str, method: Method) -> T
     return replace(settings, **overrides)
 
 
-def check_base_model(name: str, weights: Path | None, size: int) -> None:
+def check_base_model(name: str, weights: Path | None, text: Path | None, size: int) -> None:
     """Raises InputError if weights are missing or not needed, or if `size` does not suit the model."""
     model = BASE_MODELS[name]
     if model.public and weights is None:
         raise InputError(f"the base model {name} is downloaded, not shipped: say where it is with "
                          "--weights DIR (tinyflow/sd3/README.md)")
-    if not model.public and weights is not None:
-        raise InputError(f"--weights is for public weights, and the base model is {name}; "
-                         "leave it out, or say --base sd3.5-medium")
+    if not model.public and (weights or text):
+        raise InputError(f"--weights and --text are for public weights, and the base model is {name}; leave "
+                         "them out, or learn with --base sd3.5-medium")
     if not model.public and size != model.size:
         raise InputError(f"--size {size}: the {name} base model draws {model.size} px only; leave it out")
     if size % 16:

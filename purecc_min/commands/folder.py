@@ -32,6 +32,7 @@ COLUMNS = ("image_path", "prompt", "target_prompt", "base_prompt", "instance_wor
 SMALLEST, LARGEST = 16, 9000                     # pixels on a side that a reference picture may have
 MOST = 100                                       # pictures
 MASK = re.compile(r"(.+)[._-]mask(?:label)?", re.IGNORECASE)         # the stem of a mask's file
+LIKE_MASK = re.compile(r"(?<![a-z])mask(?![a-z])", re.IGNORECASE)
 RANGES = (255, 1023, 4095, 16383, 65535)         # of 8, 10, 12, 14 and 16 bits
 UPRIGHT, ORIENTATION = 1, 0x0112                 # of a camera's EXIF data
 Rows = dict[str, dict[str, str]]                 # same(file name) of a picture -> column -> text
@@ -67,7 +68,9 @@ def load_concept(folder: str | Path, class_word: str | None, size: int, variants
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     found = look_through(folder)
-    if alpha_as_mask and not found.masks:
+    if alpha_as_mask and found.masks:
+        raise InputError(f"{folder}: --alpha-as-mask, and there are masks already; leave one of them out")
+    if alpha_as_mask:
         found = found._replace(masks={same(path.stem): path for path in found.pictures})
     rows, source, unused = read_rows(folder, found)
     class_word = one_class_word(folder, class_word, rows)
@@ -112,6 +115,13 @@ def look_through(folder: Path) -> Contents:
                   and any(file.suffix.lower() in SUFFIXES for file in path.iterdir())]
         hint = f"; there are some in {shown(inside[0].name)}" if inside else ""
         raise InputError(f"{folder}: there is no picture in this folder ({', '.join(SUFFIXES)}){hint}")
+    stray = [path for path in pictures if LIKE_MASK.search(path.stem)]
+    if stray and len(stray) < len(pictures):
+        raise InputError(f"{stray[0]}: this looks like a mask, and no picture has its name; call it as "
+                         "1.mask.png for 1.jpg, or take it out of the folder")
+    twice = [path for path in pictures if sum(same(path.stem) == same(other.stem) for other in pictures) > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: another picture has this name, too; rename one of them")
     if len(pictures) > MOST:
         raise InputError(f"{folder}: {len(pictures)} pictures; a concept is learned from 3 to 5, and from "
                          f"{MOST} at most")
@@ -208,6 +218,9 @@ def read_jsonl(table: Path) -> tuple[Rows, list[str]]:
 def read_csv(table: Path) -> tuple[Rows, list[str]]:
     rows, lines = {}, csv.DictReader(io.StringIO(read_text(table), newline=""), strict=True)
     try:
+        columns = lines.fieldnames or ()
+        if len(set(columns)) < len(columns):
+            raise InputError(f"{table}: two columns have one name; keep one of them")
         for row in lines:
             if None in row:
                 raise InputError(f"{table}, line {lines.line_num}: more fields than there are columns; put a "
@@ -230,6 +243,9 @@ def three_texts(path: Path, row: dict[str, str], class_word: str) -> tuple[str, 
     def given(column: str, default: str) -> str:
         return " ".join(row.get(column, default).split())
 
+    if class_word.lower() == STYLE_WORD and "prompt" not in row:
+        raise InputError(f"{path}: a style needs a text for each picture, such as '{TOKEN} red ball on the "
+                         "beach'")
     complete = given("prompt", f"a {TOKEN} {class_word}").replace("[v]", TOKEN)
     target = given("target_prompt", f"{TOKEN} {class_word}").replace("[v]", TOKEN)
     base = given("base_prompt", base_text(complete))
@@ -301,7 +317,8 @@ def open_picture(path: Path, paper: str = "white") -> tuple[Image.Image, list[st
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: it is not a picture; replace it or take it out of the folder") from None
+        raise InputError(f"{path}: it is not a picture that can be read; save it as PNG or JPEG, or take "
+                         "it out of the folder") from None
     except Exception as error:                   # a decoder may raise anything
         raise InputError(f"{path}: it cannot be read ({error}); replace it or take it out of the "
                          "folder") from None

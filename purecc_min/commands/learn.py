@@ -20,6 +20,7 @@ from purecc_min.commands.run import check_run_folder, follow, run_folder
 from purecc_min.concept import STYLE_WORD, TOKEN, ConceptSet, EncodedConcept, styles_among
 from purecc_min.concept_file import load_branch
 from purecc_min.learning import concept_facts, learn
+from purecc_min.methods import Method, l_cc
 from purecc_min.pairs import ON_PUBLIC_WEIGHTS, check_has_halves, imagine_resumably
 from purecc_min.registry import METHODS, as_sampled
 from purecc_min.sheets import Samplers, draw_sheet, unseen_texts
@@ -42,7 +43,9 @@ def learn_command(options: argparse.Namespace) -> None:
     model, out, places = BASE_MODELS[options.base], options.out, (options.weights, options.text)
     method, size = METHODS[options.method or model.method], options.size or model.size
     config, device = training_config(options, options.base, method), choose_device(options.device)
-    check_base_model(options.base, options.weights, size)
+    check_base_model(options.base, *places, size)
+    check_options(options, method, config)
+    needed = read_config(*places, size) if model.public else None
     check_run_folder(out)
     if options.class_word and not model.public:
         check_noun(options.class_word)
@@ -58,7 +61,7 @@ def learn_command(options: argparse.Namespace) -> None:
         texts = read_prompts(options.prompts, tokenizer, concept.class_word)
     if method.imagines:
         check_has_halves(concept)
-    checkpointing = model.public and plan(read_config(*places, size), config, size, method, device)
+    checkpointing = needed is not None and plan(needed, config, size, method, device)
     pipe = open_base_model(options.base, *places, size, device)
     pipe.mmdit.checkpointing = checkpointing
     with run_folder(out, concept, config, method.name, f"{options.base} at {size} px"):
@@ -79,6 +82,19 @@ def learn_command(options: argparse.Namespace) -> None:
         if not model.public:
             print_measures(pipe, concept, sampler, out)
     print(f"\nlearned: {out}/concept.safetensors; {out}/comparison.png shows it")
+
+
+def check_options(options: argparse.Namespace, method: Method, config: TrainConfig) -> None:
+    """Raises: InputError for an option that this method would not use."""
+    used = {"eta": method.loss is not l_cc, "embedding_learning_rate": method.embeddings,
+            "learning_rate": method.adapters, "rank": method.adapters}
+    for name, is_used in used.items():
+        if getattr(options, name) is not None and not is_used:
+            raise InputError(f"--{name.replace('_', '-')}: --method {method.name} does not use it; leave it "
+                             "out")
+    if options.samples_every and options.samples_every > config.steps:
+        raise InputError(f"--samples-every {options.samples_every}: the run has {config.steps} steps, so no "
+                         "sheet would be drawn")
 
 
 def print_measures(pipe: Pipeline, concept: ConceptSet, sampler: Samplers, out: Path) -> None:

@@ -8,6 +8,7 @@ corrected command can start there.
 import contextlib
 import json
 import platform
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Iterator
@@ -22,6 +23,10 @@ from tinyflow.disk import check_place, locked, present, read_json
 from tinyflow.errors import InputError, shown
 from tinyflow.files import write_whole
 
+# the names of a run's files
+OURS = re.compile(r"(run\.json|table\.md|results\.json|[\w-]*(stage|concept|samples|imagined|comparison)"
+                  r"[\w-]*\.(safetensors|jsonl|png))(\.[0-9a-f]{8}\.part)?")
+
 
 def check_run_folder(folder: Path) -> None:
     """Raises: InputError or OSError if the folder cannot be used for a run. Called before any work."""
@@ -34,7 +39,12 @@ def check_run_folder(folder: Path) -> None:
 def others_in(folder: Path) -> list[str]:
     """The names in a folder, except hidden files and the rest of interrupted writes."""
     found = sorted(path.name for path in folder.iterdir()) if present(folder) else []
-    return [name for name in found if not name.startswith(".") and not name.endswith(".part")]
+    return [name for name in found if not name.startswith(".") and not is_part(name)]
+
+
+def is_part(name: str) -> bool:
+    """Whether a file is what an interrupted write of ours has left."""
+    return name.endswith(".part") and OURS.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -51,9 +61,9 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
     check_run_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for path in folder.glob("*.????????.part"):                  # of a write that was interrupted
+        for path in filter(lambda path: is_part(path.name), list(folder.iterdir())):
             path.unlink()
-        file, hidden = folder / "run.json", set(folder.iterdir())
+        file, before = folder / "run.json", set(folder.iterdir())
         is_new, about = not file.exists(), json.dumps({**run, "versions": versions}, indent=1).encode()
         if is_new:
             write_whole(file, about)
@@ -63,9 +73,9 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
             yield
             write_whole(file, about)             # a resumed run may have more steps now
         except BaseException:
-            left = [path for path in folder.iterdir() if path not in hidden]
-            if is_new and not any(path.suffix == ".safetensors" for path in left):
-                for path in left:
+            created = [path for path in folder.iterdir() if path not in before and OURS.fullmatch(path.name)]
+            if is_new and not any(path.suffix == ".safetensors" for path in created):
+                for path in created:
                     path.unlink()
             raise
 
@@ -91,13 +101,15 @@ def check_same(run: dict, file: Path) -> None:
 def follow(title: str, training: Iterator[tuple], steps: int, stages: int = 1) -> Iterator[tuple]:
     """Passes on what `learn` yields, with a progress bar that says where a resumed run starts."""
     with tqdm(total=stages * steps, desc=f"{title:24s}", unit="step") as bar:
+        reached = 0
         for stage, theta, row in training:
             step = row["step"] + (stage - 1) * steps
-            if bar.n == 0 and step > 1:
+            if reached == 0 and step > 1:
                 bar.write(f"{title}: going on from step {step - 1}")
-                bar.initial = step - 1           # so that the estimate counts this process's steps alone
-            bar.update(step - bar.n)
+                bar.initial = step - 1           # so that the estimate counts only this process's steps
+            bar.update(step - reached)
+            reached = step
             told = {name: f"{row[name]:.3f}" for name in ("loss", "lambda", "cosine") if name in row}
             bar.set_postfix(told, refresh=False)
             yield stage, theta, row
-        bar.update(stages * steps - bar.n)
+        bar.update(stages * steps - reached)

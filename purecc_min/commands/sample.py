@@ -54,7 +54,13 @@ def sample_command(options: argparse.Namespace) -> None:
     check_output(out, ".png")
     prompt = re.sub(r"\[v(\d*)\]", r"[V\1]", options.prompt)
     base_model, size, words, off = read_facts(files, prompt)
-    check_base_model(base_model, options.weights, size)
+    check_base_model(base_model, options.weights, options.text, size)
+    strangers = set(re.findall(r"\[V\d*\]", f"{prompt} {options.negative}", re.IGNORECASE)) - words.keys()
+    if strangers or any(name in options.negative for name in words):
+        raise InputError(f"{min(strangers or words)}: only the prompt names concepts, and only "
+                         f"{', '.join(words)} here; take it out of the text")
+    if options.negative and options.guidance == 1:
+        raise InputError("--negative: with --guidance 1 it would not be used; leave one of them out")
     pipe = open_base_model(base_model, options.weights, options.text, size, choose_device(options.device))
     branches = [load_branch(pipe, file)[0] for file in files]
     for B in (B for branch in branches for B in branch.lora.B.values()):

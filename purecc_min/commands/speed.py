@@ -44,7 +44,7 @@ def time_steps(variant: str, steps: int, device: str) -> tuple[float, float]:
             now = time.perf_counter()
             seconds.append(now - begun)
             begun = now
-    if device == "cuda":
+    if device.startswith("cuda"):
         return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e6
     return float(np.median(seconds)), resident_memory()
 

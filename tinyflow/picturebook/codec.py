@@ -60,7 +60,7 @@ def psnr(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
 
 class CodecTraining(Training):
     """The pictures with their masks, and the codec."""
-    kind = "tinyflow codec"
+    kind, result = "tinyflow codec", "codec.safetensors"
 
     def __init__(self, config: CodecConfig, codec: VAE):
         rng = np.random.default_rng(config.seed)

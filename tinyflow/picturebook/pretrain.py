@@ -53,7 +53,7 @@ class PretrainConfig:
 
 class Pretraining(Training):
     """The latents and scenes of the training pictures, and the model. The codec stays as it is."""
-    kind = "tinyflow pretraining"
+    kind, result = "tinyflow pretraining", "base.safetensors"
 
     def __init__(self, config: PretrainConfig, pipe: Pipeline, out: Path, compiled: bool = False):
         torch.manual_seed(config.seed)

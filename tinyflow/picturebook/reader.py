@@ -297,7 +297,7 @@ class ReaderConfig:
 
 class ReaderTraining(Training):
     """The rendered pictures with all that is true about them, and the reader."""
-    kind = "tinyflow reader"
+    kind, result = "tinyflow reader", "reader.safetensors"
 
     def __init__(self, config: ReaderConfig, reader: Reader):
         rng = np.random.default_rng(config.seed)

@@ -52,6 +52,7 @@ class Training:
         by_adam: see Muon.
     """
     kind = ""                                    # what its checkpoint says it is
+    result = ""                                  # the file that it makes
 
     def __init__(self, config, model: nn.Module, by_adam: tuple[str, ...]):
         self.config, self.model = config, model
@@ -114,6 +115,9 @@ def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int,
     """
     config, checkpoint = training.config, out / "checkpoint.safetensors"
     log, first, seconds = [], 0, 0.0
+    if not checkpoint.exists() and (out / training.result).exists():
+        raise InputError(f"{out}: it holds {training.result}, and no checkpoint to go on from; choose "
+                         "another --out")
     if checkpoint.exists():
         first, seconds = training.load(checkpoint)
         log = [json.dumps(row) for row in read_log(out / "log.jsonl") if row["step"] <= first]

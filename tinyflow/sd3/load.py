@@ -45,7 +45,7 @@ def mmdit_config(part: Part, latent_size: int) -> MMDiTConfig:
     width, channels, patch, _ = part.shape(weights["patch_embedder"], 4)
     norm = weights["blocks.0.attention.image.norm_q"]
     has_norm = norm in part.shapes
-    head_width = part.shape(norm, 1)[0] if has_norm else part.config.get("attention_head_dim", HEAD_WIDTH)
+    head_width = part.shape(norm, 1)[0] if has_norm else int(part.number("attention_head_dim", HEAD_WIDTH))
     rows, grid = latent_size // patch, isqrt(part.shape(POSITIONS[part.layout], 3)[1])
     rows += (grid - rows) % 2                    # so that the crop can have the same centre as the whole
     if rows > grid:
@@ -79,7 +79,7 @@ def load_clip(part: Part, activation: str) -> TextEncoder:
     hidden, _ = part.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)
     depth, projection = part.count("text_model.encoder.layers."), "text_projection.weight"
     pooled_width = part.shape(projection, 2)[0] if projection in part.shapes else None
-    heads = part.config.get("num_attention_heads", 0 if width % HEAD_WIDTH else width // HEAD_WIDTH)
+    heads = int(part.number("num_attention_heads", 0 if width % HEAD_WIDTH else width // HEAD_WIDTH))
     if heads < 1 or width % heads:
         raise InputError(f"{part.checkpoint.where}: {part.prefix} has width {width} that does not divide "
                          f"into heads of {HEAD_WIDTH}; its config.json says how many there are: give the "
@@ -114,9 +114,9 @@ def vae_config(part: Part) -> VAEConfig:
     published = VAEConfig()
     return VAEConfig(channels, layers=part.count(f"encoder.{level}.0.{block}."),
                      latent_channels=part.shape("decoder.conv_in.weight", 4)[1],
-                     groups=part.config.get("norm_num_groups", published.groups),
-                     scale=part.config.get("scaling_factor", published.scale),
-                     shift=part.config.get("shift_factor", published.shift))
+                     groups=int(part.number("norm_num_groups", published.groups)),
+                     scale=part.number("scaling_factor", published.scale),
+                     shift=part.number("shift_factor", published.shift))
 
 
 def load_vae(part: Part, device) -> VAE:
@@ -172,6 +172,12 @@ def load_sd3(weights: str | Path, text: str | Path | None = None, size: int = 51
     t5 = load_t5(parts["t5"]) if "t5" in parts else None
     vae = load_vae(parts["vae"], device)
     mmdit = load_mmdit(parts["transformer"], side, dtype, device)
+    widths = [clip_l.config.pooled_width, clip_g.config.pooled_width]
+    if (None in widths or sum(widths) != mmdit.config.pooled_width
+            or vae.config.latent_channels != mmdit.config.channels
+            or t5 and t5.config.width != mmdit.config.context_width):
+        raise InputError(f"{weights}: its parts are of different models, whose widths do not fit each other; "
+                         "download all of one model")
     encoder = SD3Encoder(clip_l, clip_g, t5, mmdit.config.context_width)
     return Pipeline(tokenizer, encoder, mmdit, vae, size, SHIFT, LAST_TIME,
                     GUIDANCE).requires_grad_(False).eval()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from tinyflow.checkpoints import is_number
 from tinyflow.disk import read_json
-from tinyflow.errors import InputError
+from tinyflow.errors import InputError, shown
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
 
@@ -46,6 +47,14 @@ class Part:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.checkpoint.under(self.prefix)
 
+    def number(self, name: str, default: float) -> float:
+        """A number of config.json. Raises InputError if there is something else."""
+        value = self.config.get(name, default)
+        if not is_number(value):
+            raise InputError(f"{self.checkpoint.where}: {name} in config.json is {shown(value)}, which is no "
+                             "number; download it again")
+        return value
+
     def count(self, block: str) -> int:
         """Counts the blocks that are numbered behind `block`, as in "encoder.layers.7.norm.weight"."""
         behind = [name.removeprefix(block) for name in self.shapes if name.startswith(block)]
@@ -73,7 +82,7 @@ class Part:
                 yield
         except InputError:
             raise
-        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
             raise InputError(f"{self.checkpoint.where}: the shapes contradict each other ({error})") from None
 
 
@@ -93,7 +102,7 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: there is no such file or folder")
-    parts, tokenizers, halves = {}, {}, {}
+    parts, tokenizers, halves, taken = {}, {}, {}, []
     if places[0].is_file():
         checkpoint = Checkpoint(places[:1])
         if checkpoint.under("transformer_blocks."):
@@ -109,15 +118,21 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
                              f"a {KIND} (Stable Diffusion 3 or 3.5) is needed")
         for name, (folder, stem, _) in PARTS.items():
             config = read_config(place / folder / "config.json")
-            if name in parts:                    # a single file has no room for it
+            if name in parts:                    # a single file has no config.json
+                taken += [place] * bool(config and not parts[name].config)
                 parts[name] = replace(parts[name], config=parts[name].config or config)
             elif checkpoint := Checkpoint.find(place / folder, stem):
                 parts[name] = Part(checkpoint, "", DIFFUSERS, config)
+                taken.append(place)
             elif os.path.lexists(place / folder):
                 halves[name] = f"{place / folder}: there is no {stem}.safetensors in it"
         for name, folder in TOKENIZERS.items():
-            if (place / folder).is_dir():
-                tokenizers.setdefault(name, place / folder)
+            if (place / folder).is_dir() and name not in tokenizers:
+                tokenizers[name] = place / folder
+                taken.append(place)
+    if text and not any(place == places[1] for place in taken):
+        raise InputError(f"--text {text}: nothing was taken from it; give a folder with what {weights} "
+                         "lacks, such as text_encoder_3/ and tokenizer_3/, or leave it out")
     if "t5" in halves and "t5" not in parts:     # without a word it would be learned without T5
         raise InputError(f"{halves['t5']}; complete the download, or take the folder away: T5 may be absent")
     needed = [name for name in PARTS if name != "t5" or name in parts]
