@@ -13,7 +13,7 @@ from typing import Iterator
 import torch
 
 from purecc_min.branch import Branch, Thetas
-from purecc_min.concept import TOKEN, ConceptSet, EncodedConcept, Texts, encode
+from purecc_min.concept import TOKEN, ConceptSet, EncodedConcept, encode
 from purecc_min.concept_file import has_t5, sample_of
 from purecc_min.embeddings import class_word_states
 from purecc_min.methods import LossOfStep, Method
@@ -40,14 +40,17 @@ def begin(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, method: Met
 
 
 def stage(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, method: Method,
-          theta_1: Branch | None = None, name: str = "") -> tuple[Branch, Iterator[dict]]:
+          theta_1: Branch | None = None, name: str = "", origin: str = "") -> tuple[Branch, Iterator[dict]]:
     """Returns the stage's branch and an iterator; iterating trains the branch, one step per item.
 
-    theta_1: the frozen extractor, in stage 2. name: a prefix of the file names.
+    Args:
+        theta_1: the frozen extractor, in stage 2.
+        name: a prefix of the file names.
+        origin: a fingerprint of the data. A checkpoint of other data is refused.
     """
     number = 1 if theta_1 is None else 2
     theta = begin(pipe, data, config, method, theta_1)
-    origin = text_hash(fingerprint(data) + tensor_hash((theta_1 or pipe.mmdit).state_dict()))
+    origin = text_hash(origin + tensor_hash((theta_1 or pipe.mmdit).state_dict()))
     return theta, train_resumably(method.loss, Thetas(pipe.velocity, theta_1, theta), data, config, number,
                                   folder / f"{name}stage{number}.safetensors", origin)
 
@@ -97,13 +100,18 @@ def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConce
         raise InputError(f"{error}{kept}") from None
 
 
-def fingerprint(data: EncodedConcept) -> str:
-    """A SHA-256 of all encoded data: latents, texts, masks, ids and imagined scenes, in order."""
-    named = zip(Texts._fields, data.texts)
-    tensors = {f"{name}.{part}": tensor for name, text in named for part, tensor in vars(text).items()}
-    tensors |= {"variants": data.variants} | ({} if data.masks is None else {"masks": data.masks})
-    imagined = fingerprint(data.imagined) if data.imagined else ""
-    return text_hash(tensor_hash(tensors) + json.dumps(data.ids) + imagined)
+def fingerprint(concept: ConceptSet, imagined: EncodedConcept | None = None) -> str:
+    """A SHA-256 of pictures, masks, texts and imagined scenes, in order.
+
+    Not of encoded references: their last bits may depend on the number of threads.
+    """
+    texts = [concept.class_word, *([r.id, r.complete, r.base, r.target] for r in concept.references)]
+    arrays = {f"{name} {n}": getattr(r, name) for n, r in enumerate(concept.references)
+              for name in ("pictures", "masks") if getattr(r, name) is not None}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    if imagined:
+        tensors["imagined"] = imagined.variants
+    return text_hash(tensor_hash(tensors) + json.dumps(texts))
 
 
 def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path, method: Method,
@@ -117,12 +125,14 @@ def learn(pipe: Pipeline, concept: ConceptSet, config: TrainConfig, folder: Path
     Raises: RuntimeError if the hash of the base model's weights has changed.
     """
     data, before, theta_1 = encode(pipe, concept), tensor_hash(pipe.mmdit.state_dict()), None
+    origin = fingerprint(concept, imagined)
     if method.extractor:
         of_stage_1 = replace(config, learning_rate=config.extractor_learning_rate or config.learning_rate)
-        theta_1, rows = stage(pipe, data, of_stage_1, folder, method.extractor, name=name)
+        theta_1, rows = stage(pipe, data, of_stage_1, folder, method.extractor, None, name, origin)
         yield from ((1, theta_1, row) for row in rows)
         theta_1.requires_grad_(False)
-    theta, rows = stage(pipe, data._replace(imagined=imagined), config, folder, method, theta_1, name)
+    theta, rows = stage(pipe, data._replace(imagined=imagined), config, folder, method, theta_1, name,
+                        origin)
     yield from ((method.stages, theta, row) for row in rows)
     if tensor_hash(pipe.mmdit.state_dict()) != before:
         raise RuntimeError("the base model changed during training")

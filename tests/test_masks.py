@@ -93,7 +93,7 @@ def test_an_encoded_mask_lies_on_its_latents_and_belongs_to_the_fingerprint(pipe
     *_, side = data.variants.shape
     assert data.masks.shape == (*data.variants.shape[:2], 1, side, side)
     assert data.masks[..., :side // 2, side // 2:].min() == 1 and data.masks.mean() == .25
-    assert fingerprint(data) != fingerprint(plain) and plain.masks is None
+    assert fingerprint(masked(robot)) != fingerprint(robot) and plain.masks is None
     batch = draw_batch(data, TrainConfig(batch=3), 1, 0, 1.0)
     assert batch.mask.shape == (3, 1, side, side)
     assert torch.equal(batch.x_t, draw_batch(plain, TrainConfig(batch=3), 1, 0, 1.0).x_t)

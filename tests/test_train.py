@@ -67,7 +67,8 @@ def test_pictures_and_texts_are_paired_by_id(pipe, robot):
         assert torch.equal(data.x_0[n], pipe.encode_images([changed[n].picture])[0]) and id == changed[n].id
         assert torch.equal(data.x_0[n], shuffled.x_0[m])
         assert torch.equal(data.texts.complete.context[n], shuffled.texts.complete.context[m])
-    assert fingerprint(data) != fingerprint(shuffled)
+    one, other = (fingerprint(ConceptSet("robot", rows)) for rows in (changed, changed[::-1]))
+    assert one != other == fingerprint(ConceptSet("robot", changed[::-1]))
 
 
 def test_texts_hold_the_slot_where_they_should(pipe, robot):
@@ -214,12 +215,11 @@ def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint(trained, tmp_p
 
 def test_another_runs_folder_is_refused(trained):
     pipe, data, theta_1, folder = trained
-    brighter = data._replace(variants=data.variants + 1)
-    for other_data, other_config, differs in ((data, replace(CONFIG, seed=1), "seed is 0 there and 1 here"),
-                                              (data, replace(CONFIG, steps=3), "steps is 4 there and 3 here"),
-                                              (brighter, CONFIG, "other pictures")):
+    for origin, config, differs in (("", replace(CONFIG, seed=1), "seed is 0 there and 1 here"),
+                                    ("", replace(CONFIG, steps=3), "steps is 4 there and 3 here"),
+                                    ("other data", CONFIG, "other pictures")):
         with pytest.raises(InputError, match=f"holds another run .*{differs}"):
-            list(stage(pipe, other_data, other_config, folder, LORA)[1])
+            list(stage(pipe, data, config, folder, LORA, origin=origin)[1])
     list(stage(pipe, data, CONFIG, folder, PAPER, theta_1)[1])
     with pytest.raises(InputError, match="holds another run"):
         list(stage(pipe, data, CONFIG, folder, replace(PAPER, loss=l_cc), theta_1)[1])
