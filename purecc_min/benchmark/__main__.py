@@ -2,8 +2,8 @@
 
     python -m purecc_min.benchmark                     the main table on the shipped base model
     python -m purecc_min.benchmark --quick             one seed, two concepts, three methods
-    python -m purecc_min.benchmark claims              another part: tuning, further, factors
-    python -m purecc_min.benchmark --methods NAME      a method of your own, beside the shipped results
+    python -m purecc_min.benchmark claims              another part: tuning, further, factors, phrase
+    python -m purecc_min.benchmark --methods NAME      a method of your own, with the shipped results
     python -m purecc_min.benchmark --concepts NAME     a concept of your own
 
 Each part first says how long it will take, from steps that it times on this machine. It can be stopped at
@@ -31,7 +31,7 @@ def check_known(kind: str, names: list[str], choices: dict) -> None:
     """Raises: InputError for a name that is not among the choices."""
     for name in names:
         if name not in choices:
-            raise InputError(f"--{kind} {shown(name)}: there is none of this name; there are "
+            raise InputError(f"--{kind} {shown(name)}: unknown name; known are "
                              f"{', '.join(choices)}")
 
 
@@ -41,15 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("part", nargs="?", choices=SEEDS, default="main", help="what to run (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="main: one seed, two concepts, three methods")
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME",
-                        help="main: train these alone, beside the shipped results")
+                        help="main: train only these; the shipped results fill the rest of the tables")
     parser.add_argument("--concepts", nargs="+", default=[], metavar="NAME",
-                        help="main: these concepts in place of its own")
+                        help="main: these concepts in place of the main part's")
     parser.add_argument("--steps", type=positive, default=STEPS,
-                        help="of training; fewer to try something out (%(default)s)")
+                        help="of training; fewer for a test (%(default)s)")
     parser.add_argument("--workers", type=number(int, 1, 256), default=os.cpu_count(),
-                        help="cells at once, a core each (%(default)s)")
+                        help="worker processes, each on one core (%(default)s)")
     parser.add_argument("--out", type=file_path, default=Path("output/benchmark"),
-                        help="folder for everything; goes on where it stopped (%(default)s)")
+                        help="folder for all results; a stopped run in it is resumed (%(default)s)")
     return parser
 
 

@@ -1,10 +1,10 @@
 """A cell: one method on one concept with one training seed, trained and measured: the unit of the work.
 
-A cell's draws depend on nothing but the cell, and it runs on one thread, so its result is the same on any
-number of cores and after any interruption: a cell is done or not done, a file or no file. While it trains
-it is measured at a few steps (SNAPSHOTS), because a concept learned less always damages less: methods are
-compared along the front that these snapshots form. A frozen extractor is a cell of its own, on the same
-concept, seed and rank, trained for as many steps. Read next: plans.py.
+A cell's random numbers depend only on the cell, and it runs on one thread, so its result is the same on any
+number of cores and after any interruption: a finished cell is one file, an unfinished one leaves none. It is
+measured at a few steps (SNAPSHOTS) while it trains: fewer steps learn less and damage less, so methods are
+compared at equal similarity, between snapshots. A frozen extractor is a cell of its own, on the same concept,
+seed and rank, trained for the same number of steps. Read next: plans.py.
 """
 
 import copy
@@ -128,9 +128,9 @@ class Cell:
                               **self.settings})
 
     def recipe(self, measured: bool = True) -> str:
-        """A fingerprint of all that this cell's result depends on, short of the code.
+        """A fingerprint of all that this cell's result depends on, except the code.
 
-        measured: or, if this is False, all that what it learns depends on.
+        measured: False leaves out what only the measuring depends on.
         """
         toy = CONCEPTS[self.concept]
         texts = [(r.complete, r.base, r.target) for r in toy.references().references]
@@ -141,7 +141,7 @@ class Cell:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def result(self, folder: Path, shipped: bool = False) -> dict | None:
-        """What is known about this cell.
+        """The cell's result.
 
         It is None if the cell was not run yet, or with other settings, weights or references.
 
@@ -158,7 +158,7 @@ class Cell:
 
 @cache
 def set_up(concept: str) -> Setup:
-    """A concept on the base model. It is kept, since many cells of a worker share it."""
+    """A concept on the base model. Cached, since the cells of a worker share it."""
     pipe, toy = load_tiny(), CONCEPTS[concept]
     references = toy.references()
     pictures = np.stack([reference.picture for reference in references.references])
@@ -191,7 +191,7 @@ def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas
 
 
 def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
-    """How often a picture goes forward through the model, and backward, where a LoRA's step does it once.
+    """Forward and backward passes per picture and step; a LoRA has 1 and 1.
 
     What a method does before its first step is shared out among all of its steps, and its extractor counts.
     """
@@ -223,7 +223,7 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
 
 
 def count_trained(cell: Cell, theta_1: Branch | None) -> int:
-    """How many numbers are trained for what is kept; an extractor's are not among them."""
+    """The number of trained parameters, without those of an extractor."""
     setup = set_up(cell.concept)
     theta = start(ALL[cell.method], setup.pipe, setup.data, cell.config(), theta_1)
     return sum(parameter.numel() for parameter in theta.parameters() if parameter.requires_grad)
@@ -231,7 +231,7 @@ def count_trained(cell: Cell, theta_1: Branch | None) -> int:
 
 def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: float) -> list[dict[str, float]]:
     """What a method's loss logs at each t of TIMES, over all references and the same noise every time."""
-    loss, rows = copy.deepcopy(loss), []         # asking must not change what it remembers or draws next
+    loss, rows = copy.deepcopy(loss), []         # a copy: calling a loss may advance its generator
     x_1 = noise_for(list(range(len(data.x_0))), data.x_0.shape[1:]).to(data.x_0)
     for moment in TIMES:
         t = torch.full((len(x_1),), moment, device=x_1.device)
@@ -254,7 +254,7 @@ def keep(cell: Cell, theta: Branch, folder: Path) -> None:
 def learned_file(cell: Cell, folder: Path) -> Path:
     """The file of what a cell learns, which is trained here if it is not in the folder.
 
-    It is for methods that train adapters.
+    Only for methods that train adapters.
     """
     file = concept_file(cell, folder)
     if not file.exists() or load_tensors(file, "concept")[1].get("recipe") != cell.recipe(measured=False):
@@ -308,8 +308,8 @@ def read_strip(file: Path, count: int) -> list[np.ndarray]:
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
     """Draws and measures each way of sampling the method's model; returns the first way's pictures.
 
-    Texts without [V] are the original's own for adapters that are bound, or switched off there. Texts of
-    other forms, and other ways, are looked at in the end alone.
+    Pictures of texts that the method leaves to the base model are reused. Toy.forms and other ways are
+    measured only at the last step.
     """
     setup, method, drawn = set_up(cell.concept), ALL[cell.method], {}
     known = {group: setup.original[group] for group in UNNAMED if is_held(method)}

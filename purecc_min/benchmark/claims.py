@@ -3,8 +3,8 @@
 A claim says that something is larger than something else. Its value is that difference, one number for each
 training seed (a mean over concepts). It HOLDS if the whole 95 % interval is above zero, DOES NOT HOLD if
 none of it is, and DEPENDS otherwise. A claim that two things are about equal holds if the interval lies
-within +- CLOSE. Each is asked twice: for adapters that act everywhere, as in the paper, and for those that
-are bound to [V]'s phrase, where they have such a thing. Measures stand in for the paper's: similarity for
+within +- CLOSE. Each is tested twice: with adapters that act everywhere, as in the paper, and with bound ones
+if that version exists. Measures stand in for the paper's: similarity for
 CLIP-I and CSD, mask IoU and outside change for Seg-Cons, text kept (the reader's log-probability of the base
 text) for dCLIP-T, path KL for the KL of Fig. 2 and 4. Read next: figures.py.
 """
@@ -53,9 +53,9 @@ class Comparison(NamedTuple):
     where: str                                   # in the paper
     says: str
     figures: str                                 # the paper's own
-    larger: str                                  # the method that has more of
+    larger: str                                  # the method whose measure should be larger
     measure: str
-    smaller: str                                 # than this one
+    smaller: str                                 # the method that it is compared with
     concepts: tuple[str, ...] = EARLIER
     equal: bool = False                          # the two are about equal
 
@@ -103,9 +103,9 @@ COMPARISONS = [Comparison(*row) for row in [
 
 
 def bound(method: str) -> str | None:
-    """The method with adapters that act on [V]'s phrase alone; DreamBooth has none and stays.
+    """The bound version of a method; None: there is none. DreamBooth has no adapters and stays.
 
-    The others have no such thing: where v_original is the base model's anyhow, it need not be taken from it.
+    "paper, v_0" has none: with bound adapters v_original is the base model's already.
     """
     if method.startswith("paper") and not method.startswith("paper, v_0"):
         return f"bound-{method}"

@@ -1,10 +1,11 @@
-"""The benchmark's methods: those of purecc_min/registry.py, and beside them what only experiments want.
+"""The benchmark's methods: those of purecc_min/registry.py, and methods that only experiments need.
 
 MAIN is what people use, the paper's method in two forms, and what each row has to be compared with: adapters
 at the token [V] alone, a LoRA without Y, and the simple methods for as many passes as the costly ones.
 FURTHER are rivals and experiments with the same pieces; ABLATIONS are the paper's objective with one part
-replaced; PHRASE takes the phrase apart. A method is drawn as its users draw it; WAYS has one other way, for
-one row. README.md shows how to add a method. Read next: cells.py, where a method is run.
+replaced; PHRASE changes one part of the bound adapters at a time. Pictures are sampled as users sample them;
+WAYS adds one other way, for `lora` only. README.md shows how to add a method. Read next: cells.py, where a
+method is run.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline, Text, Velocity
 
 IMAGINED = 32                                    # scenes that the base model imagines
-LONGER = 5                                       # times as many steps: no fewer passes than bound-pairs
+LONGER = 5                                       # times the steps: at least as many passes as bound-pairs
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class NoAdapters(nn.Module):
 
 
 class Residual(ConceptEmbeddings):
-    """Y^l is added to the word's state at [V]; it does not take its place."""
+    """Y^l is added to the word's state at [V], instead of replacing it."""
 
     def forward(self, l: int, c: Tensor, slots: Tensor) -> Tensor:
         return c + slots[..., None] * self.Y[l].to(c.dtype)
@@ -87,7 +88,7 @@ class Joint(Branch):
 
 # -------------------------------------------------------------- losses on scenes that the base model imagines
 class Imagining:
-    """Scenes that the base model draws itself, for random base texts. Two losses are made of them."""
+    """Scenes that the base model samples itself, for random base texts. The base class of two losses."""
 
     def __init__(self, setup: Setup, config: TrainConfig):
         pipe, toy = setup.pipe, setup.toy
@@ -201,7 +202,7 @@ class Entry(Method):
 
 
 def as_sampled(method: Method, thetas: Thetas, way: str = "") -> dict[str, Velocity]:
-    """Who answers which text in one of WAYS: the theta and theta_null of Pipeline.sample."""
+    """The theta and theta_null of Pipeline.sample in one of WAYS."""
     if way == "own empty text":
         return {"theta": thetas.theta}
     return registry.as_sampled(method, thetas.theta, thetas.theta_0)

@@ -8,7 +8,7 @@
                (Table 3), eta (Table 6), where v_original comes from (Sec. 14); for adapters that act
                everywhere and for those bound to the phrase
     factors    one thing at a time changed on one earlier concept: what is shared, captions, references, rank
-    phrase     what in the phrase does what, on the two individuals among the tuning concepts
+    phrase     which part of the binding has which effect, on two individuals among the tuning concepts
 
 Read next: workers.py.
 """
@@ -22,7 +22,7 @@ from purecc_min.measure.toy import CONCEPTS, EARLIER, HELD_OUT, TUNING
 from purecc_min.train import TrainConfig
 
 SEEDS = {"tuning": 1, "main": 5, "further": 3, "claims": 3, "factors": 3, "phrase": 3}
-# on the way, too, these are measured: they are compared at equal fidelity, too
+# methods that are also measured at SNAPSHOTS, to be compared at equal fidelity
 FRONTS = ("lora", "switched-off", "anchor", "paper", "paper, v_0", "token", "bound", "bound-half",
           "bound-paper")
 CLAIMED = ("lora", "paper", "bound", "bound-paper", "DreamBooth", "DreamBooth + EWC", "merged stages")
@@ -47,12 +47,14 @@ QUICK = dict(concepts=("orange_star", "drawn_chalk"), methods=("lora", "paper", 
 
 
 def ends(concepts: Iterable[str]) -> list[Cell]:
-    """The two ends of the scale."""
+    """The original model and the perfect method, for each concept."""
     return [Cell(concept, name) for concept in concepts for name in ("nothing", "perfect")]
 
 
 def can_learn(method: str, concept: str) -> bool:
-    """A style has no halves to imagine, and what is measured against such methods has individuals alone."""
+    """Whether a method runs on a concept. Methods that imagine pairs, and those compared with them (`times`
+    > 1), run on individuals only.
+    """
     return not (CONCEPTS[concept].is_style and (ALL[method].imagines or ALL[method].times > 1))
 
 

@@ -2,15 +2,15 @@
 
 The text names both, as `python -m purecc_min sample` takes it: "a small [V1] cat on the left and a big [V2]
 tree on the right in the snow". Each concept was learned alone, on pictures with one thing, by a cell of the
-main part. What is compared:
+main part. Compared is the share of each concept's traits that the reader network sees on it, and of the
+OTHER's, where the two differ:
 
     original    neither is named: the original model and the text without [V1] and [V2]
     perfect     the renderer's pictures of these texts, with both concepts
-    alone       one is named, and only its adapters are attached: each concept is judged where it is the one
+    alone       one is named, and only its adapters are attached: each concept is judged at its own place
     together    both are named, and both sets of adapters are attached
 
-by the share of each concept's traits that the reader sees on it, and by the share of the OTHER's traits that
-it sees there, where the two differ. Read next: workers.py.
+Read next: workers.py.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from tinyflow.pipeline import to_pictures, to_pixels
 
 NAMES = ("[V1]", "[V2]")
 SAID = world.PLAIN_PARTS - {"colour"}
-KEYS = ("names", "method", "seed", "recipe")     # what tells one result from another
+KEYS = ("names", "method", "seed", "recipe")     # the fields that identify a result
 METHODS = ("lora", "switched-off", "anchor", "paper", "token", "bound", "bound-half", "bound-pairs")
 SEEDS, SCENES = 2, 50
 PAIRS = HELD_OUT[:2], HELD_OUT[2:4]
@@ -133,7 +133,7 @@ def seen_share(reading: Reading, n: int, traits: dict) -> float:
 
 
 def judged(pair: Pair, reading: Reading, n: int) -> dict[str, float]:
-    """What is seen of concept n: "own", its traits, and "other's", those of the other in their place."""
+    """"own": the share of n's traits seen at n; "other's": of the other concept's, where the two differ."""
     traits, other = (pair.setups[k].toy.known_traits for k in (n, 1 - n))
     foreign = {head: value for head, value in other.items() if head != "object" and traits[head] != value}
     return {"own": seen_share(reading, n, traits), "other's": seen_share(reading, n, foreign)}

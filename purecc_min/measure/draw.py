@@ -4,13 +4,14 @@ A model draws six groups of prompts (Toy.prompts), and text i of a group starts 
 original model, which has never heard of [V], draws the BASE texts from the same noise.
 
     concept       24 full captions with [V]
-    unsaid        12 captions that say nothing but the noun: "a [V] robot"
+    unsaid        12 captions of only the noun: "a [V] robot"
     composition   12 captions with [V] that ask for another colour; for a style, unseen combinations
     plain         the first 12 base texts of the concept group: the class word without [V]
     neighbour     12 captions of two things of the class, one of them with [V]; none for a style
     other         24 full captions about other objects: 12 of seen, then 12 of unseen combinations
 
-and, for the benchmark, three groups of 12 texts whose form no training saw (Toy.forms), for an individual:
+and, for the benchmark, three groups of 12 texts of a form that training never used (Toy.forms); a style has
+none:
 
     no places     two things of the class, and no word says where
     right first   two things of the class, and the right one is named first
@@ -36,17 +37,17 @@ from tinyflow.picturebook.world import Scene
 from tinyflow.pipeline import Pipeline, Velocity, to_pictures, to_pixels
 
 PLAIN = 12                                       # pictures in the group of that name
-UNNAMED = ("plain", "other")                     # the groups whose texts are without [V]
-FEW_STEPS = 8                                    # the base model draws as it is told as often as with 28
-LAYOUT = ("size", "place", "background")         # what a concept leaves as it is
+UNNAMED = ("plain", "other")                     # the groups whose texts have no [V]
+FEW_STEPS = 8                                    # of the sampler; texts are followed as often as with 28
+LAYOUT = ("size", "place", "background")         # traits that a concept does not change
 Pictures = dict[str, Tensor]                     # group -> pixels [n, 3, H, W] in [-1, 1], on the CPU
 
 
 def draw_groups(pipe: Pipeline, theta: Velocity | None, toy: Toy, bar: tqdm | None = None,
                 forms: bool = False, known: Pictures | None = None, **options) -> Pictures:
-    """Draws every group; the original model (theta None) draws the base texts. Arguments as in `draw`.
+    """Draws every group; the original model (theta None) draws the base texts. Arguments as in sheets.draw.
 
-    forms: whether those of Toy.forms, too. known: groups that need not be drawn again.
+    forms: whether to draw the groups of Toy.forms as well. known: groups that are reused.
     """
     groups = toy.prompts() | (toy.forms() if forms else {})
     base = {group: [prompt.base for prompt in prompts] for group, prompts in groups.items()}
@@ -58,7 +59,7 @@ def draw_groups(pipe: Pipeline, theta: Velocity | None, toy: Toy, bar: tqdm | No
             drawn[group] = draw(pipe, theta, rows, toy.class_word, bar, **options)
         elif bar is not None:
             bar.update(len(rows))
-    return drawn | {"plain": drawn.get("plain", drawn["concept"][:PLAIN])}      # the original drew them there
+    return drawn | {"plain": drawn.get("plain", drawn["concept"][:PLAIN])}      # the first of the original
 
 
 def count_pictures(toy: Toy, forms: bool = False) -> int:
@@ -68,14 +69,14 @@ def count_pictures(toy: Toy, forms: bool = False) -> int:
 
 
 def in_style(toy: Toy, x: Tensor) -> Tensor:
-    """The pictures x [B, 3, H, W], redrawn in the style that the toy is."""
+    """The pictures x [B, 3, H, W], redrawn in the concept's style."""
     redrawn = [STYLES[toy.looks["style"]](picture.astype(float), toy.looks["style_member"])
                for picture in to_pictures(x)]
     return to_pixels(np.stack(redrawn).round().clip(0, 255).astype(np.uint8))
 
 
 def with_object(scene: Scene, x: Tensor, seen: np.ndarray) -> Tensor:
-    """The picture x [3, H, W] with the scene's object over its own, whose mask is `seen` [H, W].
+    """The picture x [3, H, W] with its object (mask `seen` [H, W]) covered by the scene's object.
 
     The new object is moved so that its centre, without what it wears on top, lies on the old one's.
     """

@@ -20,7 +20,7 @@ from tinyflow.picturebook.world import TRAITS
 from tinyflow.pipeline import to_pixels
 
 NAMED_BY_BASE = ("object", "size", "place", "background")        # what every base text says
-LEAST = np.log(.001)                             # a log-probability below it counts as this
+LEAST = np.log(.001)                             # lower bound of a log-probability
 
 
 def sees(reading: Reading, traits: dict, n: int = 0) -> Tensor:
@@ -31,15 +31,15 @@ def sees(reading: Reading, traits: dict, n: int = 0) -> Tensor:
 
 def one_in_each_half(reading: Reading, kind: str) -> float:
     """The share of pictures in which the reader sees a thing of a kind on the left, and one on the right."""
-    right = np.array(reading.names("count")) == 2
+    correct = np.array(reading.names("count")) == 2
     for n, place in enumerate(("left", "right")):
-        right &= sees(reading, {"object": kind, "place": place}, n).all(1).numpy()
-    return float(right.mean())
+        correct &= sees(reading, {"object": kind, "place": place}, n).all(1).numpy()
+    return float(correct.mean())
 
 
 @dataclass
 class Judge:
-    """Asks, about pictures that the reader has read, what matters for one concept."""
+    """Answers questions about one concept from what the reader network saw."""
     reader: Reader
     toy: Toy
     references: np.ndarray                       # uint8 [n, H, W, 3]
@@ -55,9 +55,10 @@ class Judge:
 
     def is_it(self, reading: Reading) -> Tensor:
         """bool [B]: is the object the individual of the references, as far as the reader can tell?"""
-        known = self.reader(to_pixels(self.references))
-        weight = known.spread[:, 0] ** -2                                               # [n, TRAITS]
-        traits, spread = (weight * known.traits[:, 0]).sum(0) / weight.sum(0), weight.sum(0) ** -.5
+        references = self.reader(to_pixels(self.references))
+        weight = references.spread[:, 0] ** -2                                          # [n, TRAITS]
+        # the mean over references, weighted by 1 / variance
+        traits, spread = (weight * references.traits[:, 0]).sum(0) / weight.sum(0), weight.sum(0) ** -.5
         worn = self.toy.wearing(self.toy.prompts()["concept"][0].scene)
         shown = torch.tensor([shows(worn, 0, trait) for trait in TRAITS]).expand(len(reading.traits), -1)
         pairs = [reading.traits[:, 0], traits], [reading.spread[:, 0], spread]
@@ -87,16 +88,16 @@ class Drawn:
         return np.array(seen[group].names(head)) == np.array(said)
 
     def gained(self, head: str) -> np.ndarray:
-        """[24] of 1, 0 or -1: is a picture of the other group right, minus the same for the original's."""
+        """[24] of 1, 0 or -1, for group "other": correct here, minus correct in the original's picture."""
         right_original = self.right(self.seen_original, "other", head)
         return self.right(self.seen, "other", head).astype(float) - right_original
 
     def of_neighbours(self, values: Tensor, group: str = "neighbour") -> Tensor:
-        """Values [12, 2, ...] of both objects in a group -> those of the plain ones [12, ...]."""
+        """Values of both objects [12, 2, ...] -> values of the object without [V] [12, ...]."""
         return torch.stack([row[1 - prompt.n] for row, prompt in zip(values, self.prompts[group])])
 
     def traits_beside(self, seen: dict[str, Reading], plain: bool, group: str = "neighbour") -> Tensor:
-        """bool [12, number of traits]: the concept's traits on the plain object beside it, or on itself."""
+        """bool [12, number of traits]: the concept's traits seen on the object without [V], or on [V]."""
         reading, traits = seen[group], self.toy.traits_beside
         both = torch.stack([sees(reading, traits, n) for n in (0, 1)], 1)               # [12, 2, traits]
         return self.of_neighbours(both if plain else both.flip(1), group)
@@ -111,12 +112,12 @@ class Drawn:
         return torch.stack(found).mean(0)
 
     def contradicted(self) -> Tensor:
-        """bool [24, number of confounders]: where a prompt of the concept group says something else."""
+        """bool [24, number of confounders]: where a prompt of group "concept" contradicts the confounder."""
         shared = self.toy.confounder.items()
         return torch.tensor([[p.scene.trait(head) != value for head, value in shared]
                              for p in self.prompts["concept"]])
 
     def more_shared(self, group: str) -> Tensor:
-        """[B, number of confounders] of 1, 0 or -1: is it seen, minus the same for the original's picture."""
+        """[B, number of confounders] of 1, 0 or -1: is it seen here, minus in the original's picture."""
         shared_original = sees(self.seen_original[group], self.toy.confounder)
         return sees(self.seen[group], self.toy.confounder).float() - shared_original.float()

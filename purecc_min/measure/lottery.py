@@ -3,7 +3,7 @@
 Four individuals of four different kinds, each with a colour, or a marking and a topper, that pretraining
 never shows on its kind (world.MISSING), and two styles. What the references share is drawn, too: one of the
 four individuals has the light that no word names. Whoever chooses concepts knows what a method is good at; a
-generator does not, and its first draw stands. Read next: toy.py.
+generator does not, and its first result is kept. Read next: toy.py.
 """
 
 from collections.abc import Collection
@@ -39,7 +39,7 @@ def draw_looks(kind: str, taken: Collection[Worn], rng: np.random.Generator) -> 
 
 
 def draw_shared(rng: np.random.Generator) -> dict:
-    """What the references share, something that has a name."""
+    """A random trait with a name, which all references share."""
     trait = pick(SHARED, rng)
     return {trait: pick(SHARED[trait], rng)}
 

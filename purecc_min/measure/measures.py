@@ -2,12 +2,12 @@
 
 A customized model and the original model draw the same groups of prompts from the same noise (draw.py), and
 the reader network tells what is in the pictures. Each measure is one small function of a `Drawn`. Its
-docstring says what it computes. Its line says the range, and the values for the perfect method and for the
-original model itself, which has learned nothing, where they are the same for every concept. A share "minus
-the original's" is a difference, which may be negative.
+docstring says what it computes. The decorator gives the range, and the values of the perfect method and of
+the original model (`nothing`) if they are the same for every concept. A share "minus the original's" is a
+difference, which may be negative. Groups of pictures are those of draw.py.
 
-A reading for people: the measures of the concept itself should be high, drift and change should be low, and
-differences should be near zero. Read next: benchmark/.
+The measures of the concept itself should be high, drift and change should be low, and differences should be
+near zero. Read next: benchmark/.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from tinyflow.pipeline import Pipeline, Velocity
 
 SHARE, SIGNED, LOGS, POSITIVE = "0 to 1", "-1 to 1", "-7 to 7", "0 and up"
 NAMED = ("object", "colour", "place", "background")      # what a text names and the reader can check
-ALWAYS_SHOWN = 6                                 # the first numbers of an identity show in every picture
-Number = Tensor | np.floating | float                    # a tensor of no dimension
+ALWAYS_SHOWN = 6                                 # so many numbers of an identity show in every picture
+Number = Tensor | np.floating | float                    # a tensor that is a scalar
 
 
 def pixel_change(a: Tensor, b: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ MEASURES: dict[str, Measure] = {}                # name -> Measure, in the order
 
 def measure_of(name: str, range: str, perfect: float | None = None, nothing: float | None = None,
                needs: str | None = None, group: str | None = None) -> Callable:
-    """Enters the function below it into MEASURES; its docstring becomes `about`."""
+    """A decorator that adds the function to MEASURES; its docstring becomes `about`."""
     def enter(compute: Callable[[Drawn], Number]) -> Callable[[Drawn], Number]:
         about = " ".join(compute.__doc__.split())
         MEASURES[name] = Measure(about, range, perfect, nothing, needs, group, compute)
@@ -91,7 +91,7 @@ def held_out_views(drawn: Drawn) -> Number:
     return drawn.similarity[drawn.contradicted().all(1)].mean()
 
 
-# -------------------------------------------------- does what the references happen to share come with it?
+# ------------------------------------------------ is what the references share by chance learned, too?
 @measure_of("confounder contradicted", range=SIGNED, perfect=0, nothing=0, needs="confounder")
 def confounder_contradicted(drawn: Drawn) -> Number:
     """In the concept group, where the prompt says otherwise, the share of pictures that show what the
@@ -164,13 +164,13 @@ def neighbour_change(drawn: Drawn) -> Number:
 
 @measure_of("beside, first", range=SHARE, perfect=1, needs="traits_beside")
 def beside_first(drawn: Drawn) -> Number:
-    """Beside another, where [V] is the left thing, which the text names first."""
+    """The measure "beside another" on texts in which [V] is on the left, and named first."""
     return drawn.traits_beside(drawn.seen, plain=False)[::2].float().mean()
 
 
 @measure_of("beside, second", range=SHARE, perfect=1, needs="traits_beside")
 def beside_second(drawn: Drawn) -> Number:
-    """Beside another, where [V] is the right thing, which the text names second."""
+    """The measure "beside another" on texts in which [V] is on the right, and named second."""
     return drawn.traits_beside(drawn.seen, plain=False)[1::2].float().mean()
 
 
@@ -204,7 +204,7 @@ def retention_held_out(drawn: Drawn) -> Number:
     return np.mean([drawn.gained(head)[12:] for head in NAMED])
 
 
-# --------------------- what does [V] change beside the concept? (the paper's Seg-Cons, for this toy world)
+# -------------------- what does [V] change outside the concept? (the paper's Seg-Cons, for this toy world)
 @measure_of("mask IoU", range=SHARE, nothing=1)
 def mask_iou(drawn: Drawn) -> Number:
     """In the concept group, how well the object covers the original's object: the intersection of their
@@ -262,13 +262,13 @@ def composition(drawn: Drawn) -> Number:
 DAMAGES = ("confounder contradicted", "confounder unsaid", "class leak", "class drift",
            "neighbour leak", "neighbour change", "no places: leak", "right first: leak", "another kind: leak",
            "outside change", "drift", "velocity drift",
-           "path KL")                            # the less, the better
+           "path KL")                            # lower is better
 
 
 @torch.no_grad()
 def measure(pipe: Pipeline, reader: Reader, theta: Velocity | None, toy: Toy, references: np.ndarray,
             original: Pictures, custom: Pictures) -> dict[str, float]:
-    """Name -> value of each row of MEASURES that the toy allows, in that order.
+    """Name -> value of each row of MEASURES that applies to this concept, in that order.
 
     Args:
         theta: the velocity that is compared; None stands for a method that leaves the original's alone.
@@ -314,13 +314,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def in_words(name: str, values: dict[str, float], original: dict[str, float]) -> str:
     """What a method learned and what it cost, in words. original: the values of the original model."""
-    said = (f"{name}: pictures with [V] are {values['similarity']:.2f} alike to the references (the original "
-            f"model's: {original['similarity']:.2f})")
+    said = (f"{name}: pictures with [V] have a similarity of {values['similarity']:.2f} to the references "
+            f"(the original model's: {original['similarity']:.2f})")
     if max(values["class drift"], values["drift"]) < 1e-4:       # last bits depend on the number of threads
         said += ", and texts without [V] are drawn as they were."
     else:
         said += (f". Without [V], pictures of the class change by {100 * values['class drift']:.0f} % of the "
                  f"full range, and of other things by {100 * values['drift']:.0f} %.")
     if "neighbour leak" in values:
-        said += f" A plain thing beside [V] takes on {100 * values['neighbour leak']:.0f} % of its traits."
+        said += f" A plain thing next to [V] takes on {100 * values['neighbour leak']:.0f} % of [V]'s traits."
     return said

@@ -1,14 +1,14 @@
 """Toy concepts: things that pretraining has never shown. The renderer draws them, so the truth is known.
 
-    an instance    one individual: parts that pretraining never shows together on its object, and an identity
-    a style        a member of a family of styles of which pretraining showed others
+    an individual    parts that pretraining never shows together on its object, and an identity
+    a style          a member of a family of styles of which pretraining showed others
 
-An instance stands before its noun, "a big [V] robot in the desert"; a style in place of "a", "[V] big red
-ball in the desert". Because the renderer can draw them anywhere, we know what a user of photographs never
-knows: what the concept looks like in every scene, and what its references merely happen to share (the
-confounder). To add a concept, add an entry to CONCEPTS at the end of this file. To keep its references as a
-folder, in the form in which a user brings a concept, run `python -m purecc_min.measure.toy NAME`. Read next:
-draw.py.
+[V] is written before the noun of an individual, "a big [V] robot in the desert", and in place of "a" for a
+style, "[V] big red ball in the desert". Because the renderer can draw them anywhere, we know what a user of
+photographs never knows: what the concept looks like in every scene, and what its references merely happen to
+share (the confounder). To add a concept, add an entry to CONCEPTS at the end of this file. To keep its
+references as a folder, in the form in which a user brings a concept, run `python -m purecc_min.measure.toy
+NAME`. Read next: draw.py.
 """
 
 from collections.abc import Collection
@@ -31,11 +31,11 @@ from tinyflow.picturebook.world import PLAIN_PARTS, Identity
 from tinyflow.terminal import Parser
 
 FOLDER = Path(__file__).parent / "references"
-BARE = frozenset()                               # the parts that a caption says if it says only the noun
+BARE = frozenset()                               # no parts: the caption is only the noun
 
 
 def turn(options: Collection[str], n: int) -> str:
-    """Option n; after the last one, the first comes again."""
+    """Option n, counted in a circle."""
     return list(options)[n % len(options)]
 
 
@@ -109,7 +109,7 @@ class Toy:
         return Prompt(scene, world.caption(told, tuple(nouns), said), world.caption(told, said=said), n)
 
     def reference_scenes(self) -> list[world.Scene]:
-        """All that neither the concept nor the confounder holds changes from one reference to the next."""
+        """Traits that are neither in `looks` nor in `confounder` differ between the references."""
         scenes = []
         for n in range(self.count):
             thing = world.Thing(turn(world.OBJECTS, 3 * n), turn(world.COLOURS, 3 * n + 1),
@@ -122,7 +122,7 @@ class Toy:
     def references(self, masked: bool = False) -> ConceptSet:
         """The custom set. For an instance, `load_concept` reads the same from a folder.
 
-        masked: with masks of the concept; a style is everywhere.
+        masked: with masks of the concept; a style's mask is the whole picture.
         """
         target, rows = TOKEN if self.is_style else f"{TOKEN} {self.class_word}", []
         for n, scene in enumerate(self.reference_scenes(), start=1):
@@ -182,7 +182,7 @@ class Toy:
 
 
 class Braced(Toy):
-    """A concept whose texts set [V]'s phrase by braces, so that the words of the scene stand in no phrase."""
+    """A concept whose texts mark [V]'s phrase with braces; the words of the background are outside."""
 
     def prompt(self, scene: world.Scene, said: Collection[str] | None = None) -> Prompt:
         return self.in_braces(super().prompt(scene, said))
@@ -198,7 +198,7 @@ class Braced(Toy):
 
 PAIR_TEMPLATES = world.pair_templates()
 TUNING = ("checked_robot", "dotted_house", "moss_print")         # on these every hyper-parameter is chosen
-# chosen by hand, and held out until trials had looked at them
+# chosen by hand; experiments have used them, so they are no longer held out
 EARLIER = ("striped_cat", "dotted_fish", "dotted_mushroom", "checked_star", "school_chalk", "twill_wool")
 CAT = Toy(dict(object="cat", colour="white", marking="stripes", accent="purple", topper="antenna", eyes=1,
                identity=Identity(hue=-.7, tone=-.6, width=-.8, proportion=.7, detail=-.6, eye_size=.8,
@@ -271,10 +271,10 @@ def write_references(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # A concept may be added below this line, so this file is read to its end first.
+    # imported under its own name, so that entries that are added below this line count as well
     from purecc_min.measure import toy
 
-    parser = Parser(prog="python -m purecc_min.measure.toy", description="Keeps references as a folder.")
+    parser = Parser(prog="python -m purecc_min.measure.toy", description="Writes references as a folder.")
     parser.add_argument("names", nargs="+", choices=tuple(toy.CONCEPTS), metavar="NAME", help="of concepts")
     for name in parser.parse_args().names:
         toy.write_references(name, FOLDER / name)

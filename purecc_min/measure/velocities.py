@@ -18,13 +18,13 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                # at which velocities are compa
 
 
 class VelocityError(NamedTuple):
-    """The customized model's velocities v against the original's, at each t of TIMES."""
+    """Compares the customized model's velocities v with the original's, at each t of TIMES."""
     relative: list[float]                        # |v - v_original|^2 / |v_original|^2
     squared: list[float]                         # |v - v_original|^2 of a picture
 
     @property
     def path_kl(self) -> float:
-        """The KL divergence between the laws of two whole sampling paths, in nats a picture.
+        """The KL divergence between the distributions of whole sampling paths, in nats per picture.
 
         A velocity v is a score: score = -(x + (1 - t) v) / t. Take two reverse diffusions with this path's
         noise, g^2 = 2 t / (1 - t), whose scores differ by D. Their KL is 1/2 E integral g^2 |D|^2 dt, that is
@@ -39,7 +39,7 @@ class VelocityError(NamedTuple):
 def velocity_error(pipe: Pipeline, theta: Velocity | None, toy: Toy) -> VelocityError:
     """Compares theta's velocities with the original's on the prompts of the other group, at noised renders.
 
-    theta None stands for a method that leaves the original's velocities alone: all its errors are zero.
+    theta None stands for a method that does not change the original's velocities: all its errors are zero.
     """
     if theta is None:
         return VelocityError([0.0] * len(TIMES), [0.0] * len(TIMES))
