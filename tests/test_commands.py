@@ -297,11 +297,11 @@ def test_the_sentence_says_what_was_learned_and_what_it_cost():
     original = {"similarity": 0.5}
     bound = {"similarity": 0.875, "class drift": 0.0, "drift": 0.0}
     assert in_words("bound", bound, original) == (
-        "bound: pictures with [V] are 0.88 alike to the references (the original model's: 0.50), "
+        "bound: pictures with [V] have a similarity of 0.88 to the references (the original model's: 0.50), "
         "and texts without [V] are drawn as they were.")
     cost = in_words("LoRA", bound | {"class drift": 0.123, "drift": 0.04, "neighbour leak": 0.66}, original)
     assert "pictures of the class change by 12 % of the full range, and of other things by 4 %" in cost
-    assert cost.endswith("A plain thing beside [V] takes on 66 % of its traits.")
+    assert cost.endswith("A plain thing next to [V] takes on 66 % of [V]'s traits.")
 
 
 def test_options_without_a_command_are_the_demos_and_the_version_is_told(capsys):

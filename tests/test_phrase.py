@@ -125,7 +125,7 @@ def test_a_styles_phrase_is_all_that_the_others_leave():
         "2<a small >1<cat cat on the left>2<, at night>"
     assert marked("a cat, in [V] style", {"[V]": "style"}, ("[V]",)) == "1<a cat, in style style>"
     assert marked("{[V2] big} [V1] cat", words, ("[V2]",)) == "2<a big> 1<cat cat>"
-    with pytest.raises(InputError, match="two styles in .*name one of them"):
+    with pytest.raises(InputError, match="two styles in .*remove one of them"):
         write_stand_ins("[V2] red [V1] ball", words, ("[V1]", "[V2]"))
     assert write_stand_ins("[V2] red ball", words, ("[V1]", "[V2]")).phrases == [(2, 0, 10)]
 

@@ -218,7 +218,7 @@ def test_braces_that_do_not_enclose_one_placeholder_each_are_one_line(both, text
 
 def test_two_styles_in_one_text_are_one_line(both):
     texts, stand_ins, styles = ["[V1] dog in [V2] style"], {"[V1]": "a", "[V2]": "a"}, ("[V1]", "[V2]")
-    with pytest.raises(InputError, match="two styles in .*; name one of them$"):
+    with pytest.raises(InputError, match="two styles in .*; remove one of them$"):
         both[0](texts, stand_ins, styles)
     _, _, phrases = both[0](["{[V1] dog} in [V2] style"], stand_ins, styles)     # unless braces set one
     assert phrases[0].unique().tolist() == [0, 1, 2]

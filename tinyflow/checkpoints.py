@@ -1,7 +1,7 @@
-"""Checkpoints and logs of trainings: what they must say of themselves, and how a run goes on from them.
+"""Checkpoints and logs of trainings: which facts they hold, and how a run is resumed.
 
-A checkpoint holds a module's tensors, its optimizer's, and facts: which run it is of, its step, and which
-parts the optimizer's state has. Whatever is missing, foreign or changed ends in one line.
+A checkpoint has a module's tensors, its optimizer's, and facts: its run, its step, and names and shapes of
+the optimizer's state. An InputError says what is missing or wrong.
 """
 
 import json
@@ -49,24 +49,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def progress(tensors: dict[str, Tensor], step: int) -> dict:
-    """What a training checkpoint says of how far it is: its step, and its optimizer's parts."""
+    """Facts that check a checkpoint: its step, and a hash over names and shapes of the optimizer's state."""
     parts = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
                    if name.startswith("optimizer."))
     return {"step": step, "optimizer": text_hash("\n".join(parts))}
 
 
 def reached_step(tensors: dict[str, Tensor], facts: dict, where: str | Path) -> int:
-    """The step that a training checkpoint has reached; what `progress` said is taken out of its facts.
+    """The step that a checkpoint has reached. Removes the entries of `progress` from its facts.
 
-    Raises: InputError if it says none of those that its run has, or if its optimizer's state is not whole.
+    Raises: InputError if the step is missing or not one of its run's, or the optimizer's state is not whole.
     """
     step, parts, config = facts.pop("step", None), facts.pop("optimizer", None), facts.get("config")
     steps = config.get("steps") if isinstance(config, dict) else None
     if type(step) is not int or type(steps) is not int or not 1 <= step <= steps:
-        raise InputError(f"{where}: it does not say which of its run's steps it has reached; delete it, and "
-                         "the run begins anew")
+        raise InputError(f"{where}: its step is missing or wrong; delete the file, and the run starts again")
     if parts != progress(tensors, step)["optimizer"]:
-        raise InputError(f"{where}: the optimizer's state is not whole; delete it, and the run begins anew")
+        raise InputError(f"{where}: the optimizer's state is not whole; delete the file, and the run "
+                         "starts again")
     return step
 
 
@@ -80,7 +80,7 @@ def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
 def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> int:
     """Puts back what `save_checkpoint` kept; returns the step that it has reached.
 
-    A run may go on to more steps. Then stage 1 ends elsewhere, and stage 2 begins anew: 0 is returned.
+    With more steps than before, stage 1 ends with other weights, so stage 2 starts again: returns 0.
     Raises: InputError for a checkpoint that is damaged, or of another run; it names what differs.
     """
     tensors, saved = load_tensors(path, "training checkpoint")

@@ -1,7 +1,7 @@
 """What commands read from a disk, and where their results go.
 
-A text is UTF-8, with or without a byte-order mark. A place for results is looked at before any work is done
-for it, and a folder in use is locked.
+A text is UTF-8, with or without a byte-order mark. A path for results is checked before any work starts, and
+a folder in use is locked.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def read_text(path: str | Path, largest: float = LARGEST_TEXT) -> str:
     """
     path = ordinary_file(path)
     if path.stat().st_size > largest:
-        raise InputError(f"{path}: a text of {path.stat().st_size / 1e6:.0f} MB; that cannot be right")
+        raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too large for a text")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -56,7 +56,7 @@ def read_json(path: str | Path, advice: str) -> dict:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or with -2, -3, ... before its ending the first at which there is no file."""
+    """The path if it is free; otherwise the first free one of name-2.ext, name-3.ext, ..."""
     names = chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2)))
     return next(name for name in names if not os.path.lexists(name))
 

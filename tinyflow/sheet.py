@@ -18,7 +18,9 @@ def enlarge(picture: np.ndarray, side: int) -> Image.Image:
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, list[str]]],
           side: int = 128, notes: Sequence[str] = ()) -> Image.Image:
-    """Args:
+    """Draws the sheet.
+
+    Args:
         rows: (label, pictures), from top to bottom; the pictures are uint8 [H, W, 3] of any size.
         headings: (row, texts), a line of texts above that row, one for each of its pictures.
         side: pixels a side of each picture on the sheet.

@@ -1,4 +1,4 @@
-"""What all commands have in common: the types of their options, and one line for what a user can mend.
+"""What all commands have in common: types of options, and error messages of one line.
 
 A command runs its work inside `report_errors`, with exit code 2 for bad input. A bug keeps its traceback.
 """
@@ -63,13 +63,13 @@ class Parser(argparse.ArgumentParser):
 
 # ----------------------------------------------------------------------------------------------- the one line
 def one_line(message: str) -> str:
-    """A message without line breaks. Of a long one the beginning says what is wrong, the end what to do."""
+    """One line. A long message loses its middle: its start says what is wrong, its end what to do."""
     message = " ".join(message.split())
     return message if len(message) <= LINE else f"{message[:LINE - 115]} ... {message[-110:]}"
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that a user can mend; None for a bug."""
+    """One line for an error that a user can correct; None for a bug."""
     if isinstance(error, InputError):
         return f"error: {error}"
     if isinstance(error, OSError) and error.strerror:
@@ -113,7 +113,7 @@ def report_errors(goes_on: bool = False):
 
 
 def in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that the terminal's encoding lacks."""
+    """Replaces characters that the terminal's encoding lacks: a codec error handler."""
     lost = error.object[error.start:error.end]
     return "".join(ASCII.get(character, "?") for character in lost), error.end
 

@@ -1,10 +1,10 @@
-"""Room for others: as many threads as the machine has cores to spare, while a command runs.
+"""Adapts the number of torch's threads to the cores that other programs leave free.
 
 Two threads that share one operation wait for each other many thousand times a second. If another program
-takes a core, one of the two is often not running, and the other one waits: a step takes four times as long,
-not twice, and a hundred times beside a program of higher priority. With this context it is 1.1 and 1.2 times
-(two cores, `python -m tests.busy`): a command looks once a second at how busy its cores are with other work,
-and leaves these alone. Where OMP_NUM_THREADS is set, or the system is not Linux, nothing changes.
+takes a core, one of the two is often not running, and the other one waits: a step takes 4 times as long, and
+100 times next to a program of higher priority. With this context it takes 1.1 and 1.2 times as long (two
+cores, `python -m tests.busy`): once a second a command measures how busy its cores are with other work, and
+does not use the busy ones. Where OMP_NUM_THREADS is set, or the system is not Linux, nothing changes.
 """
 
 import contextlib

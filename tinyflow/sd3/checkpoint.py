@@ -114,7 +114,7 @@ class Checkpoint:
                     raise InputError(f"{index}: damaged; download it again") from None
                 return cls(paths)
         if any(folder.glob(f"{stem}-*-of-*.safetensors")):
-            raise InputError(f"{folder}: the shards are here, and what tells them apart is not; download "
+            raise InputError(f"{folder}: the shards are here, and their index file is not; download "
                              f"{stem}.safetensors.index.json too")
         return None
 
@@ -141,10 +141,10 @@ class Checkpoint:
 
 
 def take(tensor: Tensor, how: str) -> Tensor:
-    """What the rename table asks for in brackets.
+    """The part of a tensor that the brackets in the rename table (layouts.py) name.
 
-    "2/3" is the second third of the rows, "swap" exchanges the two halves, "1x1" makes the weight of a linear
-    layer of a 1 x 1 convolution's, and "" is the whole tensor.
+    "2/3" is the second third of the rows, "swap" exchanges the two halves, "1x1" turns the weight of a 1 x 1
+    convolution into that of a linear layer, and "" is the whole tensor.
     """
     if how == "swap":
         return torch.cat(tensor.chunk(2)[::-1])

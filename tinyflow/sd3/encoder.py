@@ -18,7 +18,7 @@ from tinyflow.text import TextEncoder
 
 
 class SD3Tokenizer:
-    """The three tokenizers behind one call.
+    """The three tokenizers as one.
 
     Args:
         folders: "clip_l", "clip_g" and, if the model has T5, "t5" -> the folder of that tokenizer.

@@ -16,12 +16,12 @@ DIFFUSERS, SINGLE = 0, 1                         # the layouts, as the functions
 
 
 def below(prefix: Row, rows: list[Row]) -> list[Row]:
-    """The rows with the prefix's names before theirs, column by column."""
+    """Puts the prefix before every name, column by column."""
     return [tuple(f"{outer}.{inner}" for outer, inner in zip(prefix, row)) for row in rows]
 
 
 def count_blocks(rows: list[Row], layout: int, **numbers: range) -> dict[str, str]:
-    """Our layer -> theirs, for every n (and m). If two rows are for one layer, the later one holds."""
+    """Our layer -> theirs, for every n (and m). If two rows are for one layer, the later one is used."""
     names = {}
     for row in rows:
         ours, theirs = row[0], row[1 + layout]

@@ -20,7 +20,7 @@ def run_beside_input(layer: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
     if all((tensor.device, tensor.dtype) == (x.device, torch.float32) for tensor in state.values()):
         return type(layer).forward(layer, x, *args)
     copies = {name: tensor.to(x.device, torch.float32) for name, tensor in state.items()}
-    return functional_call(layer, copies, (x, *args))    # calls this function again, with the copies in place
+    return functional_call(layer, copies, (x, *args))    # calls this function again; now no copy is needed
 
 
 def offload(encoder: nn.Module) -> nn.Module:

@@ -56,7 +56,7 @@ class Part:
         return value
 
     def count(self, block: str) -> int:
-        """Counts the blocks that are numbered behind `block`, as in "encoder.layers.7.norm.weight"."""
+        """Counts the blocks that are numbered after `block`, as in "encoder.layers.7.norm.weight"."""
         behind = [name.removeprefix(block) for name in self.shapes if name.startswith(block)]
         return sum(number.isdecimal() for number in {name.partition(".")[0] for name in behind})
 
@@ -133,8 +133,8 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
     if text and not any(place == places[1] for place in taken):
         raise InputError(f"--text {text}: nothing was taken from it; give a folder with what {weights} "
                          "lacks, such as text_encoder_3/ and tokenizer_3/, or leave it out")
-    if "t5" in halves and "t5" not in parts:     # without a word it would be learned without T5
-        raise InputError(f"{halves['t5']}; complete the download, or take the folder away: T5 may be absent")
+    if "t5" in halves and "t5" not in parts:     # otherwise nobody would notice that T5 is not used
+        raise InputError(f"{halves['t5']}; complete the download, or delete the folder to run without T5")
     needed = [name for name in PARTS if name != "t5" or name in parts]
     missing = [f"{PARTS[name][0]}/" for name in needed if name not in parts]
     missing += [f"{TOKENIZERS[name]}/" for name in needed if name in TOKENIZERS and name not in tokenizers]

@@ -35,7 +35,7 @@ def distance_buckets(tokens: int, buckets: int, max_distance: int) -> Tensor:
 
     Distances below `exact` have one bucket each; the others are sorted into buckets on a logarithmic scale.
     """
-    places = torch.arange(tokens, device="cpu")  # there, so that every device rounds alike at a bucket's edge
+    places = torch.arange(tokens, device="cpu")  # so that all devices round a bucket's edge alike
     offset = places[None] - places[:, None]                                            # key - query
     distance, half = offset.abs(), buckets // 2
     exact = half // 2

@@ -1,13 +1,12 @@
 """The tokenizers of SD3.5: CLIP's byte-pair encoding, and T5's, which the package `tokenizers` reads.
 
-CLIP's tokenizer lower-cases a text and cuts it into words, single digits and runs of signs. It joins the
-bytes of each of these by the ranks in merges.txt. T5's tokenizer.json holds compiled tables that only that
-package reads. In both, a placeholder such as "[V]" is encoded as its stand-in (phrase.py). Its slot is the
-stand-in's last token, and its phrase the tokens of the words that speak of it. Read next: t5.py.
+CLIP's tokenizer lower-cases a text and cuts it into words, single digits and runs of punctuation. It joins
+the bytes of each of these by the ranks in merges.txt. T5's tokenizer.json holds compiled tables that only
+that package reads. In both, a placeholder such as "[V]" is encoded as its stand-in (phrase.py). Its slot is
+the stand-in's last token, and its phrase the tokens of the words that speak of it. Read next: t5.py.
 """
 
 import functools
-import heapq
 import json
 import math
 import re
@@ -26,6 +25,7 @@ from tinyflow.errors import InputError, shown
 from tinyflow.phrase import Tokens, write_stand_ins
 
 WORD_END = "</w>"                                # marks a token that ends a word
+LONGEST = 10_000                                 # letters of a word; more would take minutes
 
 
 def read_file(folder: Path, name: str) -> str:
@@ -41,12 +41,12 @@ class SlotTokenizer:
     """What both tokenizers share: texts become rows of ids of one length, and their slots are marked.
 
     A subclass defines encode(text, stops), which returns the ids of a text without the end token, and for
-    each stop (a number of characters, in order) the position of the last token that begins before it.
+    each stop (character offsets, ascending) the position of the last token that starts before it.
     """
 
     def __init__(self, length: int, end: int, pad: int):
         self.length, self.end, self.pad = length, end, pad
-        self.cut: set[str] = set()               # texts of which somebody was told that they are cut
+        self.cut: set[str] = set()               # texts whose cut was already reported
 
     def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
                  styles: tuple[str, ...] = ()) -> Tokens:
@@ -63,7 +63,7 @@ class SlotTokenizer:
             if re.search("[\ud800-\udfff]", written.text):
                 raise InputError(f"the text {shown(text)} holds half a character (a lone surrogate); "
                                  "write it again in UTF-8")
-            # a token may hold the space before its word: a phrase goes from the end of a word to another's
+            # a token may hold the space before its word: a phrase goes from the end of the word before it
             spans = [(n, *(len(written.text[:edge].rstrip()) for edge in edges))
                      for n, *edges in written.phrases]
             stops = {stop for _, stop in written.slots} | {edge for _, *edges in spans for edge in edges}
@@ -97,7 +97,7 @@ def byte_symbols() -> list[str]:
 BYTES = byte_symbols()
 KINDS = {"L": "L", "N": "N", "Z": " "}           # by the category's first letter; others are signs, "S"
 RUN = re.compile("L+|N|S+| +")
-# Endings such as "'s" are words. A special token that is met here was written in capitals: it is three words.
+# Endings such as "'s" are words. Only a special token in capitals comes here; CLIP reads it as three words.
 SUFFIX = re.compile(r"('(?:s|t|re|ve|m|ll|d))|(<\|)((?:start|end)oftext)(\|>)")
 
 
@@ -122,29 +122,18 @@ def split_words(text: str) -> Iterator[str]:
 
 
 def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: joins the neighbours of the lowest rank, the leftmost first, until none has a rank.
-
-    A heap of pairs keeps a long word at n log n. A pair that another join has changed stays on the heap with
-    its old rank, by which it is recognised and passed over.
-    """
-    symbols = [*symbols, ""]                     # no pair with this one, which is also number -1, has a rank
-    left, right = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
-
-    def rank_at(n: int) -> float:
-        return ranks.get((symbols[n], symbols[right[n]]), math.inf)
-
-    heap = [(rank_at(n), n) for n in range(len(symbols))]
-    heapq.heapify(heap)
-    while heap[0][0] < math.inf:                 # the last symbol always stays on the heap, with infinity
-        rank, n = heapq.heappop(heap)
-        if rank_at(n) == rank:
-            joined = right[n]
-            symbols[n], symbols[joined] = symbols[n] + symbols[joined], ""
-            right[n] = right[joined]
-            left[right[n]] = n
-            for near in (left[n], n):
-                heapq.heappush(heap, (rank_at(near), near))
-    return [symbol for symbol in symbols if symbol]
+    """Byte-pair encoding: joins the neighbours of the lowest rank, from the left, until no pair has a rank."""
+    while len(symbols) > 1:
+        pair = min(pairwise(symbols), key=lambda pair: ranks.get(pair, math.inf))
+        if pair not in ranks:
+            break
+        joined, n = [], 0
+        while n < len(symbols):
+            is_pair = tuple(symbols[n:n + 2]) == pair
+            joined.append("".join(pair) if is_pair else symbols[n])
+            n += 1 + is_pair
+        symbols = joined
+    return symbols
 
 
 def sizes(tokens: list[str]) -> list[int]:
@@ -198,6 +187,8 @@ class ClipTokenizer(SlotTokenizer):
         self.merged = functools.lru_cache(10_000)(self.merged)
 
     def merged(self, word: str) -> list[str]:
+        if len(word) > LONGEST:
+            raise InputError(f"a word of {len(word)} letters, {shown(word)}; that cannot be right")
         symbols = [BYTES[byte] for byte in word.encode()]
         return merge([*symbols[:-1], symbols[-1] + WORD_END], self.ranks)
 
