@@ -251,7 +251,7 @@ def test_two_concepts_stand_in_one_text(tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     facts = {"class_word": "cat", "rank": 2, "base": "sd3.5-medium", "size": 512}
     save_tensors(other, "concept", {"x": torch.zeros(1)}, facts)
-    assert "they cannot stand in one picture" in fails(capsys, "sample", robot, other, prompt)
+    assert "they cannot be combined" in fails(capsys, "sample", robot, other, prompt)
 
 
 # ------------------------------------------------------------------------------------------ what users expect

@@ -14,7 +14,7 @@ from diffusers import StableDiffusion3Pipeline
 from purecc_min.__main__ import main
 from purecc_min.branch import Branch
 from purecc_min.commands.export import attach_concept
-from purecc_min.concept_file import load_branch
+from purecc_min.concept_file import has_t5, load_branch
 from purecc_min.learning import concept_facts
 from purecc_min.train import TrainConfig
 from tests.test_commands import fails
@@ -23,6 +23,7 @@ from tinyflow.errors import InputError
 from tinyflow.flow import noise_for
 from tinyflow.phrase import Tokens
 from tinyflow.sd3.load import load_sd3, load_tokenizer
+from tinyflow.weights import load_tensors, save_tensors
 
 STAND_INS, BASE = {"[V]": "robot"}, "a robot on the beach and a robot"
 PROMPTS = ["a [V] robot on the beach and a robot", "{a big [V] robot} on the beach and a robot"]
@@ -120,11 +121,22 @@ def model(request, sd3, pipe, tmp_path):
     return ours, StableDiffusion3Pipeline(**without), tmp_path / "sd3"
 
 
+def learned_with_the_encoders_of(pipe, file, folder):
+    """The same concept, as if T5 had been there or missing when it was learned, as it is in `pipe`."""
+    tensors, facts = load_tensors(file, "concept")
+    if not has_t5(pipe):
+        with pytest.raises(InputError, match="learned with T5; load the base model in the same way"):
+            load_branch(pipe, file)
+    save_tensors(folder / "same.safetensors", "concept", tensors, {**facts, "t5": has_t5(pipe)})
+    return folder / "same.safetensors"
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_diffusers_draws_our_guided_pictures_with_a_bound_concept(bound, model, prompt):
+def test_diffusers_draws_our_guided_pictures_with_a_bound_concept(bound, model, prompt, tmp_path):
     """Two pictures of one prompt: the empty text's rows come first, then the prompt's."""
     ours, pipeline, folder = model
-    theta, _ = load_branch(ours, bound[0])
+    file = learned_with_the_encoders_of(ours, bound[0], tmp_path)
+    theta, _ = load_branch(ours, file)
     text = ours.encode_text([prompt] * 2, STAND_INS)
     expected = ours.sample(text, [5, 6], steps=3, guidance=4.0, theta=theta)
     tokens = load_tokenizer(folder)(["", prompt], STAND_INS)
@@ -138,7 +150,7 @@ def test_diffusers_draws_our_guided_pictures_with_a_bound_concept(bound, model, 
                         latents=noise_for([5, 6], (16, 8, 8))).images
 
     plain = draw()
-    with attach_concept(pipeline.transformer, bound[0], tokens, copies=2):
+    with attach_concept(pipeline.transformer, file, tokens, copies=2):
         drawn = draw()
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(draw(), plain) and (drawn - plain).abs().max() > 1e-3

@@ -172,5 +172,5 @@ def test_contradicting_shapes_are_one_line_before_anything_is_loaded(tmp_path, s
     norms = {name: torch.ones(5) for name in state if ".norm_q." in name or ".norm_k." in name}
     target.mkdir()
     save_file(state | norms, target / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(InputError, match="contradict each other .width 32 is not divisible by heads 6"):
+    with pytest.raises(InputError, match="contradict each other .width 32 must be divisible by the 6 heads"):
         read_config(tmp_path, sd3[0], 64)

@@ -90,7 +90,7 @@ def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     concept = learned / "concept.safetensors"
     assert "--weights DIR" in fails(capsys, "learn", ROBOT, *PUBLIC)
     assert "--weights DIR" in fails(capsys, "sample", concept, "a [V] robot")
-    assert "leave it out" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--weights", sd3[0])
+    assert "leave them out" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--weights", sd3[0])
     assert "64 px only" in fails(capsys, "learn", ROBOT, "--class-word", "robot", "--size", "32")
     public = ["learn", ROBOT, "--weights", sd3[0], *PUBLIC]
     absent = "mps" if torch.cuda.is_available() else "cuda"      # the plan once asked it for its memory
@@ -222,8 +222,6 @@ def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
-    assert "sha256" in metadata["tinyflow"]
-    load_tensors(out, "exported LoRA")                           # the seal holds
     pipe = load_sd3(folder, size=64, dtype=torch.float32)
     branch, _ = load_branch(pipe, concept)
     text = pipe.encode_text(["a [V] robot on the beach"] * 2, {"[V]": "robot"})

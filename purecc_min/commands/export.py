@@ -67,20 +67,8 @@ def export_lora(concept: str | Path, out: str | Path) -> int:
             exported[f"{PREFIX}{target}.lora_{letter}.weight"] = tensor
     adapter = {"r": facts["rank"], "lora_alpha": facts["rank"], "target_modules": sorted(targets)}
     metadata = json.dumps({PREFIX + name: value for name, value in adapter.items()})
-    write_whole(out, in_order(save(exported, {"format": "pt", "lora_adapter_metadata": metadata})))
+    write_whole(out, save(exported, {"lora_adapter_metadata": metadata}))
     return len(exported)
-
-
-def in_order(data: bytes) -> bytes:
-    """The same safetensors file with sorted metadata: it is written in a random order, and equal contents
-    should be equal files.
-    """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    assert len(text) <= length
-    return data[:8] + text.ljust(length) + data[8 + length:]
 
 
 def depth_of(tensors: dict[str, Tensor]) -> int:

@@ -122,7 +122,7 @@ def split_words(text: str) -> Iterator[str]:
 
 
 def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: joins the neighbours of the lowest rank, from the left, until no pair has a rank."""
+    """Byte-pair encoding: joins the leftmost neighbours of the lowest rank until no pair has a rank."""
     while len(symbols) > 1:
         pair = min(pairwise(symbols), key=lambda pair: ranks.get(pair, math.inf))
         if pair not in ranks:

@@ -536,8 +536,8 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 # %% [markdown]
 # The package never has two orders to begin with. `EncodedConcept` holds latents and all four texts of a
 # reference in row $i$, and `draw_batch` draws *one* list of rows for everything: `data.variants[rows, ...]`
-# and `data.texts.rows(rows)`. Its fingerprint (`learning.py`) covers pictures, texts and their order, so a run that is
-# resumed with other files is refused.
+# and `data.texts.rows(rows)`. Its fingerprint (`learning.py`) covers pictures, texts and their order, so a
+# run that is resumed with other files is refused.
 
 # %% [markdown] tags=["slide"]
 # ## A bug that never raises an error
