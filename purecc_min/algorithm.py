@@ -4,9 +4,8 @@
     python -m purecc_min.algorithm photos/ --class-word robot      learns from your own pictures
 
 Stage 1 (lines 1-7 of the algorithm) teaches the representation extractor theta_1 on the flow-matching loss.
-Stage 2 (lines 8-18) teaches theta_2 with L_PCC. Each line calls a function of the core modules.
-`python -m purecc_min learn` does the same with more methods, resumed runs and measurements. Read next:
-methods.py.
+Stage 2 (lines 8-18) teaches theta_2 with L_PCC. `python -m purecc_min learn` does the same with more methods,
+resumed runs and measurements. Read next: methods.py.
 """
 
 import argparse
@@ -26,8 +25,7 @@ from tinyflow.flow import squared_error
 from tinyflow.picturebook.model import load_tiny
 
 ROBOT = Path(__file__).parent / "measure" / "references" / "checked_robot"
-parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("folder", type=Path, nargs="?", default=ROBOT, help="PNG pictures, with a .txt for each")
 parser.add_argument("--class-word", default="robot", help="an ordinary word for the kind of thing [V] is")
 parser.add_argument("--steps", type=int, default=200, help="training steps in each stage")
@@ -88,7 +86,6 @@ for theta in (pipe.velocity, theta_1, theta_2):          # the base model knows 
 options.out.mkdir(parents=True, exist_ok=True)
 page = Image.fromarray(np.concatenate(rows))             # a column for each text, a row for each model
 page.resize((3 * page.width, 3 * page.height), Image.Resampling.NEAREST).save(options.out / "pictures.png")
-facts = {"class_word": word, "rank": config.rank, "method": "paper"}
-theta_2.save(options.out / "concept.safetensors", facts)
+theta_2.save(options.out / "concept.safetensors", {"class_word": word, "rank": config.rank})
 print(f"{options.out}/pictures.png: rows are the base model, theta_1 and theta_2; columns are\n  "
       + "\n  ".join(texts))

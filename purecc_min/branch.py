@@ -65,15 +65,3 @@ def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) ->
                 stack.enter_context(branch.lora.attached(l, block, branch.lora.places(text, n)))
             return block(x, c, vec)
     return branches[0].pipe.velocity(x_t, t, text, visit)
-
-
-def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
-    """Returns a velocity: theta for rows with a placeholder, theta_0 for all other rows."""
-    def velocity(x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        has_placeholder = (text.slots > 0).any(1)                                       # [B]
-        v = torch.empty_like(x_t)
-        for model, rows in ((theta, has_placeholder), (theta_0, ~has_placeholder)):
-            if rows.any():
-                v[rows] = model(x_t[rows], t[rows], text[rows])
-        return v
-    return velocity

@@ -46,12 +46,9 @@ def class_word_states(pipe: Pipeline, data: EncodedConcept, generator: torch.Gen
 
     draws: the number of random (t, noise) pairs per reference in the mean.
     """
-    x_0, mean = data.x_0, torch.zeros(())        # mean becomes [L, D] at the first addition
+    x_0, states = data.x_0, []
     for _ in range(draws):
         t = sample_times(len(x_0), pipe.shift, generator).to(x_0)
-        x_1 = torch.randn(x_0.shape, generator=generator).to(x_0)
-        x_t = path(x_0, x_1, t)
-        for rows in torch.arange(len(x_0)).split(8):     # 8 at a time, to bound memory
-            states = states_in_slots(pipe, x_t[rows], t[rows], data.class_text[rows])
-            mean = mean + states * len(rows) / len(x_0) / draws
-    return mean
+        x_t = path(x_0, torch.randn(x_0.shape, generator=generator).to(x_0), t)
+        states.append(states_in_slots(pipe, x_t, t, data.class_text))
+    return torch.stack(states).mean(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purecc_min.branch import Thetas
 from purecc_min.concept import Batch
-from purecc_min.objective import Terms, cosine, inner, pcc_loss
+from purecc_min.objective import Terms, inner, pcc_loss
 from tinyflow.flow import squared_error
 
 Loss = tuple[Tensor, dict[str, Tensor]]          # what is minimised, and values to log
@@ -84,3 +84,8 @@ def log_of(terms: Terms) -> dict[str, Tensor]:
             "cosine": cosine(R_complete, R_target).mean(),
             "norm_R_complete": inner(R_complete, R_complete).sqrt().mean(),
             "norm_R_target": inner(R_target, R_target).sqrt().mean()}
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine of the angle between a and b of each sample, [B]; 0 if one of them is 0."""
+    return torch.cosine_similarity(a.flatten(1), b.flatten(1))

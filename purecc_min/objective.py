@@ -67,8 +67,3 @@ def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float,
     loss_cc = squared_error(v_complete, batch.v, batch.mask)                            # Eq. 3
     loss = loss_cc + eta * loss_purecc                                                  # Eq. 15
     return loss, Terms(v_original, v_complete, v_purecc, R_target, R_complete, lam, loss_cc, loss_purecc)
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The cosine of the angle between a and b of each sample, [B]; 0 where one of them vanishes."""
-    return inner(a, b) / (inner(a, a) * inner(b, b)).sqrt().clamp(min=1e-20)

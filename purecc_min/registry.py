@@ -6,10 +6,12 @@ model: the best ones on the concepts that the benchmark uses for tuning. `as_sam
 functions with which all pictures of a method are made. Read next: commands/learn.py.
 """
 
-from purecc_min.branch import only_with_token
+import torch
+from torch import Tensor
+
 from purecc_min.methods import Method, anchored, l_cc, paper
 from purecc_min.pairs import half_kept, pairs
-from tinyflow.pipeline import Velocity
+from tinyflow.pipeline import Text, Velocity
 
 LORA = Method("lora", "a plain LoRA: adapters in all attention layers, and embeddings of [V]", l_cc,
               settings=dict(learning_rate=1e-3))
@@ -43,6 +45,18 @@ def as_sampled(method: Method, theta: Velocity, theta_0: Velocity) -> dict[str, 
     theta_null is always the base model, because the empty text has no [V].
     """
     return {"theta": only_with_token(theta, theta_0) if method.named_only else theta, "theta_null": theta_0}
+
+
+def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
+    """Returns a velocity: theta for rows with a placeholder, theta_0 for all other rows."""
+    def velocity(x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        has_placeholder = (text.slots > 0).any(1)                                       # [B]
+        v = torch.empty_like(x_t)
+        for model, rows in ((theta, has_placeholder), (theta_0, ~has_placeholder)):
+            if rows.any():
+                v[rows] = model(x_t[rows], t[rows], text[rows])
+        return v
+    return velocity
 
 
 def is_held(method: Method) -> bool:

@@ -36,23 +36,18 @@ def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 10 + stage) * 10**7 + step)
 
 
-def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int, shift: float) -> Batch:
-    """Returns a step's batch: random references and, if there are any, imagined scenes."""
-    generator = generator_for(config.seed, stage, step)
-    batch = draw_from(data, config.batch, shift, generator)
-    if data.imagined is None:
-        return batch
-    return batch._replace(imagined=draw_from(data.imagined, config.batch, shift, generator))
-
-
-def draw_from(data: EncodedConcept, count: int, shift: float, generator: torch.Generator) -> Batch:
-    """Random references at random times, with random noise. shift: see flow.sample_times."""
-    rows = torch.randint(len(data.variants), (count,), generator=generator)
-    t = sample_times(count, shift, generator).to(data.variants)
-    x_1 = torch.randn((count, *data.x_0.shape[1:]), generator=generator).to(data.variants)
-    which = torch.randint(data.variants.shape[1], (count,), generator=generator)         # crop or flip
+def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int, shift: float,
+               generator: torch.Generator | None = None) -> Batch:
+    """A step's batch: random references at random times, with random noise. shift: see flow.sample_times."""
+    generator = generator or generator_for(config.seed, stage, step)
+    rows = torch.randint(len(data.variants), (config.batch,), generator=generator)
+    t = sample_times(config.batch, shift, generator).to(data.variants)
+    x_1 = torch.randn((config.batch, *data.x_0.shape[1:]), generator=generator).to(data.variants)
+    which = torch.randint(data.variants.shape[1], (config.batch,), generator=generator)  # crop or flip
     batch = noised(data.variants[rows, which], x_1, t, data.texts.rows(rows))
-    return batch if data.masks is None else batch._replace(mask=data.masks[rows, which])
+    return batch._replace(mask=None if data.masks is None else data.masks[rows, which],
+                          imagined=data.imagined and draw_batch(data.imagined, config, stage, step, shift,
+                                                                generator))
 
 
 def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:

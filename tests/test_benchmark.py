@@ -36,7 +36,7 @@ from purecc_min.measure.measures import MEASURES
 from purecc_min.measure.toy import CONCEPTS, EARLIER, HELD_OUT, TUNING
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
-from tinyflow.flow import noise_for, predict_x_0, shift_times
+from tinyflow.flow import expand, noise_for, shift_times
 from tinyflow.weights import tensor_hash
 from tutorials.experiments.mechanism import study
 
@@ -237,7 +237,7 @@ def test_fig_8_shows_pictures_that_the_velocities_lead_to(cheap):
     drawn = setup.pipe.sample(texts.base, [0], guidance=1)
     assert (x_0 - drawn).abs().max() < 1e-5
     t = torch.ones(1)
-    at_once = predict_x_0(x_1, t, setup.pipe.velocity(x_1, t, texts.base))
+    at_once = x_1 - expand(t, x_1) * setup.pipe.velocity(x_1, t, texts.base)
     assert (x_0 - at_once).abs().mean() > 0.1
     other = follow("v_purecc", theta, theta, texts, x_1, setup.pipe.shift)
     assert (other - x_0).abs().max() > 1e-5      # Y says something

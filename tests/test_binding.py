@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from purecc_min import lora
-from purecc_min.branch import Branch, only_with_token, velocity_with
+from purecc_min.branch import Branch, velocity_with
 from purecc_min.concept import Texts, noised
 from purecc_min.concept_file import load_branch
 from purecc_min.lora import LoRA, key_of, target_layers
-from purecc_min.objective import cosine, inner, pcc_loss
+from purecc_min.methods import cosine
+from purecc_min.objective import inner, pcc_loss
+from purecc_min.registry import only_with_token
 from tests.conftest import make_pipe
 from tinyflow.errors import InputError
 from tinyflow.weights import save_tensors

@@ -9,8 +9,8 @@ from purecc_min.concept import ConceptSet, encode
 from purecc_min.learning import fingerprint
 from purecc_min.measure.judge import one_in_each_half
 from purecc_min.measure.toy import PAIR_TEMPLATES
-from purecc_min.methods import l_cc
-from purecc_min.objective import cosine, inner
+from purecc_min.methods import cosine, l_cc
+from purecc_min.objective import inner
 from purecc_min.pairs import half_kept, imagine, imagine_resumably, pairs, pairs_with_lambda
 from purecc_min.train import TrainConfig, draw_batch
 from tests.test_binding import make_bound

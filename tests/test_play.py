@@ -12,7 +12,8 @@ from PIL import Image
 
 from purecc_min.benchmark.cells import STEPS, STRIP, Cell
 from purecc_min.measure.toy import EARLIER
-from purecc_min.objective import cosine, lambda_star
+from purecc_min.methods import cosine
+from purecc_min.objective import lambda_star
 from tutorials.build import FOLDER
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tinyflow.errors import InputError
 from tinyflow.vae import VAE, VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -55,7 +54,7 @@ def test_latents_are_shifted_and_scaled_as_sd3_does():
 
 
 def test_a_picture_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="multiples of 4 pixels, not 30 x 24"):
+    with pytest.raises(ValueError, match="multiples of 4 pixels, not 30 x 24"):
         VAE(SMALL).encode(torch.zeros(1, 3, 24, 30))
 
 

@@ -52,10 +52,10 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
-    """Self-attention of image tokens: the second attention of SD3.5's blocks, and the VAE's."""
+    """The text encoder's attention (causal), the second one of SD3.5's blocks, and the VAE's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(rearrange(attention(*self.qkv(x)), "b h n d -> b n (h d)"))  # [B, N, D]
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        return self.to_out(rearrange(attention(*self.qkv(x), causal), "b h n d -> b n (h d)"))  # [B, N, D]
 
 
 class JointAttention(nn.Module):

@@ -32,11 +32,6 @@ def velocity_target(x_0: Tensor, x_1: Tensor) -> Tensor:
     return x_1 - x_0
 
 
-def predict_x_0(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """The data x_0 that follows from x_t and a velocity v: x_0 = x_t - t v (Eq. 1 and 2)."""
-    return x_t - expand(t, x_t) * v
-
-
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """Moves times toward 1 (noise): t becomes s t / (1 + (s - 1) t), s = shift. s = 1 changes nothing."""
     return shift * t / (1 + (shift - 1) * t)
@@ -70,11 +65,9 @@ def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
 def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
     """The steps + 1 times of the sampler, from 1 down to 0.
 
-    last: the smallest time above 0, before the shift. None: 1 / steps (even steps before the shift). SD3's
-        published sampler uses 0.002994, so its last step is very short.
+    last: the smallest time above 0, before the shift. None: 1 / steps, which makes even steps. SD3: 0.002994.
     """
-    last = 1 / steps if last is None else last
-    times = torch.linspace(1, last, steps, dtype=torch.float64)
+    times = torch.linspace(1, last or 1 / steps, steps, dtype=torch.float64)
     return [*shift_times(times, shift).tolist(), 0.0]
 
 

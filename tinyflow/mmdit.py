@@ -1,10 +1,8 @@
 """MMDiT: the transformer that predicts the velocity v(x_t, t | text).
 
-One class, two sizes: the defaults of `MMDiTConfig` are the tiny model's, and sd3/load.py has those of Stable
-Diffusion 3.5 Medium. Each of the `depth` blocks has separate weights for image and text tokens; one joint
-attention mixes both. Time and the pooled text vector (text.py) give each block its shifts, scales and gates
-(adaLN). The function `visit` can replace how a block runs; purecc_min/branch.py uses it to insert a concept.
-Read next: text.py.
+Each block has separate weights for image and text tokens; one joint attention mixes both. Time and the pooled
+text vector (text.py) give each block its shifts, scales and gates (adaLN). The function `visit` can replace
+how a block runs; purecc_min/branch.py uses it to insert a concept. Read next: text.py.
 """
 
 import math
@@ -85,9 +83,6 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-GELU = partial(F.gelu, approximate="tanh")
-
-
 class Block(nn.Module):
     """One block. `last` ends the text stream after the attention, `dual` adds a second image attention."""
 
@@ -98,8 +93,9 @@ class Block(nn.Module):
         self.text_adaln = AdaLN(width, 2 if last else 6)
         self.attention = JointAttention(width, heads, qk_norm, text_output=not last)
         self.attention2 = SelfAttention(width, heads, qk_norm) if dual else None
-        self.image_mlp = MLP(width, 4 * width, width, GELU)
-        self.text_mlp = None if last else MLP(width, 4 * width, width, GELU)
+        gelu = nn.GELU(approximate="tanh")
+        self.image_mlp = MLP(width, 4 * width, width, gelu)
+        self.text_mlp = None if last else MLP(width, 4 * width, width, gelu)
 
     def forward(self, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, D] image tokens, c [B, T, D] text tokens, vec [B, D] time and pooled text."""
@@ -125,10 +121,7 @@ Visit = Callable[[int, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor 
 
 
 class MMDiT(nn.Module):
-    """The transformer. It predicts the velocity v(x_t, t | context, pooled).
-
-    Raises: ValueError when a picture does not divide into patches or exceeds the grid of positions.
-    """
+    """The transformer. It predicts the velocity v(x_t, t | context, pooled)."""
     positions: Tensor                            # [max_grid, max_grid, D]
 
     def __init__(self, config: MMDiTConfig = MMDiTConfig()):
@@ -178,6 +171,7 @@ class MMDiT(nn.Module):
             visit: called as visit(l, block, x, c, vec) in place of block(x, c, vec), l = 0..depth-1; returns
                 (x, c). It may first change c, or attach adapters to the block.
         Returns: velocity [B, C, H, W].
+        Raises: ValueError if the picture does not divide into patches, or exceeds the grid of positions.
         """
         patch = self.config.patch
         if x.shape[-2] % patch or x.shape[-1] % patch:

@@ -44,8 +44,8 @@ def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...
     Args:
         stand_ins: placeholder -> the words that replace it, e.g. {"[V]": "teddy bear"}.
         styles: the placeholders that name a style, not a thing.
-    Raises: InputError for an empty placeholder or stand-in, for a placeholder that touches another word, for
-        braces that do not enclose one placeholder each, and for two styles in one text.
+    Raises: InputError for a placeholder that touches another word, for braces that do not enclose one
+        placeholder each, and for two styles in one text.
     """
     parts = split_at(text, stand_ins)
     any_replaced = any(stand_ins.get(piece, piece) != piece for piece in parts[1::2])
@@ -83,10 +83,6 @@ def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...
 
 def split_at(text: str, stand_ins: dict[str, str]) -> list[str]:
     """The text, cut at placeholders and braces: text, mark, text, mark, ..., text."""
-    for placeholder, stand_in in stand_ins.items():
-        if not placeholder.strip() or not re.search(LETTER, stand_in):
-            raise InputError(f"the placeholder {placeholder!r} must be written, and its stand-in "
-                             f"{stand_in!r} must have a letter or a digit")
     if not stand_ins:
         return [text]
     longest_first = sorted(stand_ins, key=len, reverse=True)

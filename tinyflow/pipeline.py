@@ -3,7 +3,6 @@
     encode_text     texts -> Text(context, pooled, slots, phrases)
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
-
     sample          texts -> x_0, from noise
 
 The model works on latents, which the codec encodes pictures as: x is always latents. Pipelines are made in

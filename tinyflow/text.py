@@ -11,10 +11,9 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.attention import attention
+from tinyflow.attention import SelfAttention
 
 
 @dataclass(frozen=True)
@@ -31,26 +30,19 @@ class TextConfig:
     activation: str = "gelu"                     # or "quick_gelu"
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
-class TextLayer(nn.Module):
+class TextLayer(SelfAttention):
     def __init__(self, config: TextConfig):
-        super().__init__()
-        width, self.heads, self.activation = config.width, config.heads, ACTIVATIONS[config.activation]
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(width, config.hidden), nn.Linear(config.hidden, width)
+        super().__init__(config.width, config.heads, qk_norm=False)
+        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.fc1, self.fc2 = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, config.width)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (rearrange(linear(h), "b t (h d) -> b h t d", h=self.heads)
-                   for linear in (self.to_q, self.to_k, self.to_v))                     # [B, H, T, D/H]
-        x = x + self.to_out(rearrange(attention(q, k, v, causal=True), "b h t d -> b t (h d)"))
+        x = x + super().forward(self.norm1(x), causal=True)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))                   # [B, T, D]
 
 

@@ -20,12 +20,8 @@ class WordTokenizer:
     start, end = 0, 1
 
     def __init__(self, vocabulary: list[str], length: int = 16):
-        self.length = length
+        self.length, self.vocabulary_size = length, len(vocabulary) + 2
         self.ids = {word: n for n, word in enumerate(vocabulary, start=2)}
-
-    @property
-    def vocabulary_size(self) -> int:
-        return len(self.ids) + 2
 
     def __call__(self, texts: list[str], stand_ins: dict[str, str] | None = None,
                  styles: tuple[str, ...] = ()) -> Tokens:

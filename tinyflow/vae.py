@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tinyflow.attention import SelfAttention
-from tinyflow.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,7 @@ class Ends(nn.Module):
 
 class Encoder(Ends):
     def __init__(self, config: VAEConfig):
-        mean_and_log_variance = 2 * config.latent_channels
-        super().__init__(3, config.channels, mean_and_log_variance, config.groups)
+        super().__init__(3, config.channels, 2 * config.latent_channels, config.groups)
         self.down = levels(config.channels, config.layers, config.groups, Downsample)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,11 +145,10 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]; f must divide the sides."""
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]. Raises ValueError for other sides."""
         height, width = pictures.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise InputError(f"the sides of a picture must be multiples of {self.factor} pixels, not "
-                             f"{width} x {height}; crop or resize it")
+            raise ValueError(f"sides must be multiples of {self.factor} pixels, not {width} x {height}")
         mean, _ = self.encoder(pictures).chunk(2, dim=1)
         return (mean - self.config.shift) * self.config.scale
 

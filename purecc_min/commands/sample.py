@@ -8,11 +8,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from purecc_min.branch import only_with_token, velocity_with
+from purecc_min.branch import velocity_with
 from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_base_model
 from purecc_min.concept import TOKEN, styles_among
 from purecc_min.concept_file import load_branch, read_concept
-from purecc_min.registry import METHODS
+from purecc_min.registry import METHODS, only_with_token
 from tinyflow.disk import check_output, free_name, write_picture
 from tinyflow.errors import InputError, shown
 from tinyflow.sheet import sheet

@@ -1,10 +1,7 @@
 """The tiny model of the picture-book world: the classes of Stable Diffusion 3.5, small enough for a laptop.
 
-    make_tiny()      the untrained model, from which pretraining starts
-    load_tiny()      with the weights of this repository (weights/README.md says how they were made)
-
-Its codec is of SD3's class, too. One latent position has 16 numbers and covers 4 x 4 pixels. Read next:
-purecc_min/concept.py.
+Its codec is of SD3's class, too: one latent position has 16 numbers and covers 4 x 4 pixels. The page
+weights/README.md says how its weights were made. Read next: purecc_min/concept.py.
 """
 
 from pathlib import Path

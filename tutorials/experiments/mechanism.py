@@ -28,7 +28,8 @@ from purecc_min.benchmark.workers import extractors_of, finish, pool_of
 from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import EncodedConcept, noised
 from purecc_min.measure.velocities import TIMES
-from purecc_min.objective import cosine, pcc_loss
+from purecc_min.methods import cosine
+from purecc_min.objective import pcc_loss
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for
 from tinyflow.terminal import report_errors

@@ -869,7 +869,7 @@ for i in (0, 50, 70, 90):
 # wanders to its own point; a shelf at 0.2 in the last panel means that two neighbours, 0.4 apart, are still
 # in the running. Half-way, at $t = 0.5$, the belief has most of its way behind it while the sample has hardly
 # left its start (the numbers are above): this is why previews of a running sampler show the predicted $x_0$
-# (`flow.predict_x_0`) and not $x_t$.
+# and not $x_t$.
 #
 # ## 6 · Guidance
 #
@@ -1106,7 +1106,7 @@ for axis in (left, right):
 #
 # | you wrote | in the package, [`tinyflow/flow.py`](../../tinyflow/flow.py) |
 # |---|---|
-# | `path`, `velocity_target`, `ends` | `path` (Eq. 1), `velocity_target` (Eq. 2), `predict_x_0` |
+# | `path`, `velocity_target`, `ends` | `path` (Eq. 1), `velocity_target` (Eq. 2) |
 # | `flow_loss` | `squared_error` (Eq. 3), with `sample_times` |
 # | `euler`, `shift_times`, `guide` | `euler`, `shift_times`, `guide` |
 # | `exact_velocity`, `heun` | not there: only a toy knows $v^*$, and Euler with 28 steps is what the paper uses |

@@ -407,8 +407,9 @@ def lambda_star(R_complete, R_target):           # one number for the batch
 
 # %% tags=["check"]
 lam = lambda_star(R_complete, R_target)
+cosines = torch.cosine_similarity(R_complete.flatten(1), R_target.flatten(1))           # [B]
 expect(isinstance(lam, torch.Tensor) and lam.shape == (B,), "lambda* is one number a sample: a tensor [B].")
-expect(not torch.allclose(lam, package.cosine(R_complete, R_target), atol=1e-4),
+expect(not torch.allclose(lam, cosines, atol=1e-4),
        "this is the cosine; divide by the square of |R_target|, and not by |R_complete|.")
 expect(not torch.allclose(lam, package.lambda_star(R_complete, R_target) * norm(R_target), atol=1e-4),
        "you have divided by |R_target|; Eq. 12 divides by its square.")
@@ -436,7 +437,7 @@ share = f / norm(R_complete).square()                                       # [5
 shades = plt.cm.viridis(torch.linspace(0.1, 0.85, B).tolist())
 for n in range(B):
     plt.plot(grid, share[:, n], color=shades[n], label=f"sample {n}")
-    plt.plot(lam[n], 1 - package.cosine(R_complete, R_target)[n] ** 2, "o", color=shades[n])
+    plt.plot(lam[n], 1 - cosines[n] ** 2, "o", color=shades[n])
 plt.axhline(1, color=GREY, lw=0.8)
 dip, reach = 1 - share.min().item(), 2.5 * lam.abs().max().item()
 ends = max(-reach, grid[0].item()), min(reach, grid[-1].item())             # as far as the curves go
@@ -461,7 +462,7 @@ plt.show()
 # which is what the loss is going to say, asks for much. Section 9 shows what comes of it.
 
 # %%
-explained = package.cosine(R_complete, R_target).square()                   # [B]
+explained = cosines.square()                                                # [B]
 print("of |R_c|^2, lambda* R_t explains:  " + "  ".join(f"{share_:.1%}" for share_ in explained))
 assert explained.mean() < 0.5
 
@@ -654,7 +655,7 @@ print(f"6.5 right: relative difference from Eq. 14: fp64 {(yours / eq_14 - 1).ab
 # that is the red arrow.
 
 # %%
-n = package.cosine(R_complete, R_target).argmax().item()                    # the one with the smallest angle
+n = cosines.argmax().item()                                                 # the one with the smallest angle
 along = (lam[n] * norm(R_target)[n]).item()                                 # |projection| and |rejection|
 across = norm(R_complete - flow.expand(lam, R_target) * R_target)[n].item()
 edge = max(2.6 * along, 0.8 * across)

@@ -59,11 +59,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from purecc_min.learning import train_steps
 from purecc_min import methods
 from purecc_min.benchmark.tables import at_similarity
-from purecc_min.branch import Branch, Thetas, only_with_token
+from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode, noised
 from purecc_min.embeddings import class_word_states
 from purecc_min.lora import key_of
+from purecc_min.registry import only_with_token
 from purecc_min.measure.draw import draw
 from purecc_min.measure.measures import Judge
 from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
@@ -1021,7 +1022,7 @@ assert fronts["token"][2][0] < fronts["LoRA"][5][0] < fronts["token"][-1][0]    
 # | `drift` | "base moves" and "same way" in `tutorials/experiments/mechanism.py`; `purecc_min/measure/velocities.py` |
 # | `two_gradients` | `gradient` in `tutorials/experiments/mechanism.py` |
 # | `anchor` | `anchor_loss` and `anchored` in `purecc_min/methods.py` |
-# | `switched_off` | `only_with_token` in `purecc_min/branch.py` |
+# | `switched_off` | `only_with_token` in `purecc_min/registry.py` |
 # | `bound_visit` | `LoRA(where="token")` in `purecc_min/lora.py`, `velocity_with` in `purecc_min/branch.py` |
 # | `damage_at` | `at_similarity` in `purecc_min/benchmark/tables.py` |
 #
