@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 USE = """
@@ -43,3 +46,11 @@ def test_an_installed_package_brings_all_that_it_needs(tmp_path):
     run("-c", f"SITE = {str(site)!r}\n{USE}")
     assert "robot" in run("-m", "purecc_min", "words")
     assert not list(site.glob("tests")), "tests are not installed"
+
+
+@pytest.mark.parametrize("extra, file", [("course", "tutorials"), ("test", "tests")])
+def test_an_extra_is_what_its_requirements_say(extra, file):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = (ROOT / file / "requirements.txt").read_text().splitlines()
+    wanted = [row.partition("#")[0].strip() for row in rows]
+    assert project["optional-dependencies"][extra] == [row for row in wanted if row]
