@@ -40,14 +40,10 @@ def states_in_slots(pipe: Pipeline, x_t: Tensor, t: Tensor, text: Text) -> Tenso
 
 
 @torch.no_grad()
-def class_word_states(pipe: Pipeline, data: EncodedConcept, generator: torch.Generator,
-                      draws: int = 8) -> Tensor:
-    """The initial Y, [L, D]: the base model's mean state of the class word at the input of every block.
-
-    draws: the number of random (t, noise) pairs per reference in the mean.
-    """
+def class_word_states(pipe: Pipeline, data: EncodedConcept, generator: torch.Generator) -> Tensor:
+    """The initial Y, [L, D]: the base model's mean state of the class word at the input of every block."""
     x_0, states = data.x_0, []
-    for _ in range(draws):
+    for _ in range(8):                           # random times and noises for each reference
         t = sample_times(len(x_0), pipe.shift, generator).to(x_0)
         x_t = path(x_0, torch.randn(x_0.shape, generator=generator).to(x_0), t)
         states.append(states_in_slots(pipe, x_t, t, data.class_text))

@@ -31,8 +31,7 @@ class TrainConfig:
 
 
 def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
-    """The generator of a step's random numbers. Step -1: the numbers needed before step 0."""
-    # distinct for stages below 10 and steps below 10**7
+    """The generator of a step's random numbers, up to stage 9 and step 10**7. Step -1: before step 0."""
     return torch.Generator().manual_seed((seed * 10 + stage) * 10**7 + step)
 
 
@@ -61,10 +60,7 @@ def optimizer_for(theta: Branch, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def update(theta: Branch, optimizer: torch.optim.Optimizer, loss: Tensor, scale: float = SCALE) -> bool:
-    """Takes one optimizer step, with the gradient's norm clipped to 1.
-
-    Returns False, and takes no step, if that norm is not finite.
-    """
+    """One optimizer step, the gradient's norm clipped to 1. False, and no step, if the norm is not finite."""
     optimizer.zero_grad()
     (scale * loss).backward()                    # a product with a power of 2 is exact
     for parameter in theta.parameters():

@@ -50,12 +50,9 @@ class Projections(nn.Module):
                    for linear in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
-
-class SelfAttention(Projections):
-    """The text encoder's attention (causal), the second one of SD3.5's blocks, and the VAE's."""
-
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        return self.to_out(rearrange(attention(*self.qkv(x), causal), "b h n d -> b n (h d)"))  # [B, N, D]
+    def attend(self, x: Tensor, causal: bool = False) -> Tensor:
+        """Self-attention of x [B, N, D]: the text encoder's, the VAE's, and the second in SD3.5's blocks."""
+        return self.to_out(rearrange(attention(*self.qkv(x), causal), "b h n d -> b n (h d)"))
 
 
 class JointAttention(nn.Module):

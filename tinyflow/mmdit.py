@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyflow.attention import JointAttention, SelfAttention
+from tinyflow.attention import JointAttention, Projections
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.image_adaln = AdaLN(width, 9 if dual else 6)
         self.text_adaln = AdaLN(width, 2 if last else 6)
         self.attention = JointAttention(width, heads, qk_norm, text_output=not last)
-        self.attention2 = SelfAttention(width, heads, qk_norm) if dual else None
+        self.attention2 = Projections(width, heads, qk_norm) if dual else None
         gelu = nn.GELU(approximate="tanh")
         self.image_mlp = MLP(width, 4 * width, width, gelu)
         self.text_mlp = None if last else MLP(width, 4 * width, width, gelu)
@@ -106,7 +106,7 @@ class Block(nn.Module):
         x_attended = x + gate * x_out
         if self.attention2 is not None:          # it reads x, too, and not x_attended
             dual_shift, dual_scale, dual_gate = dual
-            x_attended = x_attended + dual_gate * self.attention2(modulate(x, dual_shift, dual_scale))
+            x_attended = x_attended + dual_gate * self.attention2.attend(modulate(x, dual_shift, dual_scale))
         x = x_attended + mlp_gate * self.image_mlp(modulate(x_attended, mlp_shift, mlp_scale))  # [B, N, D]
         if self.text_mlp is None:
             return x, None
@@ -116,8 +116,7 @@ class Block(nn.Module):
         return x, c + mlp_gate * self.text_mlp(modulate(c, mlp_shift, mlp_scale))       # [B, T, D]
 
 
-# visit(l, block, x, c, vec) runs block l and returns (x, c)
-Visit = Callable[[int, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Visit = Callable[[int, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # see forward
 
 
 class MMDiT(nn.Module):
@@ -178,8 +177,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} does not divide into patches of {patch}")
         rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
 
-        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d")                   # [B, N, D]
-        x = x.contiguous()                       # otherwise every norm would copy it
+        x = rearrange(self.patch_embedder(x), "b d h w -> b (h w) d").contiguous()      # [B, N, D]
         x = x + self.cropped_positions(rows, columns).to(x.dtype)
         c = self.context_embedder(context)                                              # [B, T, D]
         vec = self.time_embedder(time_features(t).to(pooled.dtype))                     # [B, D]

@@ -64,7 +64,7 @@ class Pipeline(nn.Module):
 
     Args:
         picture_size: side in pixels.
-        shift, last_time: shift and last of flow.sampling_times.
+        shift, last_time: see flow.sampling_times. SD3's last time is 0.002994, so its last step is short.
         guidance: the default strength of classifier-free guidance.
     """
 

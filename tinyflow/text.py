@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyflow.attention import SelfAttention
+from tinyflow.attention import Projections
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
-class TextLayer(SelfAttention):
+class TextLayer(Projections):
     def __init__(self, config: TextConfig):
         super().__init__(config.width, config.heads, qk_norm=False)
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
@@ -42,7 +42,7 @@ class TextLayer(SelfAttention):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + super().forward(self.norm1(x), causal=True)
+        x = x + self.attend(self.norm1(x), causal=True)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))                   # [B, T, D]
 
 
@@ -54,9 +54,8 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.length, width)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(width)
-        self.projection: nn.Module = nn.Identity()
-        if config.pooled_width:
-            self.projection = nn.Linear(width, config.pooled_width, bias=False)
+        self.projection = (nn.Linear(width, config.pooled_width, bias=False) if config.pooled_width
+                           else nn.Identity())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.attention import SelfAttention
+from tinyflow.attention import Projections
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h                                                    # [B, C, H, W]
 
 
-class SpatialAttention(SelfAttention):
+class SpatialAttention(Projections):
     """Self-attention over all positions, with one head."""
 
     def __init__(self, channels: int, groups: int):
@@ -59,7 +59,7 @@ class SpatialAttention(SelfAttention):
         self.norm = norm(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = super().forward(rearrange(self.norm(x), "b c h w -> b (h w) c"))           # [B, H*W, C]
+        h = self.attend(rearrange(self.norm(x), "b c h w -> b (h w) c"))           # [B, H*W, C]
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
