@@ -12,11 +12,11 @@ from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiTConfig
 from tinyflow.picturebook import pretrain as module
 from tinyflow.picturebook.model import make_codec, make_tiny
-from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining
+from tinyflow.picturebook.pretrain import BASE, Pretraining
 from tinyflow.picturebook.training import train
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
-CONFIG = PretrainConfig(steps=6, batch=4, pictures=16, warmup=2)
+CONFIG = replace(BASE, steps=6, batch=4, pictures=16, warmup=2)
 ROOT = Path(__file__).parent.parent
 SMALL = """
 import sys
@@ -73,7 +73,7 @@ def test_the_average_is_what_is_kept_and_the_codec_is_not_trained(tmp_path):
     training = start(tmp_path)
     codec = tensor_hash(training.codec.state_dict())
     list(train(training, tmp_path, 6))
-    checkpoint, _ = load_tensors(tmp_path / "checkpoint.safetensors", "tinyflow pretraining checkpoint")
+    checkpoint, _ = load_tensors(tmp_path / "checkpoint.safetensors", "training checkpoint")
     base, facts = load_tensors(tmp_path / "base.safetensors", "tinyflow base")
     name = "mmdit.final_linear.weight"
     assert torch.equal(base[name], checkpoint[f"average.{name}"].half())
