@@ -71,11 +71,7 @@ def convolution(width_in: int, width_out: int, stride: int = 1, norm: bool = Tru
 def cut_out(x: Tensor, masks: Tensor, big: Tensor) -> Tensor:
     """Each object alone, on grey, as if all had one size and stood on one spot.
 
-    Args:
-        x: pictures [B, 3, H, W] in [-1, 1].
-        masks: bool [B, 2, H, W].
-        big: bool [B, 2], which objects are big.
-
+    Args: pictures x [B, 3, H, W] in [-1, 1]; masks, bool [B, 2, H, W]; big, bool [B, 2]: which ones are big.
     Returns: [B * 2, 4, CROP, CROP]. The fourth channel is the mask.
     """
     masks = rearrange(masks, "b n h w -> (b n) h w")
@@ -160,11 +156,8 @@ class Reader(nn.Module):
         return Reading(logits, mask, *pairs, look)
 
     def look_at(self, alone: Tensor) -> Tensor:
-        """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of the
-        parts that they are made of, [N, 3200 + COLOURS].
-
-        The hue of a red thing moves a colour by a tenth of what lies between red and green. Waves of four
-        lengths make such a difference as large as any.
+        """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of their
+        parts, [N, 3200 + COLOURS]. Waves of four lengths make a small difference in hue as large as any.
         """
         at_20 = self.object_20(alone)
         small = F.avg_pool2d(alone, 2).flatten(2)                                       # [N, 4, 400]
@@ -238,16 +231,13 @@ def true_traits(scenes: list[world.Scene]) -> Tensor:
 
 
 def true_members(scenes: list[world.Scene]) -> Tensor:
-    """[B, 3]: the member of the light, and of the style as a cosine and a sine; nan where none can be told.
-    """
-    values = torch.full((len(scenes), 3), torch.nan)
-    for row, scene in enumerate(scenes):
-        if scene.light != "day" and scene.style not in COLOURLESS:
-            values[row, 0] = scene.light_member
-        if scene.style != "none":
-            angle = np.pi * scene.style_member
-            values[row, 1], values[row, 2] = np.cos(angle), np.sin(angle)
-    return values
+    """[B, 3]: the light's member, and the style's as a cosine and a sine; nan where none can be told."""
+    rows = []
+    for scene in scenes:
+        lit = scene.light != "day" and scene.style not in COLOURLESS
+        angle = np.pi * scene.style_member if scene.style != "none" else np.nan
+        rows.append((scene.light_member if lit else np.nan, np.cos(angle), np.sin(angle)))
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -257,7 +247,6 @@ def augment(x: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tenso
     """
     def draw() -> Tensor:
         return torch.rand((len(x), 1, 1, 1), generator=generator).to(x.device)
-
     moved = torch.randn((len(x), 2, 8, 8), generator=generator).to(x.device) * .8 * draw()      # in pixels
     moved = F.interpolate(moved, x.shape[-2:], mode="bicubic", align_corners=True)
     still = F.affine_grid(torch.eye(2, 3).repeat(len(x), 1, 1), x.shape, align_corners=False).to(x.device)

@@ -166,10 +166,8 @@ def paste_thing(canvas: Image.Image, thing: Thing, ambient: tuple, centre: Point
 
 
 def render(scene: Scene, moved: Point = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a scene, its first object shifted by `moved` pixels.
-
-    Returns: the picture, uint8 [64, 64, 3], and a mask for each object, bool [objects, 64, 64], of the pixels
-    in which it is seen: an object that stands behind another one loses what the other hides.
+    """Draws a scene, its first object shifted by `moved` pixels. Returns the picture, uint8 [64, 64, 3], and
+    a mask of the pixels in which each object is seen, bool [objects, 64, 64].
     """
     rng = np.random.default_rng(scene.seed)
     pen, masks = Pen("RGB"), []
