@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,7 @@ from tinyflow.errors import InputError
 from tinyflow.files import write_whole
 from tinyflow.mmdit import MMDiT
 from tinyflow.picturebook.model import SHIPPED, load_tiny
-from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining, begin
+from tinyflow.picturebook.pretrain import BASE, Pretraining, begin
 from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.t5 import T5Config, T5Layer
 from tinyflow.text import TextConfig, TextLayer
@@ -224,13 +225,13 @@ def picture(case: Case, steps: int) -> Rows:
 
 # --------------------------------------------------------------------------------------------- the tiny world
 def tiny_pretraining(case: Case, steps: int) -> Rows:
-    config = PretrainConfig(steps + 1, pictures=256)
+    config = replace(BASE, steps=steps + 1, pictures=256)
     with TemporaryDirectory() as folder:
         run = Pretraining(config, begin(None, SHIPPED / "codec.safetensors", 1).to(case.device), Path(folder))
         run.step(0)
         step = median(seconds(partial(run.step, k), case.device) for k in range(1, steps + 1))
     yield (f"tiny world: pretraining, {config.batch} pictures a step", f"{step:.4f} s a step",
-           f"{PretrainConfig.steps:,} steps: {PretrainConfig.steps * step / 60:.0f} min")
+           f"{BASE.steps:,} steps: {BASE.steps * step / 60:.0f} min")
 
 
 def tiny_cell(case: Case, steps: int, pictures: int) -> Rows:

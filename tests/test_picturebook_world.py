@@ -1,4 +1,4 @@
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +6,7 @@ import pytest
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import make_tiny
 from tinyflow.picturebook.objects import OBJECTS, draw_thing, exact_colour
-from tinyflow.picturebook.reader import shows
-from tinyflow.picturebook.render import LIGHTS, STYLES, render, tint
+from tinyflow.picturebook.render import STYLES, render, tint
 from tinyflow.picturebook.world import Identity, Scene, Thing
 
 CAT = Scene((Thing("cat", "pink", "big", "left"),), "beach", seed=3)
@@ -22,8 +21,8 @@ def grown(mask):
 
 # ----------------------------------------------------------------------------------------------- the renderer
 def test_rendering_is_deterministic_and_seeds_matter():
-    assert (render(CAT)[0] == render(CAT)[0]).all()
-    assert (render(CAT)[0] != render(replace(CAT, seed=4))[0]).any()
+    picture, other = render(CAT)[0], render(replace(CAT, seed=4))[0]
+    assert (picture == render(CAT)[0]).all() and (picture != other).any()
 
 
 @pytest.mark.parametrize("name", world.OBJECTS)
@@ -72,10 +71,6 @@ def test_lights_and_styles_redraw_a_picture_that_is_otherwise_the_same():
         assert (name == "none") == np.array_equal(redrawn, other)        # members of a family differ
 
 
-def test_lights_styles_and_colours_are_named_alike_in_both_files():
-    assert list(LIGHTS) == list(world.LIGHTS) and list(STYLES) == list(world.STYLES)
-
-
 def test_no_identity_leads_into_another_colour():
     """The red of one robot never lies nearer to what another named colour can be than to plain red."""
     plain = {name: np.array(exact_colour(name, Identity())) for name in world.COLOURS}
@@ -118,37 +113,10 @@ def test_held_out_combinations_are_never_seen_and_every_word_is():
     words = set(" ".join(world.caption(scene, said=world.ALL_PARTS) for scene in seen).split())
     assert {word.strip(",") for word in words} == set(world.VOCABULARY)
     assert all(world.held_out(world.seen_scene(rng, seen=False)) for _ in range(50))
-
-
-def test_every_combination_that_is_not_held_out_is_seen():
-    rng = np.random.default_rng(1)
-    things = [thing for _ in range(4000) for thing in world.seen_scene(rng).things]
-    for name, (colour, _, parts) in world.MISSING.items():
-        own = [thing for thing in things if thing.object == name]
+    for name, (colour, _, parts) in world.MISSING.items():       # everything else is seen
+        own = [thing for thing, _ in things if thing.object == name]
         assert {thing.colour for thing in own} == set(world.COLOURS) - {colour}
         assert len({(thing.marking, thing.topper) for thing in own} | {parts}) == 16
-
-
-def test_each_object_has_at_least_six_traits_that_no_word_names_and_a_picture_shows():
-    for name in world.OBJECTS:
-        plain = Scene((Thing(name, "red", eyes=1),), "meadow")
-        assert sum(shows(plain, 0, trait) for trait in world.TRAITS) >= 6
-    assert len(fields(Identity)) == 11
-
-
-def test_a_plain_scene_has_no_parts():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        scene = world.random_scene(rng, parts=False)
-        assert (scene.light, scene.style) == ("day", "none")
-        assert {(thing.marking, thing.topper, thing.eyes) for thing in scene.things} == {("plain", "none", 2)}
-
-
-def test_two_things_have_two_places():
-    rng = np.random.default_rng(0)
-    pairs = [scene for scene in (world.random_scene(rng) for _ in range(400)) if len(scene.things) == 2]
-    assert 80 < len(pairs) < 200
-    assert {tuple(thing.place for thing in scene.things) for scene in pairs} == {("left", "right")}
 
 
 def test_a_change_reaches_the_scene_the_thing_and_its_identity():

@@ -21,14 +21,13 @@ from tinyflow.flow import noise_for, path, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.codec import quality
 from tinyflow.picturebook.model import SHIPPED, load_tiny
-from tinyflow.picturebook.reader import HEADS, IGNORED, Reader, Reading, shows, truth
+from tinyflow.picturebook.reader import HEADS, IGNORED, Reader, Reading, read, shows, truth
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, to_pixels
 from tinyflow.terminal import Parser, file_path, positive, report_errors
 from tinyflow.threads import choose_device
 
 AT_ONCE = 50                                     # pictures
-APART = 1.0                                      # how far two individuals differ in the trait that differs
 Row = dict[str, float]
 ASKED = {                                        # row -> seen combinations?, share of pairs, guidance
     "one thing, seen": (True, 0, None), "one thing, held out": (False, 0, None),
@@ -42,38 +41,31 @@ def fresh() -> np.random.Generator:
     return np.random.default_rng(1_000_000)
 
 
+def renders(scenes: Iterable[world.Scene]) -> Tensor:
+    """[B, 3, 64, 64] in [-1, 1]."""
+    return to_pixels(render_all(list(scenes))[0])
+
+
 # ------------------------------------------------------------------------------------------------ the reader
-def accuracy(readings: list[Reading], scenes: list[world.Scene]) -> Row:
+def accuracy(reading: Reading, scenes: list[world.Scene]) -> Row:
     """The share of right answers of each head, over pictures and objects, where a picture determines them."""
-    row, labels = {}, truth(scenes)
-    for head in HEADS:
-        guesses = torch.cat([reading.logits[head] for reading in readings]).argmax(-1)
-        known = labels[head] != IGNORED
-        row[head] = (guesses == labels[head])[known].float().mean().item()
+    row = {}
+    for head, labels in truth(scenes).items():
+        right = reading.logits[head].argmax(-1) == labels
+        row[head] = right[labels != IGNORED].float().mean().item()
     return row
 
 
-def mask_overlap(readings: list[Reading], masks: np.ndarray) -> float:
+def mask_overlap(reading: Reading, masks: np.ndarray) -> float:
     """The mean intersection over union of the objects' masks."""
-    seen, true = torch.cat([reading.mask for reading in readings]) > 0, torch.tensor(masks)
-    there = true.any((2, 3))
+    seen, true = reading.mask > 0, torch.tensor(masks)
     overlap = (seen & true).sum((2, 3)) / (seen | true).sum((2, 3)).clamp(min=1)
-    return overlap[there].mean().item()
-
-
-@torch.no_grad()
-def read(reader: Reader, x: Tensor) -> list[Reading]:
-    return [reader(some) for some in x.split(AT_ONCE)]
-
-
-@torch.no_grad()
-def through_the_codec(pipe: Pipeline, x: Tensor) -> Tensor:
-    return torch.cat([pipe.decode(pipe.codec.encode(some.to(pipe.device))) for some in x.split(AT_ONCE)])
+    return overlap[true.any((2, 3))].mean().item()
 
 
 def pair_of_scenes(rng: np.random.Generator, same: bool) -> tuple[world.Scene, world.Scene]:
     """Two scenes without a style, whose objects share every part that has a name, at other places in other
-    scenes. Their identities are the same, or differ in one number, by APART or more, that both pictures show.
+    scenes. Their identities are the same, or differ in one number, by 1 or more, that both pictures show.
     """
     def elsewhere(thing: world.Thing) -> world.Scene:
         scene = world.any_scene(rng, pairs=0)
@@ -83,18 +75,12 @@ def pair_of_scenes(rng: np.random.Generator, same: bool) -> tuple[world.Scene, w
     if same:
         return one, elsewhere(one.things[0])
     trait = world.pick([trait for trait in world.TRAITS if shows(one, 0, trait)], rng)
-    other = one.changed(**{trait: far_from(one.trait(trait), rng)})
+    value = one.trait(trait)
+    room = rng.uniform(0, abs(value))            # from -1 to 1, on the one side that has room for 1 or more
+    other = one.changed(**{trait: room - 1 if value > 0 else value + 1 + room})
     return one, elsewhere(other.things[0])
 
 
-def far_from(value: float, rng: np.random.Generator) -> float:
-    """Another number in -1..1, at least APART away."""
-    below, above = max(0.0, value - APART + 1), max(0.0, 1 - value - APART)
-    at = rng.uniform(0, below + above)
-    return float(-1 + at if at < below else value + APART + at - below)
-
-
-@torch.no_grad()
 def individuals(reader: Reader, count: int) -> float:
     """The share of right answers to "is this the same individual?", on `count` pairs that are the same and as
     many that are not.
@@ -102,12 +88,9 @@ def individuals(reader: Reader, count: int) -> float:
     rng, right = fresh(), []
     for same in (True, False):
         pairs = [pair_of_scenes(rng, same) for _ in range(count)]
-        traits, spreads = [], []
-        for scenes in zip(*pairs):
-            readings = read(reader, to_pixels(render_all(list(scenes))[0]))
-            traits.append(torch.cat([reading.traits[:, 0] for reading in readings]))
-            spreads.append(torch.cat([reading.spread[:, 0] for reading in readings]))
-        shown = torch.tensor([[shows(one, 0, trait) for trait in world.TRAITS] for one, _ in pairs])
+        one, other = (read(reader, renders(scenes)) for scenes in zip(*pairs))
+        shown = torch.tensor([[shows(scene, 0, trait) for trait in world.TRAITS] for scene, _ in pairs])
+        traits, spreads = [one.traits[:, 0], other.traits[:, 0]], [one.spread[:, 0], other.spread[:, 0]]
         right.append(same_individual(traits, spreads, shown) == same)
     return torch.cat(right).float().mean().item()
 
@@ -136,6 +119,11 @@ def same_individual(traits: list[Tensor], spreads: list[Tensor], shown: Tensor) 
 
 # --------------------------------------------------------------------------------------------- the base model
 @torch.no_grad()
+def through_the_codec(pipe: Pipeline, x: Tensor) -> Tensor:
+    return torch.cat([pipe.decode(pipe.codec.encode(some.to(pipe.device))) for some in x.split(AT_ONCE)])
+
+
+@torch.no_grad()
 def drawn(pipe: Pipeline, texts: list[str], name: str, guidance: float | None = None) -> Tensor:
     """What the base model draws for the texts, pixels [B, 3, 64, 64]; text i from the noise of seed i."""
     pictures = []
@@ -146,21 +134,19 @@ def drawn(pipe: Pipeline, texts: list[str], name: str, guidance: float | None = 
     return torch.cat(pictures)
 
 
-def follows(readings: list[Reading], scenes: list[world.Scene], heads: Iterable[str]) -> tuple[Row, float]:
+def follows(reading: Reading, scenes: list[world.Scene], heads: Iterable[str]) -> tuple[Row, float]:
     """Head -> the share of right answers where the text says something, and the share of pictures that are
     right in everything. A text says what a thing wears, and not what it does not wear.
     """
     row, everything, labels = {}, torch.ones(len(scenes), dtype=torch.bool), truth(scenes)
     for head in heads:
-        guesses = torch.cat([reading.logits[head] for reading in readings]).argmax(-1)
-        right, said = guesses == labels[head], labels[head] != IGNORED
+        right, said = reading.logits[head].argmax(-1) == labels[head], labels[head] != IGNORED
         if head in ("marking", "topper", "light", "style"):
             said &= labels[head] > 0             # option 0 has no word
         if head == "light":
             said &= labels[head] != HEADS[head].index("glow")
         row[head] = right[said].float().mean().item()
-        wrong = ~right & said
-        everything &= ~(wrong.any(1) if wrong.dim() == 2 else wrong)
+        everything &= (right | ~said).view(len(scenes), -1).all(1)
     return row, everything.float().mean().item()
 
 
@@ -172,11 +158,11 @@ def base_rows(pipe: Pipeline, reader: Reader, count: int) -> dict[str, Row]:
     for name, (seen, pairs, guidance) in ASKED.items():
         scenes = [world.seen_scene(rng, seen, pairs=pairs) for _ in range(count)]
         texts = [world.caption(scene, said=world.ALL_PARTS) for scene in scenes]
-        readings = read(reader, drawn(pipe, texts, name, guidance))
-        row, all_right = follows(readings, scenes, HEADS)
+        reading = read(reader, drawn(pipe, texts, name, guidance))
+        row, all_right = follows(reading, scenes, HEADS)
         rows[name] = row | {"everything": all_right}
         if pairs:
-            rows[name]["both objects"] = follows(readings, scenes, ("count", "object", "place"))[1]
+            rows[name]["both objects"] = follows(reading, scenes, ("count", "object", "place"))[1]
     return rows
 
 
@@ -198,22 +184,17 @@ def doubled_nouns(pipe: Pipeline, reader: Reader, count: int) -> Row:
     return {"right count": follows(read(reader, twice), scenes, ("count",))[1], "change": change}
 
 
-def diversity(pipe: Pipeline, reader: Reader, count: int) -> tuple[float, float]:
+def diversity(pipe: Pipeline, reader: Reader, count: int) -> Row:
     """How much individuals differ from seed to seed where the text leaves them open: the standard deviation
     of their identities' numbers, a mean over traits, of what the base draws and of fresh renders of the
     same texts.
     """
-    thing = world.Thing("robot", "red")
-    text = world.caption(world.Scene((thing,), "meadow"))
-    rng = fresh()
-    scenes = [world.Scene((world.replace(thing, identity=world.random_identity(rng)),), "meadow", seed=n)
-              for n in range(count)]
-    visible = [n for n, trait in enumerate(world.TRAITS) if shows(scenes[0], 0, trait)]
-    values = []
-    for x in (drawn(pipe, [text] * count, "individuals"), to_pixels(render_all(scenes)[0])):
-        traits = torch.cat([reading.traits[:, 0] for reading in read(reader, x)])
-        values.append(traits[:, visible].std(0).mean().item())
-    return values[0], values[1]
+    robot, rng = world.Scene((world.Thing("robot", "red"),), "meadow"), fresh()
+    scenes = [robot.changed(identity=world.random_identity(rng), seed=n) for n in range(count)]
+    visible = [n for n, trait in enumerate(world.TRAITS) if shows(robot, 0, trait)]
+    base = drawn(pipe, [world.caption(robot)] * count, "individuals")
+    pictures = {"base": base, "renders": renders(scenes)}
+    return {name: read(reader, x).traits[:, 0, visible].std(0).mean().item() for name, x in pictures.items()}
 
 
 @torch.no_grad()
@@ -261,21 +242,19 @@ def check(reader: Reader, pipe: Pipeline, count: int) -> None:
     pictures, masks = render_all(scenes)
     x = to_pixels(pictures)
     for name, some in (("renders", x), ("after the codec", through_the_codec(pipe, x))):
-        readings = read(reader, some)
-        print_row(name, accuracy(readings, scenes) | {"mask IoU": mask_overlap(readings, masks)})
+        reading = read(reader, some)
+        print_row(name, accuracy(reading, scenes) | {"mask IoU": mask_overlap(reading, masks)})
     print_row("same individual or not", {"right": individuals(reader, 2 * count)})
     for name, row in base_rows(pipe, reader, count).items():
         print_row(name, row)
     print_row("doubled nouns", doubled_nouns(pipe, reader, min(count, 200)))
-    of_base, of_renders = diversity(pipe, reader, min(count, 100))
-    print_row("individuals differ by", {"base": of_base, "renders": of_renders})
+    print_row("individuals differ by", diversity(pipe, reader, min(count, 100)))
     for name, row in worth_of_words(pipe, min(count, 100)).items():
         print_row(name, row)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m tinyflow.picturebook.check",
-                    description=__doc__.split("\n\n")[0])
+    parser = Parser("python -m tinyflow.picturebook.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--count", type=positive, default=500,
                         help="pictures of each kind that the base model draws")
     for name in ("base", "codec", "reader"):

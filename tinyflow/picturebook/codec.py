@@ -13,39 +13,24 @@ model that was trained on them.
 Read next: pretrain.py.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflow.disk import check_place, make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_codec, make_codec
 from tinyflow.picturebook.render import render_all
-from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
+from tinyflow.picturebook.training import Config, Training, fast_precision, follow, parser_of, stage
 from tinyflow.pipeline import to_pixels
-from tinyflow.terminal import Parser, file_path, positive, report_errors, seed
+from tinyflow.terminal import report_errors
 from tinyflow.vae import VAE
-from tinyflow.weights import save_tensors, tensor_hash
 
 CROP = 32                                        # pixels
 INSIDE = 8                                       # how much more a pixel of an object counts
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    steps: int = 40000                           # of 8 crops; the last 15 % of 4 whole pictures
-    lr: float = 3e-3
-    matrix_lr: float = .02
-    warmup: int = 100
-    flat: float = 0.0
-    ema: float = .999
-    kl: float = 1e-4
-    pictures: int = 20000
-    seed: int = 0
-    start: str = ""                              # the hash of the weights that this stage goes on from
+KL = 1e-4                                        # the weight of the KL term
+CODEC = Config(40000, 3e-3, warmup=100, flat=0, batch=8, pictures=20000)
 
 
 def psnr(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
@@ -59,10 +44,10 @@ def psnr(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
 
 
 class CodecTraining(Training):
-    """The pictures with their masks, and the codec."""
-    kind, result = "tinyflow codec", "codec.safetensors"
+    """The pictures with their masks, and the codec. The last 15 % of the steps see half as many, whole."""
+    name = "codec"
 
-    def __init__(self, config: CodecConfig, codec: VAE):
+    def __init__(self, config: Config, codec: VAE):
         rng = np.random.default_rng(config.seed)
         pictures, masks = render_all([world.any_scene(rng) for _ in range(config.pictures)])
         self.pictures, self.masks = pictures, masks.any(1)       # uint8 [N, 64, 64, 3], bool [N, 64, 64]
@@ -73,7 +58,7 @@ class CodecTraining(Training):
         """Step k's pictures x [B, 3, h, w] in [-1, 1] and weights [B, 1, h, w]."""
         rng = np.random.default_rng((self.config.seed, k))
         whole = bool(self.config.start) or k >= .85 * self.config.steps
-        chosen = rng.integers(len(self.pictures), size=4 if whole else 8)
+        chosen = rng.integers(len(self.pictures), size=self.config.batch // (1 + whole))
         pictures, masks = self.pictures[chosen], self.masks[chosen]
         if not whole:
             corners = [self.corner(mask, rng) for mask in masks]
@@ -98,7 +83,7 @@ class CodecTraining(Training):
             z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
             y = self.model.decoder(z).float()
         kl = .5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
-        return (weight * (y - x) ** 2).mean() / weight.mean() + self.config.kl * kl
+        return (weight * (y - x) ** 2).mean() / weight.mean() + KL * kl
 
     def report(self, out: Path, k: int) -> dict:
         inside, whole = quality(self.average, 64)
@@ -112,8 +97,7 @@ class CodecTraining(Training):
             means = torch.cat([self.average.encoder(to_pixels(self.pictures[n:n + 16])).chunk(2, dim=1)[0]
                                for n in range(0, 512, 16)])
             scale, shift = 1 / means.std().item(), means.mean().item()
-        facts |= {"scale": scale, "shift": shift}
-        save_tensors(out / "codec.safetensors", "tinyflow codec", halves(self.average), facts)
+        super().finish(out, facts | {"scale": scale, "shift": shift})
 
 
 @torch.no_grad()
@@ -128,22 +112,12 @@ def quality(vae: VAE, count: int) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m tinyflow.picturebook.codec",
-                    description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=file_path, default=Path("runs/codec"),
-                        help="folder; a run found there goes on")
-    parser.add_argument("--start", type=file_path, help="weights whose decoder is trained further")
-    parser.add_argument("--steps", type=positive, default=CodecConfig.steps, help="training steps")
-    parser.add_argument("--seed", type=seed, default=CodecConfig.seed, help="of weights, pictures and noise")
+    parser = parser_of("codec", __doc__, CODEC, start="weights whose decoder is trained further")
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
-        check_place(options.out)
         torch.manual_seed(options.seed)
         codec = load_codec(options.start).requires_grad_(True) if options.start else make_codec()
-        make_folder(options.out)
-        start = tensor_hash(codec.state_dict()) if options.start else ""
-        config = CodecConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
-        follow(CodecTraining(config, codec), options.out, 1000, "codec")
+        follow(CodecTraining(stage(CODEC, options, codec), codec), options.out, 1000)
 
 
 if __name__ == "__main__":

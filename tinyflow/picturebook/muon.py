@@ -32,36 +32,35 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module, lr: float, matrix_lr: float, by_adam: tuple[str, ...] = ()):
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if p.ndim > 1 and not any(part in name for part in by_adam)]
-        chosen = set(map(id, matrices))
-        others = [p for _, p in named if id(p) not in chosen]
-        groups = [{"params": matrices, "lr": matrix_lr, "full_lr": matrix_lr, "by_adam": False},
-                  {"params": others, "lr": lr, "full_lr": lr, "by_adam": True}]
-        super().__init__(groups, {})
+        matrices, others = [], []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                adam = parameter.ndim < 2 or any(part in name for part in by_adam)
+                (others if adam else matrices).append(parameter)
+        self.full_rates = matrix_lr, lr
+        super().__init__([{"params": matrices, "lr": matrix_lr}, {"params": others, "lr": lr}], {})
+        for parameter in matrices + others:
+            self.state[parameter]["mean"] = torch.zeros_like(parameter)
+        for parameter in others:
+            self.state[parameter] |= {"square": torch.zeros_like(parameter), "step": torch.zeros(())}
 
     def scale_rates(self, share: float) -> None:
         """Sets both rates to a share of what they were made with, as a schedule wants it."""
-        for group in self.param_groups:
-            group["lr"] = share * group["full_lr"]
+        for group, rate in zip(self.param_groups, self.full_rates):
+            group["lr"] = share * rate
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            update = adam_step if group["by_adam"] else muon_step
-            update(group["params"], self.state, group["lr"])
+        for group, update in zip(self.param_groups, (muon_step, adam_step)):
+            parameters = group["params"]
+            update(parameters, [p.grad for p in parameters], [self.state[p] for p in parameters], group["lr"])
 
 
-def adam_step(parameters: list[Tensor], state: dict, lr: float, betas=(.9, .99), eps: float = 1e-8) -> None:
-    for parameter in parameters:
-        own = state[parameter]
-        if not own:
-            own["step"] = torch.zeros(())
-            own["mean"], own["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        own["step"] += 1
-    gradients = [parameter.grad for parameter in parameters]
-    means, squares = ([state[parameter][name] for parameter in parameters] for name in ("mean", "square"))
-    step = state[parameters[0]]["step"].item()   # all parameters have taken the same number of steps
+def adam_step(parameters: list[Tensor], gradients: list[Tensor], states: list[dict], lr: float,
+              betas=(.9, .99), eps: float = 1e-8) -> None:
+    means, squares, steps = ([state[name] for state in states] for name in ("mean", "square", "step"))
+    torch._foreach_add_(steps, 1)
+    step = steps[0].item()                       # all parameters have taken the same number of steps
     torch._foreach_lerp_(means, gradients, 1 - betas[0])
     torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - betas[1])
     below = torch._foreach_sqrt(torch._foreach_div(squares, 1 - betas[1] ** step))
@@ -69,17 +68,14 @@ def adam_step(parameters: list[Tensor], state: dict, lr: float, betas=(.9, .99),
     torch._foreach_addcdiv_(parameters, means, below, -lr / (1 - betas[0] ** step))
 
 
-def muon_step(parameters: list[Tensor], state: dict, lr: float, momentum: float = .95) -> None:
-    alike = {}                                   # shape -> the parameters of that shape, done in one batch
-    for parameter in parameters:
-        own = state[parameter]
-        if not own:
-            own["mean"] = torch.zeros_like(parameter)
-        alike.setdefault(parameter.shape, []).append(parameter)
-    for shape, some in alike.items():
-        means, gradients = [state[parameter]["mean"] for parameter in some], [p.grad for p in some]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch.stack(torch._foreach_lerp(gradients, means, momentum)).flatten(2)  # [K, m, n]
-        rows, columns = ahead.shape[1:]
-        updates = orthogonal(ahead.float()).view(len(some), *shape)
-        torch._foreach_add_(some, list(updates), alpha=-lr * max(1, rows / columns) ** .5)
+def muon_step(parameters: list[Tensor], gradients: list[Tensor], states: list[dict], lr: float,
+              momentum: float = .95) -> None:
+    means = [state["mean"] for state in states]
+    torch._foreach_lerp_(means, gradients, 1 - momentum)
+    ahead = torch._foreach_lerp(gradients, means, momentum)
+    for shape in dict.fromkeys(parameter.shape for parameter in parameters):     # one batch for each shape
+        alike = [n for n, parameter in enumerate(parameters) if parameter.shape == shape]
+        matrices = torch.stack([ahead[n] for n in alike]).flatten(2)             # [K, m, n]
+        rows, columns = matrices.shape[1:]
+        updates = list(orthogonal(matrices.float()).view(len(alike), *shape))
+        torch._foreach_add_([parameters[n] for n in alike], updates, alpha=-lr * max(1, rows / columns) ** .5)

@@ -27,7 +27,7 @@ GOLD, FELT, WOOD = (250, 206, 70), (70, 62, 88), (126, 84, 54)
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
-    """Hue in degrees; the others are clipped to [0, 1]."""
+    """hue: in degrees; the others are clipped to [0, 1]."""
     saturation, value = min(1, max(0, saturation)), min(1, max(0, value))
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value))
 
@@ -46,8 +46,7 @@ class Pen:
     """Draws on an image of its own, which is FINE times larger than the finished picture.
 
     x runs to the right and y down from `centre`, in units of `half` pixels of the finished picture: an object
-    fills -1 to 1, and `stretch` times as much across. An ellipse, a rectangle and a polygon have an outline
-    of ink; a blob and a box have none.
+    fills -1 to 1, and `stretch` times as much across. A blob, a box and a shape have no outline of ink.
     """
 
     def __init__(self, mode: str, centre: Point = (0, 0), half: float = 1, stretch: float = 1):
@@ -169,24 +168,21 @@ def draw_cat(pen: Pen, thing: Thing, body: Colour):
         pen.ellipse(side * .2, .95, .14, .08, body)
 
 
-def star_points(identity: Identity) -> list[Point]:
-    """The ten corners, the top one first."""
-    inner, lean = .52 + .1 * identity.proportion, .22 * identity.detail
-    return [(r * math.sin(math.pi * k / 5 + lean), .1 - r * math.cos(math.pi * k / 5 + lean))
-            for k, r in enumerate([1.08, inner] * 5)]
+def star_point(identity: Identity, k: int) -> Point:
+    """Corner k of ten, the top one first."""
+    r = .52 + .1 * identity.proportion if k % 2 else 1.08
+    angle = math.pi * k / 5 + .22 * identity.detail
+    return r * math.sin(angle), .1 - r * math.cos(angle)
 
 
 def draw_star(pen: Pen, thing: Thing, body: Colour):
     """proportion: how blunt its points are. detail: how far it leans."""
-    pen.polygon(*star_points(thing.identity), fill=body)
+    pen.polygon(*(star_point(thing.identity, k) for k in range(10)), fill=body)
     draw_face(pen, thing, 0, .02, .22, .16)
 
 
 def draw_mushroom(pen: Pen, thing: Thing, body: Colour):
-    """proportion: how low its cap comes.
-
-    detail: how thick its stem is. Without a marking it has white spots.
-    """
+    """proportion: how low its cap comes. detail: how thick its stem is. If plain, it has white spots."""
     rim, stem = .1 + .17 * thing.identity.proportion, .36 + .09 * thing.identity.detail
     pen.rectangle(-stem, rim - .1, stem, 1, CREAM, radius=.2)
     pen.draw.chord(pen.points((-.96, -1), (.96, 2 * rim + 1)), 180, 360, body, INK, pen.line)
@@ -198,17 +194,11 @@ def draw_mushroom(pen: Pen, thing: Thing, body: Colour):
 
 OBJECTS = {"ball": draw_ball, "robot": draw_robot, "house": draw_house, "tree": draw_tree, "fish": draw_fish,
            "cat": draw_cat, "star": draw_star, "mushroom": draw_mushroom}
-TOPS = {"fish": (-.2, -.42), "cat": (0, -.68), "ball": (0, -.78)}       # where a topper sits
+TOPS = {"fish": (-.2, -.42), "cat": (0, -.68), "ball": (0, -.78)}       # where a topper sits, or at (0, -1)
 
 
-def top_of(thing: Thing) -> Point:
-    if thing.object == "star":                                   # on the point that leans
-        return star_points(thing.identity)[0]
-    return TOPS.get(thing.object, (0, -1))
-
-
-def draw_topper(pen: Pen, thing: Thing, x: float, top: float):
-    """A topper whose foot is at (x, top)."""
+def draw_topper(pen: Pen, thing: Thing):
+    x, top = star_point(thing.identity, 0) if thing.object == "star" else TOPS.get(thing.object, (0, -1))
     height = 1 + .35 * thing.identity.topper_height
     if thing.topper == "antenna":
         pen.stroke((x, top + .1), (x, top - .38 * height), width=1.4)
@@ -226,15 +216,13 @@ def draw_topper(pen: Pen, thing: Thing, x: float, top: float):
 def with_marking(pen: Pen, thing: Thing, body: Colour) -> Image.Image:
     """Lays stripes, checks or dots of the accent colour over the pixels that hold the body's own colour.
 
-    They cover about a third of it, so that a red cat with white stripes is no white cat with red ones. Checks
-    are lines: the squares of a board lie as dots do, and at this size one was read as the other. A marking
-    always lies alike on the body, up to its slant: if it began anywhere, all striped cats and all dotted ones
-    would have the same mean, and a model would not learn which is which before it can draw both.
+    They cover about a third of it, so that a red cat with white stripes is no white cat with red ones. Apart
+    from its slant a marking always lies alike, so that striped cats and dotted ones differ in their means.
     """
     if thing.marking == "plain":
         return pen.image
     pixels, identity = np.array(pen.image), thing.identity                              # [H, W, 4]
-    y, x = np.mgrid[:pixels.shape[0], :pixels.shape[1]].astype(np.float32)
+    y, x = np.mgrid[:SIZE * FINE, :SIZE * FINE].astype(np.float32)
     x, y = (x / FINE - pen.centre[0]) * FINE / pen.half, (y / FINE - pen.centre[1]) * FINE / pen.half
     angle, cover = .35 * identity.marking_angle, 1 + .35 * identity.marking_cover
     across, along = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
@@ -257,6 +245,6 @@ def draw_thing(thing: Thing, centre: Point, half: float) -> Image.Image:
     """An object alone, RGBA and FINE times larger; its shadow is drawn by render.py."""
     pen = Pen("RGBA", centre, half, stretch=.98 + .14 * thing.identity.width)
     body = exact_colour(thing.colour, thing.identity)
-    draw_topper(pen, thing, *top_of(thing))
+    draw_topper(pen, thing)
     OBJECTS[thing.object](pen, thing, body)
     return with_marking(pen, thing, body)

@@ -9,27 +9,28 @@ reader.py.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinyflow.disk import make_folder
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.render import render_all
-from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
+from tinyflow.picturebook.training import LATER, Config, Training, fast_precision, follow, parser_of, stage
 from tinyflow.pipeline import Pipeline, to_pixels
-from tinyflow.terminal import Parser, add_device, file_path, positive, report_errors, seed
+from tinyflow.terminal import add_device, file_path, positive, report_errors
 from tinyflow.threads import choose_device
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
+BASE = Config(16000, 1.2e-3, warmup=300, flat=.6, seed=1)
 # Layers that a matrix step does not suit: the first, the last, and those that time and text modulate with.
 BY_ADAM = ("embedding", "embedder", "final_linear", "adaln", "projection")
 AHEAD = {}                                       # of the DataLoader on a card: other processes make batches
@@ -37,25 +38,11 @@ if hasattr(os, "fork"):                          # not on Windows
     AHEAD = {"num_workers": min(6, os.cpu_count()), "multiprocessing_context": "fork"}
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    steps: int = 16000
-    batch: int = 64
-    lr: float = 1.2e-3                           # of Adam
-    matrix_lr: float = .02                       # of Muon
-    warmup: int = 300
-    flat: float = .6
-    ema: float = .999
-    pictures: int = 40000
-    seed: int = 1
-    start: str = ""                              # the hash of the weights that this stage goes on from
-
-
 class Pretraining(Training):
     """The latents and scenes of the training pictures, and the model. The codec stays as it is."""
-    kind, result = "tinyflow pretraining", "base.safetensors"
+    name = "base"
 
-    def __init__(self, config: PretrainConfig, pipe: Pipeline, out: Path, compiled: bool = False):
+    def __init__(self, config: Config, pipe: Pipeline, out: Path, compiled: bool = False):
         torch.manual_seed(config.seed)
         rng = np.random.default_rng(config.seed)
         self.scenes = [world.seen_scene(rng) for _ in range(config.pictures)]
@@ -66,7 +53,7 @@ class Pretraining(Training):
         self.mmdit = torch.compile(pipe.mmdit) if compiled else pipe.mmdit
         self.batches = None
 
-    def load_latents(self, config: PretrainConfig, pipe: Pipeline, file: Path) -> torch.Tensor:
+    def load_latents(self, config: Config, pipe: Pipeline, file: Path) -> Tensor:
         """[N, C, h, w] in fp16, of all scenes' pictures."""
         codec = tensor_hash(pipe.codec.state_dict())
         facts = {"codec": codec, "pictures": config.pictures, "seed": config.seed}
@@ -77,7 +64,7 @@ class Pretraining(Training):
             save_tensors(file, "tinyflow latents", {"latents": torch.cat(latents)}, facts)
         return load_tensors(file, "tinyflow latents")[0]["latents"]
 
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Step k: data x_0 and noise x_1 [B, C, h, w], times [B] and captions."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 10**9 + k)
@@ -89,7 +76,7 @@ class Pretraining(Training):
         x_1 = torch.randn(x_0.shape, generator=generator)
         return x_0, x_1, t, captions
 
-    def loss(self, k: int) -> torch.Tensor:
+    def loss(self, k: int) -> Tensor:
         """k must increase by 1. On a GPU, worker processes prepare batches: one costs as much as a step."""
         device = self.model.device
         if self.batches is None:
@@ -103,15 +90,11 @@ class Pretraining(Training):
         return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 3
 
     def report(self, out: Path, k: int) -> dict:
-        """Leaves a page of samples, and the weights so far: a stage may be stopped."""
-        save_tensors(out / "base.safetensors", "tinyflow base", halves(self.average), {"step": k})
+        """Leaves a page of samples, too."""
         self.average.codec = self.codec
         sample_page(self.average.eval()).save(out / f"samples-{k:06d}.png")
         del self.average.codec
-        return {}
-
-    def finish(self, out: Path, facts: dict) -> None:
-        save_tensors(out / "base.safetensors", "tinyflow base", halves(self.average), facts)
+        return super().report(out, k)
 
 
 def sample_page(pipe: Pipeline) -> Image.Image:
@@ -125,10 +108,7 @@ def sample_page(pipe: Pipeline) -> Image.Image:
 
 
 def begin(start: Path | None, codec: Path | None, seed: int) -> Pipeline:
-    """The model as a stage finds it: new, or with the weights of another stage.
-
-    codec: by default an untrained one.
-    """
+    """The model as a stage finds it: new, or with trained weights. codec: by default an untrained one."""
     torch.manual_seed(seed)
     pipe = make_tiny()
     if codec:
@@ -139,21 +119,14 @@ def begin(start: Path | None, codec: Path | None, seed: int) -> Pipeline:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m tinyflow.picturebook.pretrain",
-                    description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=file_path, required=True,
-                        help="folder for checkpoint, log, samples and the weights; a run found there goes on")
-    parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
+    parser = parser_of("pretrain", __doc__, BASE)
     parser.add_argument("--full-rates", action="store_true",
                         help="with --start: a long stage, with the learning rates of a first one")
     parser.add_argument("--codec", type=file_path, default=SHIPPED / "codec.safetensors",
                         help="the codec's weights")
-    parser.add_argument("--steps", type=positive, default=PretrainConfig.steps, help="training steps")
-    parser.add_argument("--batch", type=positive, default=PretrainConfig.batch,
-                        help="pictures per step")
-    parser.add_argument("--pictures", type=positive, default=PretrainConfig.pictures,
+    parser.add_argument("--batch", type=positive, default=BASE.batch, help="pictures per step")
+    parser.add_argument("--pictures", type=positive, default=BASE.pictures,
                         help="pictures rendered for training")
-    parser.add_argument("--seed", type=seed, default=1, help="of weights, pictures, captions and noise")
     parser.add_argument("--save-every", type=positive, default=500,
                         help="steps between checkpoints and samples")
     add_device(parser)
@@ -162,13 +135,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
         device = choose_device(options.device)
-        make_folder(options.out)
         pipe = begin(options.start, options.codec, options.seed)
-        start = tensor_hash(pipe.mmdit.state_dict()) if options.start else ""
-        config = PretrainConfig(options.steps, options.batch, pictures=options.pictures, seed=options.seed,
-                                start=start, **(LATER if start and not options.full_rates else {}))
+        config = replace(BASE, batch=options.batch, pictures=options.pictures)
+        config = stage(config, options, pipe, {} if options.full_rates else LATER)
         training = Pretraining(config, pipe.to(device), options.out, options.compile)
-        follow(training, options.out, options.save_every, "pretraining")
+        follow(training, options.out, options.save_every)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,9 @@ First it looks at the whole picture: how many objects there are, each one's mask
 size and place, the background, the light and the style. Then it cuts each object out along its mask, all to
 one size and one spot, and reads what it is: every part that has a name (a classifier, or head, for each), and
 every number of its `Identity`, with how sure it is of each. On photographs other networks do this: SAM finds
-the mask, CLIP and DINO tell what a thing is and how much two things are alike.
+the mask, CLIP and DINO tell what a thing is and how much two things are alike. Read next: check.py.
 
     python -m tinyflow.picturebook.reader --out runs/reader      makes reader.safetensors
-
-`--start` goes on from other weights, in another stage on new pictures.
-
-Read next: check.py, which tells how good the reader and the base model are.
 """
 
 from dataclasses import dataclass
@@ -22,17 +18,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tinyflow.disk import check_place, make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED
 from tinyflow.picturebook.objects import exact_colour
 from tinyflow.picturebook.render import HALF, brightness, render_all
-from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
+from tinyflow.picturebook.training import Config, Training, fast_precision, follow, parser_of, stage
 from tinyflow.picturebook.world import Identity
 from tinyflow.pipeline import to_pixels
-from tinyflow.terminal import Parser, add_device, file_path, positive, report_errors, seed
+from tinyflow.terminal import add_device, report_errors
 from tinyflow.threads import choose_device
-from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
+from tinyflow.weights import load_into, load_tensors
 
 SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}
 LOOK = {"light": list(world.LIGHTS), "style": list(world.STYLES)}
@@ -45,6 +40,8 @@ CROP = 40                                        # pixels a side of an object th
 PARTS, TRAITS = 8, len(world.TRAITS)
 COLOURS = 3 * PARTS * 8                          # numbers that say the colours of an object's parts
 IGNORED = -100                                   # the label of a trait that a picture does not show
+FRESH = 1000                                     # pictures for nothing but the calibration
+READER = Config(8000, 2e-3, warmup=200, flat=.3, ema=.998)
 
 
 @dataclass
@@ -67,18 +64,14 @@ class Reading:
 
 
 def convolution(width_in: int, width_out: int, stride: int = 1, norm: bool = True) -> nn.Module:
-    layers = [nn.Conv2d(width_in, width_out, 3, stride, 1), nn.GroupNorm(8, width_out), nn.SiLU()]
-    return nn.Sequential(*layers) if norm else nn.Sequential(layers[0], layers[2])
+    norms = [nn.GroupNorm(8, width_out)] if norm else []
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 3, stride, 1), *norms, nn.SiLU())
 
 
 def cut_out(x: Tensor, masks: Tensor, big: Tensor) -> Tensor:
     """Each object alone, on grey, as if all had one size and stood on one spot.
 
-    Args:
-        x: pictures [B, 3, H, W] in [-1, 1].
-        masks: bool [B, 2, H, W].
-        big: bool [B, 2], which objects are big.
-
+    Args: pictures x [B, 3, H, W] in [-1, 1]; masks, bool [B, 2, H, W]; big, bool [B, 2]: which ones are big.
     Returns: [B * 2, 4, CROP, CROP]. The fourth channel is the mask.
     """
     masks = rearrange(masks, "b n h w -> (b n) h w")
@@ -118,8 +111,7 @@ class Reader(nn.Module):
         found = 128 * 25 + COLOURS + 32 + 96
         self.identity = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 96))
         self.individual = nn.Linear(96, TRAITS)       # so that `identity` tells individuals apart
-        self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(),
-                                    nn.Linear(256, 2 * TRAITS))
+        self.traits = nn.Sequential(nn.Linear(found, 256), nn.SiLU(), nn.Linear(256, 2 * TRAITS))
         self.register_buffer("calibration", torch.ones(TRAITS))  # how much larger errors are than it thinks
         self.heads = nn.ModuleDict()
         for head, options in HEADS.items():
@@ -139,8 +131,8 @@ class Reader(nn.Module):
         everywhere = torch.cat([features.mean((2, 3)) for features in (at_32, at_16, at_8)], 1)
         look = F.normalize(self.look(everywhere), dim=-1)                               # [B, 32]
 
-        logits = {head: self.heads[head](scene) for head in SCENE | SPOT}
-        logits |= {head: rearrange(logits[head], "b (n k) -> b n k", n=2) for head in SPOT}
+        logits = {head: self.heads[head](scene) for head in SCENE}
+        logits |= {head: self.heads[head](scene).unflatten(1, (2, -1)) for head in SPOT}
         logits |= {head: self.heads[head](8 * look) for head in LOOK}     # a unit vector alone is too short
 
         masks = mask > 0 if masks is None else masks
@@ -153,24 +145,19 @@ class Reader(nn.Module):
         light = torch.cat([look, scene], 1).repeat_interleave(2, 0)                     # it tints everything
         found = torch.cat([seen, light], 1)                                             # [B * 2, 3520]
         identity = F.normalize(self.identity(found), dim=-1)                            # [B * 2, 96]
-        traits = self.traits(found).float()
-        shade = self.shade(found[:, 128 * 25:]).float()                                 # hue and tone
-        traits, log_spread = traits[:, :TRAITS], traits[:, TRAITS:]
-        traits = torch.cat([shade[:, :2], traits[:, 2:]], 1)
-        log_spread = torch.cat([shade[:, 2:], log_spread[:, 2:]], 1)
+        traits, log_spread = self.traits(found).float().chunk(2, 1)
+        shade, log_shade = self.shade(found[:, 128 * 25:]).float().chunk(2, 1)          # hue and tone
+        traits = torch.cat([shade, traits[:, 2:]], 1)
+        log_spread = torch.cat([log_shade, log_spread[:, 2:]], 1)
 
-        logits |= {head: rearrange(self.heads[head](8 * identity), "(b n) k -> b n k", n=2)
-                   for head in IDENTITY}
+        logits |= {head: self.heads[head](8 * identity).unflatten(0, (-1, 2)) for head in IDENTITY}
         spread = self.calibration * (.01 + F.softplus(log_spread - 1))
-        pairs = [rearrange(part, "(b n) d -> b n d", n=2) for part in (traits, spread, identity)]
+        pairs = [part.unflatten(0, (-1, 2)) for part in (traits, spread, identity)]     # [B, 2, .]
         return Reading(logits, mask, *pairs, look)
 
     def look_at(self, alone: Tensor) -> Tensor:
-        """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of the
-        parts that they are made of, [N, 3200 + COLOURS].
-
-        The hue of a red thing moves a colour by a tenth of what lies between red and green. Waves of four
-        lengths make such a difference as large as any.
+        """Objects that were cut out, [N, 4, CROP, CROP] -> their shapes, and the exact mean colours of their
+        parts, [N, 3200 + COLOURS]. Waves of four lengths make a small difference in hue as large as any.
         """
         at_20 = self.object_20(alone)
         small = F.avg_pool2d(alone, 2).flatten(2)                                       # [N, 4, 400]
@@ -191,12 +178,19 @@ class Reader(nn.Module):
         return reader.to(device).requires_grad_(False).eval()
 
 
+@torch.no_grad()
+def read(reader: Reader, x: Tensor) -> Reading:
+    """What the reader sees in any number of pictures, 50 at a time."""
+    parts = [reader(some.to(reader.calibration.device)) for some in x.split(50)]
+    logits = {head: torch.cat([part.logits[head] for part in parts]) for head in HEADS}
+    names = ("mask", "traits", "spread", "identity", "look")
+    return Reading(logits, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
 # ------------------------------------------------------------------------------------------------ the truth
 def shows(scene: world.Scene, n: int, trait: str) -> bool:
-    """Does a picture of the scene determine this trait of its object n?
-
-    There is no accent without a marking, and no gap between the eyes of an object that has one. A style of
-    two inks, or of lines, hides colours, lights, and a marking that is about as bright as the body.
+    """Does a picture of the scene determine this trait of its object n? A style of two inks, or of lines,
+    hides colours, lights, and a marking that is about as bright as the body.
     """
     thing = scene.things[n]
     if scene.style in COLOURLESS:
@@ -213,44 +207,37 @@ def shows(scene: world.Scene, n: int, trait: str) -> bool:
     return trait != "topper_height" or thing.topper != "none"
 
 
+def answer(scene: world.Scene, n: int, trait: str):
+    """The value of a trait of object n; None if there is no such object, or the picture does not show it."""
+    if n >= len(scene.things) or not shows(scene, n, trait):
+        return None
+    return len(scene.things) if trait == "count" else scene.trait(trait, n)
+
+
 def truth(scenes: list[world.Scene]) -> dict[str, Tensor]:
     """The right answer of every head: [B] for a picture, [B, 2] for its objects; IGNORED if there is none."""
     labels = {}
     for head, options in HEADS.items():
-        places = 1 if head in SCENE | LOOK else 2
-        answers = torch.full((len(scenes), places), IGNORED)
-        for row, scene in enumerate(scenes):
-            for n in range(min(places, len(scene.things))):
-                if head == "count":
-                    answers[row, n] = options.index(len(scene.things))
-                elif shows(scene, n, head):
-                    answers[row, n] = options.index(scene.trait(head, n))
-        labels[head] = answers[:, 0] if places == 1 else answers
+        number = {option: k for k, option in enumerate(options)} | {None: IGNORED}
+        rows = torch.tensor([[number[answer(scene, n, head)] for n in (0, 1)] for scene in scenes])
+        labels[head] = rows[:, 0] if head in SCENE | LOOK else rows
     return labels
 
 
 def true_traits(scenes: list[world.Scene]) -> Tensor:
     """[B, 2, TRAITS], and nan where a picture does not determine a trait."""
-    values = torch.full((len(scenes), 2, TRAITS), torch.nan)
-    for row, scene in enumerate(scenes):
-        for n in range(len(scene.things)):
-            for k, trait in enumerate(world.TRAITS):
-                if shows(scene, n, trait):
-                    values[row, n, k] = scene.trait(trait, n)
-    return values
+    values = [[[answer(scene, n, trait) for trait in world.TRAITS] for n in (0, 1)] for scene in scenes]
+    return torch.tensor(np.array(values, dtype=np.float32))      # None becomes nan
 
 
 def true_members(scenes: list[world.Scene]) -> Tensor:
-    """[B, 3]: the member of the light, and of the style as a cosine and a sine; nan where none can be told.
-    """
-    values = torch.full((len(scenes), 3), torch.nan)
-    for row, scene in enumerate(scenes):
-        if scene.light != "day" and scene.style not in COLOURLESS:
-            values[row, 0] = scene.light_member
-        if scene.style != "none":
-            angle = np.pi * scene.style_member
-            values[row, 1], values[row, 2] = np.cos(angle), np.sin(angle)
-    return values
+    """[B, 3]: the light's member, and the style's as a cosine and a sine; nan where none can be told."""
+    rows = []
+    for scene in scenes:
+        lit = scene.light != "day" and scene.style not in COLOURLESS
+        angle = np.pi * scene.style_member if scene.style != "none" else np.nan
+        rows.append((scene.light_member if lit else np.nan, np.cos(angle), np.sin(angle)))
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -260,7 +247,6 @@ def augment(x: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tenso
     """
     def draw() -> Tensor:
         return torch.rand((len(x), 1, 1, 1), generator=generator).to(x.device)
-
     moved = torch.randn((len(x), 2, 8, 8), generator=generator).to(x.device) * .8 * draw()      # in pixels
     moved = F.interpolate(moved, x.shape[-2:], mode="bicubic", align_corners=True)
     still = F.affine_grid(torch.eye(2, 3).repeat(len(x), 1, 1), x.shape, align_corners=False).to(x.device)
@@ -280,32 +266,17 @@ def error_where_known(guess: Tensor, answer: Tensor, spread: Tensor | float = 1.
     return errors.sum() / max(1, len(errors))    # a small batch may hold no answer
 
 
-@dataclass(frozen=True)
-class ReaderConfig:
-    steps: int = 8000
-    batch: int = 64
-    lr: float = 2e-3
-    matrix_lr: float = .02
-    warmup: int = 200
-    flat: float = .3
-    ema: float = .998
-    pictures: int = 40000
-    fresh: int = 1000                            # pictures for nothing but the calibration
-    seed: int = 0
-    start: str = ""                              # the hash of the weights that this stage goes on from
-
-
 class ReaderTraining(Training):
     """The rendered pictures with all that is true about them, and the reader."""
-    kind, result = "tinyflow reader", "reader.safetensors"
+    name = "reader"
 
-    def __init__(self, config: ReaderConfig, reader: Reader):
+    def __init__(self, config: Config, reader: Reader):
         rng = np.random.default_rng(config.seed)
         scenes = [world.any_scene(rng) for _ in range(config.pictures)]
         self.pictures, masks = render_all(scenes)
         self.masks, self.labels = torch.tensor(masks), truth(scenes)
         self.traits, self.members = true_traits(scenes), true_members(scenes)
-        scenes = [world.any_scene(rng) for _ in range(config.fresh)]
+        scenes = [world.any_scene(rng) for _ in range(FRESH)]
         self.fresh, self.fresh_traits = render_all(scenes)[0], true_traits(scenes)
         reader.calibration.fill_(1)
         self.device = reader.calibration.device
@@ -331,44 +302,27 @@ class ReaderTraining(Training):
         loss = loss + error_where_known(individual, traits)
         return loss + error_where_known(members, self.members[rows].to(self.device))
 
-    @torch.no_grad()
-    def calibrate(self) -> None:
-        """Training sees its pictures often, and comes to think that it is surer than it is on others."""
-        self.average.calibration.fill_(1)
-        readings = [self.average(x.to(self.device)) for x in to_pixels(self.fresh).split(50)]
-        traits = torch.cat([reading.traits for reading in readings])
-        spread = torch.cat([reading.spread for reading in readings])
-        error = ((traits - self.fresh_traits.to(self.device)) / spread).square().nanmean((0, 1)).sqrt()
-        self.average.calibration.copy_(error.nan_to_num(1.0))
-
-    def report(self, out: Path, k: int) -> dict:
-        self.finish(out, {"step": k})            # a stage may be stopped
-        return {}
-
     def finish(self, out: Path, facts: dict) -> None:
-        self.calibrate()
-        save_tensors(out / "reader.safetensors", "tinyflow reader", halves(self.average), facts)
+        """Training sees its pictures often, and comes to think that it is surer than it is on others. So the
+        calibration is measured on fresh ones.
+        """
+        self.average.calibration.fill_(1)
+        reading = read(self.average, to_pixels(self.fresh))
+        error = (reading.traits - self.fresh_traits.to(self.device)) / reading.spread
+        self.average.calibration.copy_(error.square().nanmean((0, 1)).sqrt().nan_to_num(1.0))
+        super().finish(out, facts)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m tinyflow.picturebook.reader",
-                    description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=file_path, default=Path("runs/reader"),
-                        help="folder; a run found there goes on")
-    parser.add_argument("--start", type=file_path, help="weights to go on from, by default none")
-    parser.add_argument("--steps", type=positive, default=ReaderConfig.steps, help="training steps")
-    parser.add_argument("--seed", type=seed, default=ReaderConfig.seed, help="of weights, pictures and noise")
+    parser = parser_of("reader", __doc__, READER)
     add_device(parser)
     options = parser.parse_args(arguments)
     with report_errors(goes_on=True):
         device = choose_device(options.device)
-        check_place(options.out)
         torch.manual_seed(options.seed)
         reader = Reader.shipped(path=options.start).requires_grad_(True) if options.start else Reader()
-        make_folder(options.out)
-        start = tensor_hash(reader.state_dict()) if options.start else ""
-        config = ReaderConfig(options.steps, seed=options.seed, start=start, **(LATER if start else {}))
-        follow(ReaderTraining(config, reader.to(device)), options.out, 500, "reader")
+        training = ReaderTraining(stage(READER, options, reader), reader.to(device))
+        follow(training, options.out, 500)
 
 
 if __name__ == "__main__":

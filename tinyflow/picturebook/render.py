@@ -8,7 +8,6 @@ number from -1 to 1 says which member of its family it is. Read next: model.py.
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from typing import Callable
 
 import numpy as np
 from PIL import Image
@@ -111,7 +110,7 @@ BACKGROUNDS = {"meadow": paint_meadow, "beach": paint_beach, "snow": paint_snow,
                "desert": paint_desert, "room": paint_room}
 
 
-# -------------------------------------------------------------- lights and styles, each with members in -1..1
+# -------------------------- lights and styles: a style redraws a picture [H, W, 3], its member lies in -1..1
 # A light multiplies all colours. Its member turns its hue around a middle: (hue, reach, saturation, value).
 LIGHTS = {"day": (0, 0, 0, 1), "dusk": (24, 12, .42, .98), "moonlight": (222, 16, .36, .84),
           "glow": (125, 40, .30, .96)}
@@ -151,9 +150,7 @@ def in_wool(picture: np.ndarray, member: float) -> np.ndarray:
     return picture * (.87 + .13 * ribs)[..., None]
 
 
-Style = Callable[[np.ndarray, float], np.ndarray]      # redraws a picture [H, W, 3] of values in 0..255
-STYLES: dict[str, Style] = {"none": lambda picture, member: picture, "print": in_print, "chalk": in_chalk,
-                            "wool": in_wool}
+STYLES = {"none": lambda picture, member: picture, "print": in_print, "chalk": in_chalk, "wool": in_wool}
 
 
 # ------------------------------------------------------------------------------------------------- render
@@ -169,10 +166,8 @@ def paste_thing(canvas: Image.Image, thing: Thing, ambient: tuple, centre: Point
 
 
 def render(scene: Scene, moved: Point = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a scene, its first object shifted by `moved` pixels.
-
-    Returns: the picture, uint8 [64, 64, 3], and a mask for each object, bool [objects, 64, 64], of the pixels
-    in which it is seen: an object that stands behind another one loses what the other hides.
+    """Draws a scene, its first object shifted by `moved` pixels. Returns the picture, uint8 [64, 64, 3], and
+    a mask of the pixels in which each object is seen, bool [objects, 64, 64].
     """
     rng = np.random.default_rng(scene.seed)
     pen, masks = Pen("RGB"), []
@@ -191,10 +186,8 @@ def render(scene: Scene, moved: Point = (0.0, 0.0)) -> tuple[np.ndarray, np.ndar
 
 
 def render_all(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    """Many scenes, on all cores.
-
-    Returns: pictures, uint8 [B, 64, 64, 3], and masks, bool [B, 2, 64, 64]; where there is one object, the
-    second mask is empty.
+    """Many scenes. Returns pictures, uint8 [B, 64, 64, 3], and masks, bool [B, 2, 64, 64]; where there is one
+    object, the second mask is empty. From 5,000 scenes on, all cores draw.
     """
     if len(scenes) < 5000:
         drawn = [render(scene) for scene in scenes]

@@ -6,10 +6,11 @@ What step k sees depends on (seed, k) only, so an interrupted run goes on where 
 uninterrupted one would. Read next: codec.py.
 """
 
+import argparse
 import copy
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -18,24 +19,56 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tinyflow.checkpoints import load_optimizer, optimizer_tensors, progress, reached_step, read_log
-from tinyflow.disk import locked
+from tinyflow.checkpoints import load_optimizer, reached_step, read_log, save_checkpoint
+from tinyflow.disk import locked, make_folder
 from tinyflow.errors import InputError
 from tinyflow.files import write_whole
 from tinyflow.picturebook.muon import Muon
+from tinyflow.terminal import Parser, file_path, positive, seed
 from tinyflow.threads import room_for_others
-from tinyflow.weights import load_into, load_tensors, save_tensors
+from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int
+    lr: float                                    # of Adam
+    warmup: int                                  # steps
+    flat: float                                  # the share of the steps after which the rates fall
+    batch: int = 64
+    pictures: int = 40000                        # rendered for the training
+    ema: float = .999
+    matrix_lr: float = .02                       # of Muon
+    seed: int = 0
+    start: str = ""                              # the hash of the weights that this stage goes on from
+
 
 # What a stage that starts from trained weights changes in its config: lower learning rates, falling soon.
 LATER = {"lr": 8e-4, "matrix_lr": .01, "flat": .1}
 
 
-def rate_share(k: int, steps: int, warmup: int, flat: float) -> float:
-    """The share of the full learning rate at step k: up to 1 in `warmup` steps, and from the share `flat`
-    of the steps on down to .02 along a cosine.
-    """
-    falling = max(0.0, (k / steps - flat) / (1 - flat))
-    return min(1, (k + 1) / warmup) * (.02 + .98 * .5 * (1 + np.cos(np.pi * falling)))
+def parser_of(name: str, about: str, config: Config, start: str = "weights to go on from") -> Parser:
+    """The options that all trainings have. start: what --start does."""
+    parser = Parser(f"python -m tinyflow.picturebook.{name}", description=about.split("\n\n")[0])
+    parser.add_argument("--out", type=file_path, default=Path(f"runs/{name}"),
+                        help="folder for checkpoint, log and weights; a run found there goes on")
+    parser.add_argument("--start", type=file_path, help=f"{start}, by default none")
+    parser.add_argument("--steps", type=positive, default=config.steps, help="training steps")
+    parser.add_argument("--seed", type=seed, default=config.seed, help="of weights, pictures and noise")
+    return parser
+
+
+def stage(config: Config, options: argparse.Namespace, model: nn.Module, later: dict = LATER) -> Config:
+    """Makes the folder of a stage, and returns its configuration. Raises InputError for a wrong folder."""
+    make_folder(options.out)
+    config = replace(config, steps=options.steps, seed=options.seed)
+    return replace(config, start=tensor_hash(model.state_dict()), **later) if options.start else config
+
+
+def rate_share(k: int, config: Config) -> float:
+    """The share of the full learning rate at step k: it warms up to 1, and falls to .02 along a cosine."""
+    falling = max(0.0, (k / config.steps - config.flat) / (1 - config.flat))
+    return min(1, (k + 1) / config.warmup) * (.02 + .98 * .5 * (1 + np.cos(np.pi * falling)))
 
 
 def fast_precision(device: torch.device) -> torch.autocast:
@@ -47,105 +80,88 @@ def fast_precision(device: torch.device) -> torch.autocast:
 class Training:
     """A model with its moving average and optimizer. A subclass says what the loss of step k is.
 
-    Args:
-        config: a dataclass with steps, lr, matrix_lr, warmup, flat, ema, seed, and what the loss needs.
-        by_adam: see Muon.
+    by_adam: see Muon.
     """
-    kind = ""                                    # what its checkpoint says it is
-    result = ""                                  # the file that it makes
+    name = ""                                    # "reader" makes reader.safetensors
 
-    def __init__(self, config, model: nn.Module, by_adam: tuple[str, ...]):
+    def __init__(self, config: Config, model: nn.Module, by_adam: tuple[str, ...]):
         self.config, self.model = config, model
         self.average = copy.deepcopy(model).requires_grad_(False)
+        self.both = nn.ModuleDict({"model": model, "average": self.average})
         self.optimizer = Muon(model, config.lr, config.matrix_lr, by_adam)
 
     def loss(self, k: int) -> Tensor:
         raise NotImplementedError
 
     def report(self, out: Path, k: int) -> dict:
-        """What the log tells besides the mean loss, after k steps."""
+        """Leaves the weights so far, since a stage may be stopped. Returns what the log tells besides."""
+        self.finish(out, {"step": k})
         return {}
 
     def finish(self, out: Path, facts: dict) -> None:
-        """Writes what the training was for."""
-        raise NotImplementedError
+        """Writes the average as it is shipped, in half precision."""
+        halves = {name: tensor.half() for name, tensor in self.average.state_dict().items()}
+        save_tensors(out / f"{self.name}.safetensors", f"tinyflow {self.name}", halves, facts)
 
     def step(self, k: int) -> float:
-        config, loss = self.config, self.loss(k)
+        loss = self.loss(k)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.scale_rates(rate_share(k, config.steps, config.warmup, config.flat))
+        self.optimizer.scale_rates(rate_share(k, self.config))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        decay = min(config.ema, (k + 1) / (k + 10))
+        decay = min(self.config.ema, (k + 1) / (k + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         return loss.item()
 
-    def save(self, file: Path, k: int, seconds: float) -> None:
-        tensors = optimizer_tensors(self.optimizer)
-        tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-        save_tensors(file, f"{self.kind} checkpoint", tensors,
-                     {"seconds": seconds, "config": asdict(self.config), **progress(tensors, k)})
-
-    def load(self, file: Path) -> tuple[int, float]:
-        """Returns the step to go on with and the seconds spent so far.
-
-        Raises: InputError if the file is from another configuration.
-        """
-        tensors, facts = load_tensors(file, f"{self.kind} checkpoint")
+    def resume(self, file: Path) -> int:
+        """Returns the step to go on with. Raises InputError if the file is of another configuration."""
+        tensors, facts = load_tensors(file, "training checkpoint")
         if facts.get("config") != asdict(self.config):
             raise InputError(f"{file}: the run in this folder has another configuration; "
                              "choose another --out")
-        for prefix, module in (("model.", self.model), ("average.", self.average)):
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            load_into(module, own, file)
         step = reached_step(tensors, facts, file)
+        weights = {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}
+        load_into(self.both, weights, file)
         load_optimizer(self.optimizer, tensors)
-        return step, float(facts["seconds"])
+        return step
 
 
 def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int, float]]:
-    """Trains and yields (step, loss) after each step.
+    """Trains and yields (step, loss) after each step. A run found in `out` is continued.
 
-    Leaves a checkpoint and the log in `out`, and what the training finishes with. A run found there is
-    continued.
-    Raises: InputError if it has another configuration, and if the loss is not finite.
+    Leaves a checkpoint, the log, and what the training finishes with.
+    Raises: InputError if the run there has another configuration, and if the loss is not finite.
     """
     config, checkpoint = training.config, out / "checkpoint.safetensors"
-    log, first, seconds = [], 0, 0.0
-    if not checkpoint.exists() and (out / training.result).exists():
-        raise InputError(f"{out}: it holds {training.result}, and no checkpoint to go on from; choose "
-                         "another --out")
+    result, first, rows, recent = f"{training.name}.safetensors", 0, [], []
     if checkpoint.exists():
-        first, seconds = training.load(checkpoint)
-        log = [json.dumps(row) for row in read_log(out / "log.jsonl") if row["step"] <= first]
-    begun, recent = time.time() - seconds, []
+        first = training.resume(checkpoint)
+        rows = [row for row in read_log(out / "log.jsonl") if row["step"] <= first]
+    elif (out / result).exists():
+        raise InputError(f"{out}: it holds {result}, and no checkpoint to go on from; choose another --out")
+    begun = time.time() - (rows[-1]["seconds"] if rows else 0)
     for k in range(first, config.steps):
         loss = training.step(k)
         if not np.isfinite(loss):
             raise InputError(f"the loss is not finite at step {k}; try lower learning rates")
         recent.append(loss)
         if (k + 1) % save_every == 0 or k + 1 == config.steps:
-            seconds, mean = round(time.time() - begun), float(np.mean(recent))
-            row, recent = {"step": k + 1, "loss": round(mean, 5), "seconds": seconds}, []
-            log.append(json.dumps(row | training.report(out, k + 1)))
-            write_whole(out / "log.jsonl", "\n".join([*log, ""]).encode())
-            training.save(checkpoint, k + 1, time.time() - begun)
+            row = {"step": k + 1, "loss": round(float(np.mean(recent)), 5),
+                   "seconds": round(time.time() - begun)}
+            rows.append(row | training.report(out, k + 1))
+            write_whole(out / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+            save_checkpoint(checkpoint, training.both, training.optimizer, {"config": asdict(config)}, k + 1)
+            recent = []
         yield k, loss
     training.finish(out, {"config": asdict(config), "seconds": round(time.time() - begun),
                           "torch": torch.__version__})
 
 
-def follow(training: Training, out: Path, save_every: int, name: str) -> None:
+def follow(training: Training, out: Path, save_every: int) -> None:
     """Trains behind a progress bar. No other process may train in the same folder meanwhile."""
-    with locked(out), room_for_others(), tqdm(total=training.config.steps, desc=name) as bar:
+    with locked(out), room_for_others(), tqdm(total=training.config.steps, desc=training.name) as bar:
         for k, loss in train(training, out, save_every):
             bar.update(k + 1 - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-
-def halves(module: nn.Module) -> dict[str, Tensor]:
-    """Weights as they are shipped."""
-    return {name: tensor.half() for name, tensor in module.state_dict().items()}

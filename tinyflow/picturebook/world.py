@@ -51,7 +51,6 @@ TRAITS = tuple(field.name for field in fields(Identity))
 
 @dataclass(frozen=True)
 class Thing:
-    """One object."""
     object: str
     colour: str
     size: str = "big"
@@ -77,11 +76,10 @@ class Scene:
     def changed(self, n: int = 0, **traits) -> "Scene":
         """A copy with other traits: of the scene, of its thing n, or of that thing's identity."""
         own = {name: traits.pop(name) for name in list(traits) if name in self.__dataclass_fields__}
-        thing = self.things[n]
         unnamed = {name: traits.pop(name) for name in list(traits) if name in TRAITS}
-        thing = replace(thing, identity=replace(thing.identity, **unnamed)) if unnamed else thing
-        things = (*self.things[:n], replace(thing, **traits), *self.things[n + 1:])
-        return replace(self, **({"things": things} | own))
+        identity = replace(traits.pop("identity", self.things[n].identity), **unnamed)
+        thing = replace(self.things[n], identity=identity, **traits)
+        return replace(self, **{"things": (*self.things[:n], thing, *self.things[n + 1:]), **own})
 
     def trait(self, name: str, n: int = 0):
         """The value of a trait: of the scene, of its thing n, or of that thing's identity."""
@@ -89,8 +87,7 @@ class Scene:
         return next(getattr(owner, name) for owner in owners if hasattr(owner, name))
 
 
-# What an object is, wherever it is.
-WORN = ("object", "colour", "marking", "accent", "topper", "eyes", "identity")
+WORN = ("object", "colour", "marking", "accent", "topper", "eyes", "identity")   # what an object is, anywhere
 
 
 # ------------------------------------------------------------------------------------------------ captions
@@ -118,12 +115,10 @@ def thing_caption(thing: Thing, said: set[str], noun: str) -> str:
 
 def caption(scene: Scene, nouns: tuple[str, ...] = (),
             said: Iterable[set[str]] | set[str] = PLAIN_PARTS) -> str:
-    """The text of a scene.
+    """The text of a scene. What a thing does not wear is never said.
 
-    Args:
-        nouns: replace the objects' words, such as ("[V] robot",).
-        said: the parts that the text says (THING_PARTS and SCENE_PARTS), one set for all objects or one each.
-            What a thing does not wear is never said.
+    nouns: replace the objects' words, such as ("[V] robot",). said: the parts that the text says (THING_PARTS
+    and SCENE_PARTS), one set for all objects or one each.
     """
     sets = [set(said)] * 2 if isinstance(said, (set, frozenset)) else list(said)
     nouns = nouns or tuple(thing.object for thing in scene.things)
@@ -136,9 +131,7 @@ def caption(scene: Scene, nouns: tuple[str, ...] = (),
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption as a child would give it, with parts left out. One in ten is empty (the null condition).
-
-    A noun is doubled now and then, as in "a red robot robot": this is how the model reads a text with a
-    placeholder before its class word. That an object has two eyes is rarely worth saying.
+    A noun is doubled now and then, as in "a red robot robot": so the model reads a text with a placeholder.
     """
     if rng.random() < .1:
         return ""
@@ -156,9 +149,7 @@ def random_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def pair_templates() -> list[str]:
-    """Texts with {0} and {1} for two things. They say the size of ONE thing, and scenes' captions both sizes,
-    so that no text is in both.
-    """
+    """Texts with {0} and {1} for two things. They say the size of one thing; captions of scenes say both."""
     return [f"a {first}{{0}} on the left and a {second}{{1}} on the right {background}"
             for background in BACKGROUNDS.values()
             for first, second in (("small ", ""), ("", "big "), ("big ", ""), ("", "small "))]
@@ -181,11 +172,11 @@ HELD_BACK = (.3, .6)            # members of lights and styles that pretraining 
 
 def held_out(scene: Scene) -> bool:
     """Is there a thing in the scene that pretraining never shows so?"""
-    def missing(thing: Thing) -> bool:
+    for thing in scene.things:
         colour, background, parts = MISSING[thing.object]
-        return (thing.colour == colour or scene.background == background
-                or (thing.marking, thing.topper) == parts)
-    return any(map(missing, scene.things))
+        if thing.colour == colour or scene.background == background or (thing.marking, thing.topper) == parts:
+            return True
+    return False
 
 
 def pick(options: Iterable, rng: np.random.Generator):
@@ -205,10 +196,7 @@ def random_member(rng: np.random.Generator) -> float:
 
 
 def random_thing(place: str, rng: np.random.Generator, parts: bool = True) -> Thing:
-    """An individual. With parts, seven in ten have a marking, half a topper, and a third one eye.
-
-    A marking is what a base model learns last, so it comes most often.
-    """
+    """An individual. With parts, seven in ten have a marking (it is learned last), and half a topper."""
     thing = Thing(pick(OBJECTS, rng), pick(COLOURS, rng), pick(SIZES, rng), place,
                   identity=random_identity(rng))
     if not parts:
@@ -222,9 +210,8 @@ def random_thing(place: str, rng: np.random.Generator, parts: bool = True) -> Th
 def random_scene(rng: np.random.Generator, parts: bool = True, pairs: float = .35) -> Scene:
     """Any scene, held-out combinations included.
 
-    Args:
-        parts: whether things may wear parts, and the scene have a light and a style.
-        pairs: the share of scenes with two things, one on the left and one on the right.
+    parts: whether things may wear parts, and the scene have a light and a style. pairs: the share of scenes
+    with two things, one on the left and one on the right.
     """
     places = ("left", "right") if rng.random() < pairs else (pick(PLACES, rng),)
     things = tuple(random_thing(place, rng, parts) for place in places)

@@ -449,7 +449,7 @@ ways = {"both": full, "context only": Text(full.context, empty.pooled, full.slot
 pixels = {way: draw(text, seeds) for way, text in ways.items()}
 
 def seen(pixels, scenes):                        # head -> the share of pictures that show what was said
-    return follows([reader(pixels)], scenes, HEADS)[0]
+    return follows(reader(pixels), scenes, HEADS)[0]
 
 def in_lines(text):
     for word in (" with ", " and ", " on the left", " on the right"):
