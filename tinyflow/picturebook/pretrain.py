@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tinyflow.device import choose_device
 from tinyflow.disk import make_folder
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
@@ -27,7 +28,6 @@ from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import LATER, Training, fast_precision, follow, halves
 from tinyflow.pipeline import Pipeline, to_pixels
 from tinyflow.terminal import Parser, add_device, file_path, positive, report_errors, seed
-from tinyflow.threads import choose_device
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
 # Layers that a matrix step does not suit: the first, the last, and those that time and text modulate with.

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tinyflow.device import choose_device
 from tinyflow.disk import check_place, make_folder
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED
@@ -31,7 +32,6 @@ from tinyflow.picturebook.training import LATER, Training, fast_precision, follo
 from tinyflow.picturebook.world import Identity
 from tinyflow.pipeline import to_pixels
 from tinyflow.terminal import Parser, add_device, file_path, positive, report_errors, seed
-from tinyflow.threads import choose_device
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
 SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}
