@@ -111,14 +111,14 @@ class Memory(NamedTuple):
 
 
 @cache
-def encoding_memory(texts: int = REFERENCES) -> int:
-    """The most that encoding so many texts with CLIP-L, CLIP-G and T5 takes: see sd3/offload.py."""
+def encoding_memory() -> int:
+    """The most that encoding the references' texts with CLIP-L, CLIP-G and T5 takes: see sd3/offload.py."""
     with torch.device("meta"):
         encoders = [TextEncoder(TextConfig(49408, 77, width, depth, width // 64, 4 * width, width))
                     for width, depth in ((768, 12), (1280, 32))] + [T5Encoder(T5Config())]
         encoder = SD3Encoder(*(offload(part.half().requires_grad_(False)) for part in encoders),
                              context_width=4096)
-        ids = torch.zeros(texts, 77 + 77 + 256, dtype=torch.long)
+        ids = torch.zeros(REFERENCES, 77 + 77 + 256, dtype=torch.long)
     with PeakMemory() as memory:
         encoder(ids)
     return memory.peak
