@@ -5,4 +5,6 @@ algorithm. Three folders serve it: measure/ says what was learned and what it co
 methods, commands/ is what a user runs.
 """
 
+import tinyflow  # noqa: F401  (before torch is loaded: see there)
+
 __version__ = "0.3.0"

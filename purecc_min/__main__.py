@@ -24,10 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["demo", *arguments]
     with report_errors():
         from purecc_min.commands.options import build_parser  # here: loading torch takes seconds
-        from tinyflow.threads import room_for_others
         options = build_parser(__doc__).parse_args(arguments)
         command = import_module(f"purecc_min.commands.{options.command}")
-        with report_errors(options.goes_on), room_for_others():
+        with report_errors(options.goes_on):
             getattr(command, f"{options.command}_command")(options)
 
 

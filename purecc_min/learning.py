@@ -27,18 +27,6 @@ from tinyflow.weights import tensor_hash, text_hash
 SAVE_EVERY = 25                                  # steps between checkpoints
 
 
-def begin(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, method: Method,
-          theta_1: Branch | None = None) -> Branch:
-    """Returns the untrained branch of a stage. theta_1: the frozen extractor; None in stage 1."""
-    generator, Y = generator_for(config.seed, 1 if theta_1 is None else 2, step=-1), None
-    if method.embeddings:
-        trained = theta_1 and theta_1.embeddings
-        Y = trained.Y if trained else class_word_states(pipe, data, generator)
-    theta = Branch.fresh(pipe, Y, config.rank, generator, method.where)
-    theta.lora.requires_grad_(method.adapters)
-    return theta
-
-
 def stage(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Path, method: Method,
           theta_1: Branch | None = None, name: str = "", origin: str = "") -> tuple[Branch, Iterator[dict]]:
     """Returns the stage's branch and an iterator; iterating trains the branch, one step per item.
@@ -48,8 +36,13 @@ def stage(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Pat
         name: a prefix of the file names.
         origin: a fingerprint of the data. A checkpoint of other data is refused.
     """
-    number = 1 if theta_1 is None else 2
-    theta = begin(pipe, data, config, method, theta_1)
+    number, Y = 1 if theta_1 is None else 2, None
+    generator = generator_for(config.seed, number, step=-1)
+    if method.embeddings:
+        trained = theta_1 and theta_1.embeddings
+        Y = trained.Y if trained else class_word_states(pipe, data, generator)
+    theta = Branch.fresh(pipe, Y, config.rank, generator, method.where)
+    theta.lora.requires_grad_(method.adapters)
     origin = text_hash(origin + tensor_hash((theta_1 or pipe.mmdit).state_dict()))
     return theta, train_resumably(method.loss, Thetas(pipe.velocity, theta_1, theta), data, config, number,
                                   folder / f"{name}stage{number}.safetensors", origin)

@@ -1,5 +1,9 @@
 """A tiny random pipeline that every quick test shares: the real classes, small, with no gate left at zero."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch is loaded: see tinyflow/__init__.py
+
 import pytest
 import torch
 
@@ -8,14 +12,6 @@ from purecc_min.measure.toy import FOLDER
 from tinyflow.mmdit import MMDiTConfig
 from tinyflow.picturebook.model import make_tiny
 from tinyflow.pipeline import Pipeline
-from tinyflow.threads import room_for_others
-
-
-@pytest.fixture(scope="session", autouse=True)
-def polite():
-    """The tests, too, leave cores alone that other programs keep busy."""
-    with room_for_others():
-        yield
 
 
 def make_pipe(**config) -> Pipeline:

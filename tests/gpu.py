@@ -142,7 +142,7 @@ def prepare(case: Case, stage: int, checkpointing: bool, config: TrainConfig) ->
     branches = [Branch.fresh(pipe, case.draw(case.depth, case.config.width), config.rank)
                 for _ in range(stage)]
     branches[0].requires_grad_(stage == 1)
-    data, _ = empty_data(case.config, config, case.latent, case.tokens, case.device)
+    data = empty_data(case.config, config, case.latent, case.tokens, case.device)
     loss = METHODS["lora" if stage == 1 else "paper"].loss
     thetas = Thetas(pipe.velocity, branches[0], branches[-1])
     return pipe, train_steps(loss, thetas, data, config, stage, optimizer_for(branches[-1], config))

@@ -15,11 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"              # commands set no timers of their own then (threads.py)
-
-from purecc_min import __main__ as purecc_min  # noqa: E402
-from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING  # noqa: E402
-from tinyflow.terminal import LINE  # noqa: E402
+from purecc_min import __main__ as purecc_min
+from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
+from tinyflow.terminal import LINE
 
 REFERENCES, WORD = FOLDER / TUNING[0], CONCEPTS[TUNING[0]].class_word
 LONG = "x" * 300

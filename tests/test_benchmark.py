@@ -343,17 +343,6 @@ def test_bad_input_is_one_line(capsys, monkeypatch):
     assert "pip install matplotlib" in refused(capsys, "--quick")
 
 
-def test_the_pictures_leave_busy_cores_alone(monkeypatch, tmp_path):
-    """Beside a process of higher priority, the report's two threads waited for each other for minutes."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    outside, seen = signal.getsignal(signal.SIGALRM), []
-    monkeypatch.setattr("purecc_min.benchmark.report.report",
-                        lambda *_, **__: seen.append(signal.getsignal(signal.SIGALRM)))
-    monkeypatch.setattr(command, "run", lambda *_, **__: None)
-    command.main(["--quick", "--out", str(tmp_path)])
-    assert seen and seen[0] not in (outside, signal.SIG_DFL)
-
-
 def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):
     """Workers once outlived their parent and kept the machine busy for minutes."""
     line = [sys.executable, "-m", "purecc_min.benchmark", "--quick", "--concepts", "striped_cat",

@@ -36,12 +36,9 @@ def test_sidecar_texts_are_the_complete_ones_and_base_and_target_follow(folder):
         "1.png", "a [V] fish, picture 1", "a fish, picture 1", "[V] fish")
     assert all(r.picture.shape == (32, 32, 3) and r.picture.dtype == np.uint8 for r in concept.references)
     assert concept.notes == ["3 pictures, texts from .txt"]
-
-
-def test_without_any_text_there_is_a_stated_default(folder):
     without_texts(folder)
-    reference = load_concept(folder, "fish", 32).references[0]
-    assert (reference.complete, reference.base, reference.target) == ("a [V] fish", "a fish", "[V] fish")
+    first = load_concept(folder, "fish", 32).references[0]
+    assert (first.complete, first.base, first.target) == ("a [V] fish", "a fish", "[V] fish")
 
 
 def test_metadata_jsonl_pairs_by_file_name_whatever_the_order(folder):
@@ -110,28 +107,22 @@ def test_exif_rotation_and_animation(folder):
     assert notes[1] == "1.jpg: turned upright" and "2.gif: the first frame of an animation" in notes[2]
 
 
-def test_the_token_must_be_in_complete_and_not_in_base(folder):
-    (folder / "1.txt").write_text("a fish at night")
-    refused(folder, r"1.png: the complete text 'a fish at night' has no \[V\].*before the class word")
-    (folder / "1.txt").write_text("")
-    refused(folder, r"has no \[V\]")
-    without_texts(folder)
-    rows = ["image_path,prompt,base_prompt", *(f"{n}.png,a [V] fish,a [v] fish" for n in range(3))]
-    (folder / "train.csv").write_text("\n".join(rows))
-    refused(folder, r"base text.*has \[V\] in it")
-
-
-def test_captions_that_do_not_match_the_pictures(folder):
-    (folder / "1.txt").unlink()
-    refused(folder, "1.png: this picture has no text")
-    without_texts(folder)
-    (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a [V] fish"}')
-    refused(folder, "metadata.jsonl: the captions name '9.png'")
-    (folder / "metadata.jsonl").write_text('{"file_name": "1.png"}\nnot json')
-    refused(folder, "metadata.jsonl, line 1")
-    (folder / "metadata.jsonl").unlink()
-    (folder / "train.csv").write_text("image_path;prompt\n0.png;a [V] fish\n")
-    refused(folder, "needs the columns")
+@pytest.mark.parametrize("file, text, message", [
+    ("1.txt", "a fish at night", r"1.png: the complete text 'a fish at night' has no \[V\].*before"),
+    ("1.caption", "a [V] fish", "'1.png' has a text in another file already"),
+    ("metadata.jsonl", '{"file_name": "9.png", "text": "a [V] fish"}', "the captions name '9.png'"),
+    ("metadata.jsonl", '{"file_name": "1.png", "text": "a [V] fish"}', "0.png: this picture has no text"),
+    ("metadata.jsonl", '{"file_name": "1.png"}\nnot json', "metadata.jsonl, line 1"),
+    ("train.csv", "image_path;prompt\n0.png;a [V] fish\n", "needs the columns"),
+    ("train.csv", "image_path,prompt\n0.png,a [V] fish,red\n", "train.csv, line 2: more fields"),
+    ("train.csv", "image_path,prompt,base_prompt\n0.png,a [V] fish,a [v] fish\n", r"base text.*has \[V\]"),
+    ("train.csv", "", "there is no text in it"),
+])
+def test_texts_that_cannot_be_used(folder, file, text, message):
+    if file in ("metadata.jsonl", "train.csv"):
+        without_texts(folder)
+    (folder / file).write_text(text)
+    refused(folder, message)
 
 
 def test_what_a_user_supplied_is_used_or_named(folder):
@@ -145,8 +136,6 @@ def test_what_a_user_supplied_is_used_or_named(folder):
     concept = load_concept(folder, "fish", 32)
     assert [r.complete for r in concept.references] == [f"a [V] fish, picture {n}" for n in range(3)]
     assert concept.notes == ["3 pictures, texts from .caption and .txt; not used: '9.txt', '5.heic', 'old/'"]
-    (folder / "1.txt").write_text("a [V] fish")
-    refused(folder, "'1.png' has a text in another file already")
     (folder / "train.csv").write_text("image_path,prompt\n0.png,a [V] fish\n")
     refused(folder, "texts in 'train.csv' and in '0.TXT'")
 
@@ -171,15 +160,10 @@ def test_texts_of_no_picture_are_refused(folder):
 
 
 def test_a_csv_loses_nothing_in_silence(folder):
-    """A comma outside quotes once cut the text, or made a base text of its tail."""
     without_texts(folder)
     lines = [f"{n}.png,a [V] fish,red" for n in range(3)]
-    (folder / "train.csv").write_text("\n".join(["image_path,prompt", *lines]))
-    refused(folder, "train.csv, line 2: more fields")
     (folder / "train.csv").write_text("\n".join(["image_path,prompt,base_promt", *lines]))
     assert "not used: 'column base_promt of train.csv'" in load_concept(folder, "fish", 32).notes[0]
-    (folder / "other.csv").write_text("image_path,prompt\n")
-    refused(folder, "texts in 'other.csv' and in 'train.csv'")
 
 
 def test_a_picture_in_a_folder_below_is_pointed_to(folder, tmp_path):
@@ -209,13 +193,9 @@ def test_what_is_opaque_is_the_mask_if_that_is_asked_for(folder):
         load_concept(folder, "fish", 48, alpha_as_mask=True)
 
 
-def test_a_style_may_be_written_with_a_capital(folder):
-    """--class-word A was asked to stand behind [V]."""
+def test_a_class_word_is_needed_and_a_style_may_be_written_with_a_capital(folder):
     (folder / "1.txt").write_text("[V] big fish at night")
     assert load_concept(folder, "A", 32).references[1].complete == "[V] big fish at night"
-
-
-def test_a_class_word_is_needed(folder):
     refused(folder, "--class-word", class_word=None)
 
 
@@ -223,29 +203,22 @@ def test_random_squares_lie_inside_the_picture_and_every_other_one_is_mirrored()
     """Red on the left, blue on the right, brighter to the bottom: a square tells where it was cut."""
     wide = np.zeros((60, 90, 3), dtype=np.uint8)
     wide[:, :45, 0], wide[:, 45:, 2], wide[:, :, 1] = 200, 200, np.arange(60)[:, None] * 4
-    rng = np.random.default_rng(0)
-    squares = [np.asarray(random_square(Image.fromarray(wide), 30, rng)).astype(int) for _ in range(200)]
-    mirrored = [square[:, 0, 0].mean() < square[:, -1, 0].mean() for square in squares]
-    assert 70 < sum(mirrored) < 130
-    heights = [(square[-1, 15, 1] - square[0, 15, 1]) / 4 for square in squares]     # in rows of the picture
-    assert 44 < min(heights) < 50 and 56 < max(heights) < 60
-    starts = [square[0, 15, 1] / 4 for square in squares]
-    assert min(starts) < 2 and max(starts) > 8
+    rng, image = np.random.default_rng(0), Image.fromarray(wide)
+    squares = np.stack([np.asarray(random_square(image, 30, rng)).astype(int) for _ in range(200)])
+    mirrored = squares[:, :, 0, 0].mean(1) < squares[:, :, -1, 0].mean(1)
+    assert 70 < mirrored.sum() < 130
+    top, bottom = squares[:, 0, 15, 1] / 4, squares[:, -1, 15, 1] / 4    # in rows of the picture
+    assert 44 < min(bottom - top) < 50 and 56 < max(bottom - top) < 60 and min(top) < 2 and max(top) > 8
 
 
 @pytest.mark.parametrize("complete, base", [
     ("a [V] robot in the desert", "a robot in the desert"),
     ("a dog on a beach, in [V] style", "a dog on a beach"),
-    ("a dog in the [V] style on a beach", "a dog on a beach"),
     ("a dog, in the style of [V]", "a dog"),
     ("a cat in [V] house", "a cat in house"),
-    ("[V] big red ball", "big red ball"),
     ("In [V] style, a cat", "a cat"),
     ("a robot called [V], in the desert", "a robot called, in the desert"),
 ])
 def test_the_base_text_of_a_style_loses_the_whole_phrase(complete, base):
-    """", in style" was once left behind: the text still asked for a style.
-
-    The paper drops the phrase (Fig. 5).
-    """
+    """", in style" was once left behind: the text still asked for a style."""
     assert base_text(complete) == base

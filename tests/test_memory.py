@@ -12,19 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from purecc_min import pairs
 from purecc_min.ablations import not_detached
 from purecc_min.commands import memory
-from purecc_min.commands.memory import (
-    OVERHEAD,
-    Memory,
-    PeakMemory,
-    dry_run,
-    fit,
-    flash_attention,
-    memory_table,
-)
+from purecc_min.commands.memory import OVERHEAD, Memory, PeakMemory, dry_run, fit, memory_table
 from purecc_min.concept import ConceptSet
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
-from tinyflow.attention import attention
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.pipeline import Pipeline
@@ -55,42 +46,10 @@ def test_storages_are_counted_once_and_until_they_are_freed(device):
         assert (count.now, count.peak) == (0, 1600)
 
 
-def test_what_the_backward_pass_keeps_is_counted():
-    """exp keeps its result, whether or not the caller does."""
-    with PeakMemory() as count:
-        x = torch.zeros(1000, device="meta", requires_grad=True)
-        y = x.exp().sum()
-        assert count.now == 8004                                                    # x, exp's result, the sum
-        y.backward()
-        assert count.now == 8004                                                     # x, x.grad, the sum
-
-
-def test_what_an_operation_makes_is_remembered_and_still_right():
-    """2 and 2.0 are equal, and make an integer and a fraction of an integer."""
-    for _ in range(2):
-        with PeakMemory() as count:
-            x = torch.zeros(100, device="meta", dtype=torch.int64)                   # 800 bytes
-            whole, fraction = x * 2, x * 2.0                                         # 800 and 400
-            same, view = x.add_(1), x[10:]
-            assert (whole.dtype, fraction.dtype) == (torch.int64, torch.float32)
-            assert same is x and view.untyped_storage() is not None and count.now == 2000
-            del whole, fraction
-            assert count.now == 800
-
-
 def test_texts_are_encoded_layer_by_layer():
-    """T5's largest layer in fp32, its table of words, or what a layer computes: more texts, more of the last.
-    """
+    """Of T5 no more than its largest layer in fp32, and what it computes for eight texts."""
     layer = 4 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
-    one, eight = memory.encoding_memory(1), memory.encoding_memory(8)
-    assert layer < one < 1.3 * layer and one < eight < 2 * layer
-
-
-def test_attention_holds_no_scores_on_meta():
-    q = torch.zeros(1, 2, 300, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with flash_attention(), PeakMemory() as count:
-        attention(q, q, q).sum().backward()
-    assert q.grad.shape == q.shape and count.peak < 2 * 300 * 300     # a byte for each score of the two heads
+    assert layer < memory.encoding_memory() < 2 * layer
 
 
 def kernel_of_the_cpu(q, k, v, bias=None, is_causal=False, scale=None):
@@ -177,12 +136,11 @@ def test_imagined_scenes_are_counted_as_they_lie_on_the_card(monkeypatch):
     scenes = pairs.imagine(pipe, ConceptSet("robot", []), pairs.ON_PUBLIC_WEIGHTS, seed=0, steps=1)
     texts = {id(text): text for text in (*scenes.texts, scenes.class_text)}.values()
     real = [scenes.variants, scenes.masks, *(part for text in texts for part in vars(text).values())]
-    counted, batch = memory.empty_data(SMALL, TRAIN, 8, TINY["tokens"], "cpu", imagined=True)
+    counted = memory.empty_data(SMALL, TRAIN, 8, TINY["tokens"], "cpu", imagined=True)
     texts = {id(text): text for text in (*counted.texts, counted.class_text)}.values()
     ours = [counted.variants, counted.masks, *(part for text in texts for part in vars(text).values())]
     assert [part.shape for part in ours] == [part.shape for part in real]
     assert sum(part.nbytes for part in ours) == sum(part.nbytes for part in real)
-    assert batch.mask.shape == (2, 1, 8, 8)
 
     encoded = []
     monkeypatch.setattr(memory, "encoding_memory", lambda: encoded.append(1) or 10**9)

@@ -89,14 +89,13 @@ def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fact
     wrong = [f"{name} is {there.get(name)} there and {here[name]} here" for name in here
              if there.get(name) != here[name] and not (longer and name == "steps")]
     others = {name for name in facts if name != "config" and saved.get(name) != facts[name]}
-    begins_anew = longer and facts["stage"] == 2 and others == {"origin"}
-    if others and not begins_anew:
+    if longer and facts["stage"] == 2 and others == {"origin"} and not wrong:
+        return 0
+    if others:
         wrong.append("other pictures, texts or methods")
     if wrong:
         raise InputError(f"{path.parent}: this folder holds another run ({'; '.join(wrong)}); choose another "
                          "--out")
-    if begins_anew:
-        return 0
     load_into(module, {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}, path)
     load_optimizer(optimizer, tensors)
     return step

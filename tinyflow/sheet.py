@@ -10,12 +10,6 @@ PAGE, INK, FAINT = (250, 248, 243), (52, 46, 60), (126, 118, 132)
 MARGIN, HEADING, GAP, LINE = 190, 58, 8, 18      # pixels: labels, headings, the space between, a note
 
 
-def enlarge(picture: np.ndarray, side: int) -> Image.Image:
-    """uint8 [H, W, 3] as an image, `side` pixels a side. The pixels of a small picture stay sharp squares."""
-    resampling = Image.NEAREST if len(picture) <= side else Image.LANCZOS
-    return Image.fromarray(picture).resize((side, side), resampling)
-
-
 def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, list[str]]],
           side: int = 128, notes: Sequence[str] = ()) -> Image.Image:
     """Draws the sheet.
@@ -44,7 +38,9 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, li
         pen.multiline_text((2 * GAP, y + side / 2), textwrap.fill(label, 20),
                            INK, font, anchor="lm", spacing=3)
         for n, picture in enumerate(pictures):
-            page.paste(enlarge(picture, side), (MARGIN + n * (side + GAP), y))
+            resampling = Image.NEAREST if len(picture) <= side else Image.LANCZOS    # small: sharp squares
+            shown = Image.fromarray(picture).resize((side, side), resampling)
+            page.paste(shown, (MARGIN + n * (side + GAP), y))
         y += side + GAP
     pen.multiline_text((2 * GAP, y), "\n".join(below), INK, small, spacing=LINE - 13)
     return page

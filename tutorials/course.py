@@ -4,7 +4,7 @@ A blank exercise raises `YourTurn`, an answer that is not right yet `NotYet`. Bo
 in place of a traceback. Read next: build.py, which makes the notebooks.
 """
 
-from contextlib import ExitStack
+import os
 from typing import Sequence
 
 import matplotlib.pyplot as plt
@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflow.threads import room_for_others
-
 INK, CORAL, BLUE, GOLD, GREY = "#2b2d42", "#e4572e", "#2e86ab", "#e9a23b", "#b9bac4"
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
                      "axes.spines.top": False, "axes.spines.right": False, "image.interpolation": "nearest"})
 
-ROOM = ExitStack()                               # a notebook leaves other programs their cores until it ends
-ROOM.enter_context(room_for_others())
+if hasattr(os, "getloadavg"):                    # a notebook has loaded torch, so PASSIVE would come too late
+    torch.set_num_threads(max(1, torch.get_num_threads() - round(os.getloadavg()[0])))
 
 
 def show(pictures: Sequence[np.ndarray], titles: Sequence[str] = (), left: Sequence[str] = (),

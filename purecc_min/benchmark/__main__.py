@@ -24,7 +24,6 @@ from purecc_min.measure.toy import CONCEPTS
 from tinyflow.disk import locked, make_folder
 from tinyflow.errors import InputError, shown
 from tinyflow.terminal import Parser, file_path, number, positive, report_errors
-from tinyflow.threads import room_for_others
 
 
 def check_known(kind: str, names: list[str], choices: dict) -> None:
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise InputError(f"--methods {name}: it needs scenes of two things, so it learns no style; "
                                  "give an individual with --concepts")
         make_folder(options.out)
-        with locked(options.out), room_for_others():
+        with locked(options.out):
             all_of_main = part == "main" and whole and not (options.quick or methods or concepts)
             pairs, shipped = plan_two() if all_of_main else [], bool(methods) and whole
             run(cells + pairs, options.out, options.workers, shipped)

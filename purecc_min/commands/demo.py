@@ -31,11 +31,11 @@ from purecc_min.measure.measures import in_words, measure, table
 from purecc_min.measure.toy import CONCEPTS, FOLDER, Toy
 from purecc_min.registry import METHODS, as_sampled, is_held
 from purecc_min.sheets import Samplers, Second, draw_sheet, unseen_texts
+from tinyflow.device import choose_device
 from tinyflow.files import write_whole
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline
-from tinyflow.threads import choose_device
 
 ROWS = ("lora", "switched-off", "paper", "bound")        # of the sheet
 # `learn` made the files in LEARNED, one per row, from the references of SECOND

@@ -42,11 +42,8 @@ def export_command(options: argparse.Namespace) -> None:
 def export_lora(concept: str | Path, out: str | Path) -> int:
     """Writes the concept's adapters to `out`, a .safetensors file in diffusers' layout, in fp32.
 
-    Returns: the number of tensors.
-    Raises: InputError for a file that is no concept, or one learned on the tiny base model, which no other
-        program has.
+    Returns the number of tensors. Raises InputError for a file that is no concept, or that no LoRA can hold.
     """
-    check_output(Path(out), ".safetensors", [Path(concept)])
     tensors, facts = read_concept(concept)
     if facts["base"] == "tiny":
         raise InputError(f"{concept}: learned on the tiny base model, which no other program has; "

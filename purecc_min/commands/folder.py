@@ -44,7 +44,7 @@ class Contents(NamedTuple):
     masks: dict[str, Path]                       # same(stem) of a picture -> its mask
     captions: list[Path]
     tables: list[Path]
-    others: list[Path]
+    others: list[Path]                           # not used
 
 
 def same(name: str) -> str:
@@ -125,10 +125,10 @@ def look_through(folder: Path) -> Contents:
     if len(pictures) > MOST:
         raise InputError(f"{folder}: {len(pictures)} pictures; a concept is learned from 3 to 5, and from "
                          f"{MOST} at most")
-    for path in pictures:
-        if masks and same(path.stem) not in masks:
-            raise InputError(f"{path}: this picture has no mask, though others in the folder do; give it "
-                             f"{path.stem}.mask.png")
+    bare = [path for path in pictures if masks and same(path.stem) not in masks]
+    if bare:
+        raise InputError(f"{bare[0]}: this picture has no mask, though others in the folder do; give it "
+                         f"{bare[0].stem}.mask.png")
     alone = sorted(masks.keys() - {same(path.stem) for path in pictures})
     if alone:
         raise InputError(f"{masks[alone[0]]}: a mask of no picture; there is no {shown(alone[0])} beside it")
@@ -173,21 +173,19 @@ def read_rows(folder: Path, found: Contents) -> tuple[Rows, str, list[str]]:
 
 def read_captions(found: Contents) -> tuple[Rows, str, list[str]]:
     """One text a file: `1.txt`, `1.caption` or `1.png.txt` for 1.png. Raises as `read_rows` does."""
-    rows, unused, kinds = {}, [], set()
+    rows, used = {}, []
     for caption in found.captions:
-        own = [path for path in found.pictures if same(caption.stem) in (same(path.stem), same(path.name))]
-        for path in own:
-            if same(path.name) in rows:
-                raise InputError(f"{caption}: {shown(path.name)} has a text in another file already")
-            rows[same(path.name)] = {"prompt": read_text(caption)}
-        if own:
-            kinds.add(caption.suffix.lower())
-        else:
-            unused.append(caption.name)
-    if not rows:
+        for path in found.pictures:
+            if same(caption.stem) in (same(path.stem), same(path.name)):
+                if same(path.name) in rows:
+                    raise InputError(f"{caption}: {shown(path.name)} has a text in another file already")
+                rows[same(path.name)] = {"prompt": read_text(caption)}
+                used.append(caption)
+    if not used:
         raise InputError(f"{found.captions[0]}: a text of no picture; name it after its picture, or take it "
                          "out of the folder")
-    return rows, " and ".join(sorted(kinds)), unused
+    kinds = sorted({caption.suffix.lower() for caption in used})
+    return rows, " and ".join(kinds), [path.name for path in found.captions if path not in used]
 
 
 def enter(rows: Rows, table: Path, number: int, name: str, row: dict[str, str]) -> None:

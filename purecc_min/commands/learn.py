@@ -25,6 +25,7 @@ from purecc_min.pairs import ON_PUBLIC_WEIGHTS, check_has_halves, imagine_resuma
 from purecc_min.registry import METHODS, as_sampled
 from purecc_min.sheets import Samplers, draw_sheet, unseen_texts
 from purecc_min.train import TrainConfig
+from tinyflow.device import choose_device
 from tinyflow.disk import read_text, write_picture
 from tinyflow.errors import InputError, shown
 from tinyflow.files import write_whole
@@ -32,13 +33,12 @@ from tinyflow.picturebook.world import OBJECTS, pair_templates
 from tinyflow.pipeline import Pipeline, to_pictures
 from tinyflow.sd3.load import read_config
 from tinyflow.sheet import sheet
-from tinyflow.threads import choose_device
 
 
 def learn_command(options: argparse.Namespace) -> None:
     """Learns the concept and leaves everything in --out: concept.safetensors, logs, comparison.png, table.md.
 
-    Raises: InputError for anything that cannot be used, before anything is trained.
+    Raises InputError for anything that cannot be used, before anything is trained.
     """
     model, out, places = BASE_MODELS[options.base], options.out, (options.weights, options.text)
     method, size = METHODS[options.method or model.method], options.size or model.size

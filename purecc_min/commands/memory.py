@@ -14,7 +14,7 @@ import os
 import weakref
 from bisect import bisect_right
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from purecc_min.branch import Branch, Thetas
-from purecc_min.concept import Batch, EncodedConcept, Texts, noised
+from purecc_min.concept import EncodedConcept, Texts
 from purecc_min.methods import Method
 from purecc_min.pairs import IMAGINED
 from purecc_min.registry import METHODS
-from purecc_min.train import TrainConfig, optimizer_for
+from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow.errors import InputError
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.pipeline import Pipeline, Text
@@ -48,65 +49,29 @@ SDPA = F.scaled_dot_product_attention
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes that operations in this context allocate: `now` those alive, `peak` the most.
-
-    On the meta device torch takes up to a millisecond to find out what a result will look like. The blocks
-    of a model are alike, so it is remembered what an operation makes of such input, or that it is in place.
-    """
-    known: dict[tuple, tuple | str] = {}
+    """Counts the bytes that operations in this context allocate: `now` those alive, `peak` the most."""
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = leaves([args, list(kwargs.values())])
-        key = (operation, *kwargs, *map(look, given))
-        found = self.known.get(key)
-        if found == "in place":
-            return args[0]
-        if found:
-            size, stride, dtype, device = found
-            out = torch.empty_strided(size, stride, dtype=dtype, device=device)
-            self.count([out], [])
-            return out
-        out = operation(*args, **kwargs)
-        made, given = ([x for x in some if isinstance(x, Tensor)] for some in (leaves([out]), given))
-        new = self.count(made, given)
-        if given and all(x.is_meta for x in made + given):
-            if out is args[0]:
-                self.known[key] = "in place"
-            elif isinstance(out, Tensor) and new:
-                self.known[key] = look(out)
-        return out
-
-    def count(self, made: list[Tensor], given: list[Tensor]) -> bool:
-        """Counts what `made` holds beyond `given`, and returns whether that is anything."""
-        old = {id(x.untyped_storage()) for x in given}
-        new = {id(x.untyped_storage()): x.untyped_storage() for x in made}
-        new = {key: storage for key, storage in new.items() if key not in old}
-        for storage in new.values():
+        out = operation(*args, **(kwargs or {}))
+        given, made = (leaf_storages(tree) for tree in ((args, kwargs), out))
+        for storage in (made[key] for key in made.keys() - given.keys()):        # a view makes nothing new
             self.now += storage.nbytes()
             weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.now)
-        return bool(new)
+        return out
 
     def free(self, size: int) -> None:
         self.now -= size
 
 
-def leaves(tree) -> list:
-    """All that nested tuples and lists hold."""
-    found = []
-    for branch in tree:
-        found += leaves(branch) if isinstance(branch, (tuple, list)) else [branch]
-    return found
-
-
-def look(x) -> tuple:
-    """What a result depends on: of a tensor, all but its values."""
-    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (x, type(x))
+def leaf_storages(tree) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested tuples, lists and dicts, by their ids."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {id(x.untyped_storage()): x.untyped_storage() for x in tensors}
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, is_causal: bool = False,
@@ -146,14 +111,14 @@ class Memory(NamedTuple):
 
 
 @cache
-def encoding_memory(texts: int = REFERENCES) -> int:
-    """The most that encoding so many texts with CLIP-L, CLIP-G and T5 takes: see sd3/offload.py."""
+def encoding_memory() -> int:
+    """The most that encoding the references' texts with CLIP-L, CLIP-G and T5 takes: see sd3/offload.py."""
     with torch.device("meta"):
         encoders = [TextEncoder(TextConfig(49408, 77, width, depth, width // 64, 4 * width, width))
                     for width, depth in ((768, 12), (1280, 32))] + [T5Encoder(T5Config())]
         encoder = SD3Encoder(*(offload(part.half().requires_grad_(False)) for part in encoders),
                              context_width=4096)
-        ids = torch.zeros(texts, 77 + 77 + 256, dtype=torch.long)
+        ids = torch.zeros(REFERENCES, 77 + 77 + 256, dtype=torch.long)
     with PeakMemory() as memory:
         encoder(ids)
     return memory.peak
@@ -193,12 +158,12 @@ def dry_run(config: MMDiTConfig, train: TrainConfig, size: int, stage: int = 2, 
         optimizer.step()                                                           # makes the moments
         before = memory.peak = memory.now
 
-        data, batch = empty_data(config, train, latent, tokens, device)            # data stays on the card
+        data = empty_data(config, train, latent, tokens, device)                   # stays on the card
         without = memory.now
         if trained.imagines:
-            imagined, scene = empty_data(config, train, latent, tokens, device, imagined=True)
-            batch = batch._replace(imagined=scene)
+            data = data._replace(imagined=empty_data(config, train, latent, tokens, device, imagined=True))
         scenes = memory.now - without                          # they are there while other things are encoded
+        batch = draw_batch(data, train, stage, 0, pipe.shift)
         loss, _ = trained.loss(Thetas(pipe.velocity, theta_1, theta), batch, train.eta)
         optimizer.zero_grad()
         loss.backward()
@@ -212,26 +177,21 @@ def empty_branch(pipe: Pipeline, method: Method, rank: int) -> Branch:
 
 
 def empty_data(config: MMDiTConfig, train: TrainConfig, latent: int, tokens: int, device: str,
-               imagined: bool = False) -> tuple[EncodedConcept, Batch]:
-    """A custom set, or the imagined scenes of pairs.py, and a step's draw from it, all zeros."""
+               imagined: bool = False) -> EncodedConcept:
+    """A custom set, or the imagined scenes of pairs.py, all zeros."""
     count = max(2 * IMAGINED if imagined else REFERENCES, train.batch)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device)
+    zeros = partial(torch.zeros, device=device)
 
     def text() -> Text:
         context, pooled = zeros(count, tokens, config.context_width), zeros(count, config.pooled_width)
-        return Text(context, pooled, *torch.zeros(2, count, tokens, dtype=torch.long, device=device))
+        return Text(context, pooled, *zeros(2, count, tokens, dtype=torch.long))
 
-    variants = zeros(count, 1, config.channels, latent, latent)
-    complete, base = text(), text()
-    texts = Texts(complete, base, *([base, base] if imagined else [text(), text()]))
-    data = EncodedConcept([], variants, texts, texts.base if imagined else text(),
-                          zeros(count, 1, 1, latent, latent) if imagined else None)
-    rows = torch.arange(train.batch)
-    x_0, x_1 = data.x_0[rows], zeros(train.batch, config.channels, latent, latent)
-    mask = data.masks[rows, 0] if imagined else None
-    return data, noised(x_0, x_1, zeros(train.batch), data.texts.rows(rows))._replace(mask=mask)
+    variants, complete, base = zeros(count, 1, config.channels, latent, latent), text(), text()
+    if imagined:
+        masks = zeros(count, 1, 1, latent, latent)
+        return EncodedConcept([], variants, Texts(complete, base, base, base), base, masks)
+    return EncodedConcept([], variants, Texts(complete, base, text(), text()), text())
 
 
 def gigabytes(size: int) -> str:
@@ -245,8 +205,7 @@ def memory_table(config: MMDiTConfig) -> str:
     cases = list(product(("paper", "bound", "bound-pairs"), (512, 1024), (1, 2), (False, True)))
     for name, size, batch, checkpointing in tqdm(cases, desc="dry runs", leave=False):
         method = METHODS[name]
-        memory = dry_run(config, TrainConfig(batch=batch), size, 2 if method.extractor else 1, checkpointing,
-                         method=method)
+        memory = dry_run(config, TrainConfig(batch=batch), size, method.stages, checkpointing, method=method)
         numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*memory, memory.total))
         lines.append(f"| {name} | {size} | {batch} | {'on' if checkpointing else 'off'} | {numbers} |")
     lines += ["", f"Each total holds {gigabytes(OVERHEAD)} for CUDA's context and the allocator, an "
@@ -268,30 +227,23 @@ def fit(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, free
             context is already taken off, and it is counted once more in OVERHEAD: that errs on the safe side.
     Raises: InputError that names the next smaller option if it fits in neither way.
     """
-    stage = 2 if method.extractor else 1
-
     def need(batch: int, size: int, checkpointing: bool = True) -> int:
         train_less = replace(train, batch=batch)
-        return dry_run(config, train_less, size, stage, checkpointing=checkpointing, method=method).total
+        return dry_run(config, train_less, size, method.stages, checkpointing, method=method).total
 
     if need(train.batch, size, checkpointing=False) <= free:
         return False
     least = need(train.batch, size)
     if least <= free:
         return True
-    problem = (f"stage {stage} at {size} px, batch {train.batch} needs {gigabytes(least)} with gradient "
-               f"checkpointing and the card has {gigabytes(free)}")
-    batches, sizes = range(1, train.batch), range(SMALLEST, size, 64)
-    fitting = bisect_right(batches, free, key=lambda batch: need(batch, size))
-    if fitting:
-        raise InputError(f"{problem}; --batch {fitting} needs {gigabytes(need(fitting, size))}")
-    fitting = bisect_right(sizes, free, key=lambda size: need(1, size))
-    if fitting:
-        smaller = sizes[fitting - 1]
-        raise InputError(f"{problem}; --batch 1 --size {smaller} needs {gigabytes(need(1, smaller))}")
-    size = min(size, SMALLEST)
-    raise InputError(f"{problem}; nothing smaller fits: the least, --batch 1 --size {size}, "
-                     f"needs {gigabytes(need(1, size))}")
+    smaller = [*product([1], range(SMALLEST, size, 64)), *product(range(1, train.batch), [size])]
+    fitting = bisect_right(smaller, free, key=lambda case: need(*case))
+    batch, px = smaller[fitting - 1] if fitting else (1, min(size, SMALLEST))
+    option = f"--batch {batch}" + f" --size {px}" * (px < size or not fitting)
+    advice = option if fitting else f"nothing smaller fits: the least, {option},"
+    raise InputError(f"stage {method.stages} at {size} px, batch {train.batch} needs {gigabytes(least)} with "
+                     f"gradient checkpointing and the card has {gigabytes(free)}; {advice} needs "
+                     f"{gigabytes(need(batch, px))}")
 
 
 def free_memory(device: torch.device) -> int:
@@ -310,8 +262,7 @@ def plan(config: MMDiTConfig, train: TrainConfig, size: int, method: Method, dev
     """
     free = free_memory(device)
     checkpointing = fit(config, train, size, method, free)
-    stage = 2 if method.extractor else 1
-    memory = dry_run(config, train, size, stage, checkpointing=checkpointing, method=method)
+    memory = dry_run(config, train, size, method.stages, checkpointing, method=method)
     parts = ", ".join(f"{name} {gigabytes(part)}" for name, part in memory._asdict().items())
     switch = "on" if checkpointing else "off"
     print(f"memory: {gigabytes(memory.total)} of {gigabytes(free)} with gradient checkpointing {switch} "

@@ -31,15 +31,11 @@ OURS = re.compile(r"(run\.json|table\.md|results\.json|[\w-]*(stage|concept|samp
 def check_run_folder(folder: Path) -> None:
     """Raises: InputError or OSError if the folder cannot be used for a run. Called before any work."""
     check_place(folder)
-    if others_in(folder) and not (folder / "run.json").exists():
-        raise InputError(f"{folder}: this folder holds other files, such as {shown(others_in(folder)[0])}; "
-                         "choose another --out")
-
-
-def others_in(folder: Path) -> list[str]:
-    """The names in a folder, except hidden files and the rest of interrupted writes."""
     found = sorted(path.name for path in folder.iterdir()) if present(folder) else []
-    return [name for name in found if not name.startswith(".") and not is_part(name)]
+    others = [name for name in found if not name.startswith(".") and not is_part(name)]
+    if others and not (folder / "run.json").exists():
+        raise InputError(f"{folder}: this folder holds other files, such as {shown(others[0])}; choose "
+                         "another --out")
 
 
 def is_part(name: str) -> bool:
@@ -61,8 +57,9 @@ def run_folder(folder: Path, concept: ConceptSet, config: TrainConfig, method: s
     check_run_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for path in filter(lambda path: is_part(path.name), list(folder.iterdir())):
-            path.unlink()
+        for path in list(folder.iterdir()):
+            if is_part(path.name):
+                path.unlink()
         file, before = folder / "run.json", set(folder.iterdir())
         is_new, about = not file.exists(), json.dumps({**run, "versions": versions}, indent=1).encode()
         if is_new:

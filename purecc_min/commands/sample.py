@@ -13,10 +13,10 @@ from purecc_min.commands.base_models import BASE_MODELS, check_base_model, open_
 from purecc_min.concept import TOKEN, styles_among
 from purecc_min.concept_file import load_branch, read_concept
 from purecc_min.registry import METHODS, only_with_token
+from tinyflow.device import choose_device
 from tinyflow.disk import check_output, free_name, write_picture
 from tinyflow.errors import InputError, shown
 from tinyflow.sheet import sheet
-from tinyflow.threads import choose_device
 
 AT_ONCE = 4                                      # pictures per batch
 

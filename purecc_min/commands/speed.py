@@ -22,8 +22,8 @@ from purecc_min.learning import stage
 from purecc_min.measure.toy import CONCEPTS
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
+from tinyflow.device import choose_device
 from tinyflow.picturebook.model import load_tiny
-from tinyflow.threads import choose_device
 
 LORA, PAPER, BOUND = (METHODS[name] for name in ("lora", "paper", "bound"))
 VARIANTS = {"stage 1": LORA, "bound": BOUND, "stage 2": PAPER,

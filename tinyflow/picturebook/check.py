@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from tqdm import tqdm
 
+from tinyflow.device import choose_device
 from tinyflow.flow import noise_for, path, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.codec import quality
@@ -25,7 +26,6 @@ from tinyflow.picturebook.reader import HEADS, IGNORED, Reader, Reading, read, s
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, to_pixels
 from tinyflow.terminal import Parser, file_path, positive, report_errors
-from tinyflow.threads import choose_device
 
 AT_ONCE = 50                                     # pictures
 Row = dict[str, float]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tinyflow.device import choose_device
 from tinyflow.flow import path, sample_times, squared_error, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
@@ -27,7 +28,6 @@ from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import LATER, Config, Training, fast_precision, follow, parser_of, stage
 from tinyflow.pipeline import Pipeline, to_pixels
 from tinyflow.terminal import add_device, file_path, positive, report_errors
-from tinyflow.threads import choose_device
 from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
 BASE = Config(16000, 1.2e-3, warmup=300, flat=.6, seed=1)

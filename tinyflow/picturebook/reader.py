@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tinyflow.device import choose_device
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED
 from tinyflow.picturebook.objects import exact_colour
@@ -26,7 +27,6 @@ from tinyflow.picturebook.training import Config, Training, fast_precision, foll
 from tinyflow.picturebook.world import Identity
 from tinyflow.pipeline import to_pixels
 from tinyflow.terminal import add_device, report_errors
-from tinyflow.threads import choose_device
 from tinyflow.weights import load_into, load_tensors
 
 SCENE = {"count": [1, 2], "background": list(world.BACKGROUNDS)}

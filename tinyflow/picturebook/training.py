@@ -25,7 +25,6 @@ from tinyflow.errors import InputError
 from tinyflow.files import write_whole
 from tinyflow.picturebook.muon import Muon
 from tinyflow.terminal import Parser, file_path, positive, seed
-from tinyflow.threads import room_for_others
 from tinyflow.weights import load_into, load_tensors, save_tensors, tensor_hash
 
 
@@ -161,7 +160,7 @@ def train(training: Training, out: Path, save_every: int) -> Iterator[tuple[int,
 
 def follow(training: Training, out: Path, save_every: int) -> None:
     """Trains behind a progress bar. No other process may train in the same folder meanwhile."""
-    with locked(out), room_for_others(), tqdm(total=training.config.steps, desc=training.name) as bar:
+    with locked(out), tqdm(total=training.config.steps, desc=training.name) as bar:
         for k, loss in train(training, out, save_every):
             bar.update(k + 1 - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

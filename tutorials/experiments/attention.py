@@ -46,7 +46,6 @@ from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.render import render_all
 from tinyflow.pipeline import Pipeline, Text, Velocity
 from tinyflow.terminal import report_errors
-from tinyflow.threads import room_for_others
 
 CONCEPT, NOUN, SEEDS, SCENES, TIMES = "checked_robot", "robot", 3, 60, (.9, .6)
 TEXTS = ("a small robot on the left and a big [V] robot on the right",
@@ -196,5 +195,5 @@ def attention(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    with report_errors(), room_for_others():
+    with report_errors():
         print(attention(Path("output/benchmark")))

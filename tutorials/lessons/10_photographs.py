@@ -1376,8 +1376,8 @@ assert strengths[0] == 1 / r and strengths[2] == 1 and len(adapters) - 1 == 382
 # ## 11 · Lab: a free card of 16 GB
 #
 # What does `learn` decide on such a card? `fit` asks the count: False says that the step fits as it is, True
-# that it fits with gradient checkpointing. (`python -m purecc_min memory` prints the whole table in about a
-# minute.)
+# that it fits with gradient checkpointing. (`python -m purecc_min memory` prints the whole table in about two
+# minutes.)
 
 # %%
 GB, FREE = 1e9, 15e9                             # what a 16 GB card has left
