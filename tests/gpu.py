@@ -1,4 +1,4 @@
-"""One command measures a card: kernels, speed, memory against what `memory` counts, resuming.
+"""One command measures a card: kernels, speed, and memory against what `memory` counts.
 
     python -m tests.gpu                  any CUDA card, under 9 minutes; without one, a toy pass on the CPU
     python -m tests.gpu --out card.md    the table goes there, too
@@ -7,7 +7,7 @@ The models have SD3.5 Medium's size and random weights in bf16; a step is that o
 On a card every measurement runs in a process of its own. What does not fit there, or goes wrong, says so in
 its row, and the rest goes on. What must hold is asserted, and the exit code is 1 if it does not: no attention
 falls back to its plain kernel, ours and diffusers' predictions agree, a step takes no more memory than was
-counted, what the plan says fits does fit, and a run that was stopped goes on where it stopped.
+counted, and what the plan says fits does fit.
 """
 
 import argparse
@@ -16,10 +16,8 @@ import platform
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Callable, Iterator
 
 import torch
@@ -28,29 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.memory import OVERHEAD, dry_run, empty_data, fit
-from purecc_min.concept import encode
-from purecc_min.learning import SAVE_EVERY, stage, train_steps
-from purecc_min.measure.draw import draw
-from purecc_min.measure.toy import CONCEPTS, TUNING
+from purecc_min.learning import train_steps
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, optimizer_for
-from tests.side_by_side import (
-    STEPS,
-    Case,
-    Inputs,
-    clip_of,
-    forward_ratios,
-    in_a_process,
-    seconds,
-    t5_of,
-    time_step,
-)
+from tests.side_by_side import Case, Inputs, clip_of, forward_ratios, in_a_process, seconds, t5_of
 from tinyflow.attention import JointAttention
 from tinyflow.errors import InputError
 from tinyflow.files import write_whole
 from tinyflow.mmdit import MMDiT
-from tinyflow.picturebook.model import SHIPPED, load_tiny
-from tinyflow.picturebook.pretrain import PretrainConfig, Pretraining, begin
 from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.t5 import T5Config, T5Layer
 from tinyflow.text import TextConfig, TextLayer
@@ -201,15 +184,6 @@ def under_a_cap(case: Case, cap: float) -> Rows:
     yield title, f"runs, {peak / 1e9:.2f} GB", f"gradient checkpointing {switch}, as planned"
 
 
-def released(case: Case, name: str, steps: int) -> Rows:
-    """The step that the authors' code takes, replayed on diffusers and peft: see side_by_side.py."""
-    ours, own = alone(case, time_step, "ours", case, steps)
-    theirs, memory = alone(case, time_step, name, case, steps)
-    ratios = f"ratios {theirs / ours:.2f} and {memory / max(own, 1):.2f}"
-    yield (f"stage 2's step, {name}", f"{theirs:.3f} s, {memory / 1e9:.2f} GB",
-           f"ours {ours:.3f} s, {own / 1e9:.2f} GB: {ratios}")
-
-
 def picture(case: Case, steps: int) -> Rows:
     """A picture with guidance, from noise to pixels. Its text is at hand."""
     pipe, _ = prepare(case, 1, False, TrainConfig(1, case.batch))
@@ -220,48 +194,6 @@ def picture(case: Case, steps: int) -> Rows:
         pipe.decode(pipe.sample(text, [0], steps))
     whole()
     yield f"a picture, {steps} steps with guidance", f"{seconds(whole, case.device):.2f} s", ""
-
-
-# --------------------------------------------------------------------------------------------- the tiny world
-def tiny_pretraining(case: Case, steps: int) -> Rows:
-    config = PretrainConfig(steps + 1, pictures=256)
-    with TemporaryDirectory() as folder:
-        run = Pretraining(config, begin(None, SHIPPED / "codec.safetensors", 1).to(case.device), Path(folder))
-        run.step(0)
-        step = median(seconds(partial(run.step, k), case.device) for k in range(1, steps + 1))
-    yield (f"tiny world: pretraining, {config.batch} pictures a step", f"{step:.4f} s a step",
-           f"{PretrainConfig.steps:,} steps: {PretrainConfig.steps * step / 60:.0f} min")
-
-
-def tiny_cell(case: Case, steps: int, pictures: int) -> Rows:
-    """What a cell of the benchmark does on the card: it learns, and draws what it is measured by."""
-    pipe, toy = load_tiny(case.device), CONCEPTS[TUNING[0]]
-    data, config = encode(pipe, toy.references()), TrainConfig(steps)
-    with TemporaryDirectory() as folder:
-        theta, rows = stage(pipe, data, config, Path(folder), METHODS["lora"])
-        learning = seconds(lambda: list(rows), case.device)
-    prompts = [prompt.complete for prompt in toy.prompts()["concept"] * 4][:pictures]
-    drawing = seconds(lambda: draw(pipe, theta, prompts, toy.class_word, steps=8), case.device)
-    yield f"tiny world: {steps} steps of a LoRA", f"{learning:.1f} s", ""
-    yield f"tiny world: {pictures} pictures of 8 steps", f"{drawing:.1f} s", ""
-
-
-def resuming(case: Case) -> Rows:
-    """A run that is stopped and goes on, against one that is not."""
-    pipe = load_tiny(case.device)
-    data, config, ends = encode(pipe, CONCEPTS[TUNING[0]].references()), TrainConfig(SAVE_EVERY + 5), []
-    for stops in ((), (SAVE_EVERY + 2,)):
-        with TemporaryDirectory() as folder:
-            for stop in (*stops, config.steps):
-                theta, rows = stage(pipe, data, config, Path(folder), METHODS["lora"])
-                for row in rows:
-                    if row["step"] == stop:
-                        break
-        ends.append(torch.cat([tensor.flatten().cpu() for tensor in theta.state_dict().values()]))
-    apart = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
-    end = "equal bit for bit" if apart == 0 else f"{apart:.1e} apart"
-    yield "a run that was stopped and went on", end, "an uninterrupted run"
-    assert apart < 0.01, f"a run that went on ends {apart:.1e} apart"
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -292,12 +224,7 @@ def measurements(case: Case) -> Iterator[tuple]:
     for cap in CAPS if full else ():
         if cap * 1e9 < alone(case, card)[1]:
             yield f"{cap} GB", under_a_cap, case, cap
-    for name in list(STEPS)[1:]:
-        yield name, released, case, name, steps
     yield "a picture", picture, case, 28 if full else 2
-    yield "pretraining", tiny_pretraining, case, 20 if full else 1
-    yield "a cell", tiny_cell, case, *((200, 90) if full else (2, 2))
-    yield "resuming", resuming, case
 
 
 def rows_of(case: Case) -> Iterator[tuple[Row, bool]]:

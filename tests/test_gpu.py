@@ -11,10 +11,9 @@ def test_every_row_of_the_table_is_measured(tmp_path, capsys):
     cells = [row.strip("| ").split(" | ") for row in rows]
     assert "mean nothing" in capsys.readouterr().out.splitlines()[0]
     assert head == "| what | measured | beside it |"
-    assert all(re.search(r"\d|flash|equal", measured) for _, measured, *_ in cells)
+    assert all(re.search(r"\d|flash", measured) for _, measured, *_ in cells)
     said = " ".join(rows)
-    for what in ("joint attention", "CLIP", "T5", "diffusers", "stage 1", "stage 2", "counted", "released",
-                 "a picture", "pretraining", "steps of a LoRA", "equal bit for bit"):
+    for what in ("joint attention", "CLIP", "T5", "diffusers", "stage 1", "stage 2", "counted", "a picture"):
         assert what in said, what
 
 
