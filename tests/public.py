@@ -1,6 +1,7 @@
 """A small Stable Diffusion 3 with random weights in the public layouts.
 
-diffusers and transformers write the folder themselves. The single file is written here, by `to_single_file`.
+diffusers and transformers write the folder themselves. The single file is written here, by `to_single_file`,
+and test_sd3.py lets diffusers' own converters read it.
 """
 
 import gzip
@@ -27,6 +28,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from tinyflow.sd3.checkpoint import take
+from tinyflow.sd3.layouts import DIFFUSERS, SINGLE, mmdit_layers, vae_layers
+
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}        # of CLIP-L and of CLIP-G
 
 
@@ -34,9 +38,7 @@ def write_clip_tokenizer(folder: Path) -> None:
     """vocab.json and merges.txt of CLIP, from the merges that OpenAI's package ships."""
     packed = next(file for file in files("openai-clip") if file.name == "bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(packed.locate().read_bytes()).decode().split("\n")[1:48895]
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    symbols = [chr(byte) for byte in seen] + [chr(256 + n) for n in range(len(unseen))]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())        # one visible character for each byte
     words = [*symbols, *(symbol + "</w>" for symbol in symbols),
              *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = json.dumps({word: n for n, word in enumerate(words)})
@@ -124,70 +126,30 @@ def write_sd3(folder: Path) -> StableDiffusion3Pipeline:
 State = dict[str, torch.Tensor]
 
 
-def transformer_to_single_file(transformer: State) -> State:
-    """The transformer's part of `to_single_file`."""
-    names = {"pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj",
-             "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
-             "context_embedder": "context_embedder",
-             "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-             "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-             "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-             "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2"}
-    block = {"norm1.linear": "x_block.adaLN_modulation.1",
-             "norm1_context.linear": "context_block.adaLN_modulation.1",
-             "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
-             "attn2.to_out.0": "x_block.attn2.proj", "attn.norm_q": "x_block.attn.ln_q",
-             "attn.norm_k": "x_block.attn.ln_k", "attn.norm_added_q": "context_block.attn.ln_q",
-             "attn.norm_added_k": "context_block.attn.ln_k", "attn2.norm_q": "x_block.attn2.ln_q",
-             "attn2.norm_k": "x_block.attn2.ln_k",
-             "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
-             "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2"}
-    joined = {"x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-              "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-              "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
-    depth = 1 + max(int(name.split(".")[1]) for name in transformer if name.startswith("transformer_blocks."))
-    for n in range(depth):
-        names |= {f"transformer_blocks.{n}.{theirs}": f"joint_blocks.{n}.{ours}"
-                  for theirs, ours in block.items()}
-    swapped = ("norm_out.linear", f"transformer_blocks.{depth - 1}.norm1_context.linear")
+def renamed(state: State, diffusers: dict[str, str], single: dict[str, str]) -> State:
+    """One model's tensors as the single file has them, by both columns of the rename table."""
+    found = {}
+    for ours, theirs in diffusers.items():
+        source, _, how = theirs.removesuffix("]").partition("[")
+        target, _, single_how = single[ours].partition("[")
+        for last in ("weight", "bias"):
+            if f"{source}.{last}" in state:
+                tensor = take(state[f"{source}.{last}"], how)
+                is_convolution = single_how == "1x1]" and last == "weight"
+                tensor = tensor[..., None, None] if is_convolution else tensor
+                found.setdefault(f"{target}.{last}", []).append(tensor)
+    return {name: torch.cat(thirds) for name, thirds in found.items()}
 
-    single = {}
-    for name, tensor in transformer.items():
-        layer, _, last = name.rpartition(".")
-        if name in names:
-            single[names[name]] = tensor
-        elif layer in names:
-            tensor = torch.cat(tensor.chunk(2)[::-1]) if layer in swapped else tensor
-            single[f"{names[layer]}.{last}"] = tensor
-    for n in range(depth):
-        for ours, three in joined.items():
-            for last in ("weight", "bias"):
-                parts = [transformer.get(f"transformer_blocks.{n}.{layer}.{last}") for layer in three]
-                if parts[0] is not None:
-                    single[f"joint_blocks.{n}.{ours}.{last}"] = torch.cat(parts)
-    return single
+
+def transformer_to_single_file(transformer: State) -> State:
+    depth = 1 + max(int(name.split(".")[1]) for name in transformer if name.startswith("transformer_blocks."))
+    single = renamed(transformer, mmdit_layers(DIFFUSERS, depth), mmdit_layers(SINGLE, depth))
+    return single | {"pos_embed": transformer["pos_embed.pos_embed"]}
 
 
 def vae_to_single_file(vae: State) -> State:
-    """The autoencoder's part of `to_single_file`."""
     levels = 1 + max(int(name.split(".")[2]) for name in vae if name.startswith("encoder.down_blocks."))
-    names = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
-             "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
-             "mid_block.attentions.0.group_norm.": "mid.attn_1.norm.",
-             "mid_block.attentions.0.to_q.": "mid.attn_1.q.", "mid_block.attentions.0.to_k.": "mid.attn_1.k.",
-             "mid_block.attentions.0.to_v.": "mid.attn_1.v.",
-             "mid_block.attentions.0.to_out.0.": "mid.attn_1.proj_out."}
-    for n in range(levels):
-        up = f"up.{levels - 1 - n}"
-        names |= {f"down_blocks.{n}.resnets.": f"down.{n}.block.", f"up_blocks.{n}.resnets.": f"{up}.block.",
-                  f"down_blocks.{n}.downsamplers.0.": f"down.{n}.downsample.",
-                  f"up_blocks.{n}.upsamplers.0.": f"{up}.upsample."}
-    single = {}
-    for name, tensor in vae.items():
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        single[name] = tensor[..., None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
-    return single
+    return renamed(vae, vae_layers(DIFFUSERS, levels, 2), vae_layers(SINGLE, levels, 2))
 
 
 def to_single_file(transformer: State, vae: State, **encoders: State) -> State:

@@ -318,10 +318,6 @@ def main() -> None:
         print()
         step_table(replace(case, dtype=dtype), count, rounds)
         print()
-    models = CLIPTextModelWithProjection(CLIPTextConfig(**case.clips[0])), T5EncoderModel(T5Config(**case.t5))
-    clip, t5 = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models)
-    print(f"As released, each step reads {4 * 2} texts with two CLIPs of {clip:.0f} M parameters and a T5 of "
-          f"{t5:.0f} M (SD3.5: 124 M, 695 M and 4,762 M), and 2 pictures with a VAE of a quarter the width.")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.public import small_clip, small_t5, small_transformer, small_vae, to_single_file, write_sparse
 from tinyflow.errors import InputError
 from tinyflow.flow import noise_for
-from tinyflow.sd3 import checkpoint
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
 from tinyflow.sd3.load import SD35_MEDIUM, load_mmdit, load_sd3, load_vae, mmdit_config
@@ -71,13 +72,15 @@ def test_the_mmdit_in_bf16_is_as_near_to_fp32_as_diffusers_is(sd3):
 @pytest.mark.parametrize("changes", [dict(attention_head_dim=64),
                                      dict(attention_head_dim=64, qk_norm=None, dual_attention_layers=())])
 def test_the_single_file_holds_the_same_model(tmp_path, changes):
-    """tests/public.py writes the file by the layout's description; diffusers' own converter checks it."""
+    """tests/public.py writes the file by our rename table; diffusers' own converters check it."""
     theirs, vae = small_transformer(**changes), small_vae(channels=(32, 32, 64), layers=2, groups=32)
     single = to_single_file(theirs.state_dict(), vae.state_dict())
-    converted = convert_sd3_transformer_checkpoint_to_diffusers(
-        {name: tensor for name, tensor in single.items() if name.startswith(PREFIXES[0])})
-    assert converted.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(converted[name], tensor) for name, tensor in theirs.state_dict().items())
+    halves = [{name: tensor for name, tensor in single.items() if name.startswith(prefix)}
+              for prefix in PREFIXES]
+    for converted, model in ((convert_sd3_transformer_checkpoint_to_diffusers(dict(halves[0])), theirs),
+                             (convert_ldm_vae_checkpoint(halves[1], vae.config), vae)):
+        assert converted.keys() == model.state_dict().keys()
+        assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
 
     save_file(single, tmp_path / "model.safetensors")
     file = Checkpoint([tmp_path / "model.safetensors"])
@@ -90,48 +93,25 @@ def test_the_single_file_holds_the_same_model(tmp_path, changes):
 
 
 @pytest.mark.parametrize("with_t5", [True, False])
-def test_prompts_are_assembled_as_in_diffusers(sd3, with_t5):
-    """Without T5 its 256 tokens are zeros."""
-    folder, pipeline = sd3
+def test_the_whole_pipeline_draws_what_diffusers_draws(sd3, tmp_path, with_t5):
+    """The same noise, 4 steps, guidance 5; latents to 1e-5, pictures to the rounding of a byte."""
+    folder, theirs = sd3
+    if not with_t5:                              # its 256 tokens are zeros then
+        left_out = shutil.ignore_patterns("text_encoder_3", "tokenizer_3")       # as a user may download it
+        folder = shutil.copytree(folder, tmp_path / "sd3", ignore=left_out)
+        theirs = type(theirs)(**{**theirs.components, "text_encoder_3": None, "tokenizer_3": None})
     ours = load_sd3(folder, size=64, dtype=torch.float32)
-    parts = pipeline.components
-    if not with_t5:
-        parts |= {"text_encoder_3": None, "tokenizer_3": None}
-        ours.encoder.t5 = ours.tokenizer.t5 = None
-    theirs = type(pipeline)(**parts)
-    expected, _, pooled, _ = theirs.encode_prompt(TEXTS, None, None, do_classifier_free_guidance=False)
     text = ours.encode_text(TEXTS)
-    torch.testing.assert_close(text.context, expected, rtol=1e-5, atol=1e-5)
+    context, _, pooled, _ = theirs.encode_prompt(TEXTS, None, None, do_classifier_free_guidance=False)
+    torch.testing.assert_close(text.context, context, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(text.pooled, pooled, rtol=1e-5, atol=1e-5)
     assert text.context.shape == (3, 333, 80) and not text.slots.any()
-
-
-def test_the_whole_pipeline_draws_what_diffusers_draws(sd3):
-    """The same noise, 4 steps, guidance 5; latents to 1e-5, pictures to the rounding of a byte."""
-    folder, pipeline = sd3
-    ours = load_sd3(folder, size=64, dtype=torch.float32)
-    latents = ours.sample(ours.encode_text(TEXTS), [1, 2, 3], steps=4, guidance=5.0)
-    theirs, pictures = (pipeline(TEXTS, negative_prompt=[""] * 3, num_inference_steps=4, guidance_scale=5.0,
+    latents = ours.sample(text, [1, 2, 3], steps=4, guidance=5.0)
+    expected, pictures = (theirs(TEXTS, negative_prompt=[""] * 3, num_inference_steps=4, guidance_scale=5.0,
                                  height=64, width=64, latents=noise_for([1, 2, 3], (16, 8, 8)),
                                  output_type=output).images for output in ("latent", "np"))
-    torch.testing.assert_close(latents, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(ours.decode_images(latents) - 255 * pictures).max() < 0.51
-
-
-def test_the_placeholder_has_a_slot_in_the_clip_and_in_the_t5_segment(sd3):
-    ours = load_sd3(sd3[0], size=64, dtype=torch.float32)
-    text = ours.encode_text(["a [V] dog on the beach"], {"[V]": "dog"})
-    assert text.slots.nonzero().tolist() == [[0, 2], [0, 77 + 1]]                      # <start> a [V]; a [V]
-    plain = ours.encode_text(["a dog dog on the beach"])
-    assert torch.equal(text.context, plain.context) and torch.equal(text.pooled, plain.pooled)
-
-
-def test_the_headers_are_read_once_in_a_load(sd3, monkeypatch):
-    """Every load once looked through the folder twice, and read each file's header twice."""
-    read = Mock(side_effect=checkpoint.read_header)
-    monkeypatch.setattr(checkpoint, "read_header", read)
-    load_sd3(sd3[0], size=64)
-    assert read.call_count == 5                  # transformer, VAE and three text encoders
 
 
 def test_shards_other_dtypes_and_a_single_file_give_the_same_pipeline(sd3, tmp_path):
@@ -166,18 +146,8 @@ def test_what_is_missing_is_named_at_once(sd3, tmp_path):
     assert load_sd3(single, folder, size=16).mmdit.config.width == 128
     with pytest.raises(InputError, match="choose a smaller --size"):
         load_sd3(folder, size=512)
-
-
-def test_a_part_of_the_folder_and_shards_without_their_index_say_what_is_missing(sd3, tmp_path):
-    """The first once was "something this code does not know", the second "no transformer/"."""
-    folder = tmp_path / "sd3"
-    shutil.copytree(sd3[0], folder)
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(InputError, match="give the folder that holds transformer/"):
-        load_sd3(file, size=64)
-    file.rename(file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
-    with pytest.raises(InputError, match="download diffusion_pytorch_model.safetensors.index.json too"):
-        load_sd3(folder, size=64)
+        load_sd3(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_half_a_t5_is_no_absent_t5(sd3, tmp_path):
@@ -188,13 +158,9 @@ def test_half_a_t5_is_no_absent_t5(sd3, tmp_path):
         file.unlink()
     with pytest.raises(InputError, match="text_encoder_3: there is no model.safetensors in it; complete"):
         load_sd3(folder, size=64)
-    shutil.rmtree(folder / "text_encoder_3")
-    (folder / "text_encoder_3").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="text_encoder_3: there is no model.safetensors"):
-        load_sd3(folder, size=64)
 
 
-@pytest.mark.parametrize("size", [0, -16, 7, 65])
+@pytest.mark.parametrize("size", [-16, 65])
 def test_a_size_that_makes_no_whole_patches_is_refused_at_once(sd3, size):
     """It was once a bare ValueError, after everything had been loaded."""
     with pytest.raises(InputError, match=f"^pictures of {size} px: the side must be a multiple of"):

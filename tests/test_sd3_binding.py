@@ -25,7 +25,7 @@ from tinyflow.phrase import Tokens
 from tinyflow.sd3.load import load_sd3, load_tokenizer
 from tinyflow.weights import load_tensors, save_tensors
 
-STAND_INS, BASE = {"[V]": "robot"}, "a robot on the beach and a robot"
+STAND_INS = {"[V]": "robot"}
 PROMPTS = ["a [V] robot on the beach and a robot", "{a big [V] robot} on the beach and a robot"]
 KINDS = ["phrase", "token"]
 
@@ -85,18 +85,6 @@ def test_a_bound_set_acts_at_clip_and_t5_positions_and_nowhere_else(bound, pipe)
                 with theta.lora.attached(l, block, theta.lora.places(text, 1)):
                     changed = (layer(c) != plain).any(-1)[0].nonzero().flatten()
                 assert torch.equal(changed, places)
-
-
-def test_a_text_without_the_token_is_the_base_models_bitwise(bound, pipe):
-    """Also in whole guided pictures, and for braces that then are ordinary characters."""
-    theta, _ = load_branch(pipe, bound[0])
-    x_t, t = torch.randn(3, 16, 8, 8), torch.tensor([0.1, 0.4, 0.9])
-    text = pipe.encode_text([BASE, "", "a {robot"], STAND_INS)
-    assert torch.equal(theta(x_t, t, text), pipe.velocity(x_t, t, text))
-    named = pipe.encode_text(PROMPTS[:1] * 3, STAND_INS)
-    assert (theta(x_t, t, named) - pipe.velocity(x_t, t, named)).abs().max() > 1e-3
-    pictures = [pipe.sample(text[:1], [3], steps=2, theta=who) for who in (theta, pipe.velocity)]
-    assert torch.equal(*pictures)
 
 
 def test_a_bound_concept_is_no_plain_lora(bound, tmp_path, capsys):

@@ -27,11 +27,16 @@ def load_autoencoder(checkpoint: Checkpoint) -> None:
     load_vae(Part(checkpoint, "first_stage_model.", SINGLE, {"norm_num_groups": 4}), "cpu")
 
 
-def test_a_truncated_download_is_named(tmp_path):
+@pytest.mark.parametrize("spoil, message", [
+    (lambda whole: whole[:-7], "download was cut short or damaged, download it again"),
+    (lambda whole: b"<!doctype html>", "a web page, not weights: the repository is gated"),
+    (lambda whole: b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not weights"),
+    (lambda whole: b"PK\x03\x04" + bytes(99), "a pickled torch file, which is never opened")])
+def test_a_file_of_another_kind_is_named(tmp_path, spoil, message):
     path = tmp_path / "weights.safetensors"
     save_file(SMALL, path)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(InputError, match="download was cut short or damaged, download it again"):
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match=message):
         Checkpoint([path])
 
 
@@ -66,16 +71,10 @@ def test_fp8_is_refused_by_name(tmp_path):
         load_sd3(path)
 
 
-@pytest.mark.parametrize("name, what", [
-    ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
-    ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
-    ("cond_stage_model.transformer.weight", "Stable Diffusion 1 or 2"),
-    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA, which needs a base"),
-    ("lora_unet_down.lora_up.weight", "a LoRA"), ("something.else", "something this code does not know")])
-def test_other_models_are_called_by_their_name(tmp_path, name, what):
+def test_another_model_is_refused_by_what_it_lacks(tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_file({name: torch.zeros(2, 2)}, path)
-    with pytest.raises(InputError, match=f"this file holds {what}.*Stable Diffusion 3 or 3.5 is needed"):
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(InputError, match="no model.diffusion_model.x_embedder.*this is another model"):
         load_sd3(path)
 
 
@@ -87,17 +86,14 @@ def test_a_folder_of_another_model_or_an_incomplete_one(tmp_path, sd3):
         load_sd3(tmp_path)
     (tmp_path / "transformer").mkdir()
     model = tmp_path / "model_index.json"
-    shards = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
-    for path, content, message in (
-            (model, '{"_class_name": "FluxPipeline"}', "holds a FluxPipeline"),
-            (model, '{"_class_name', "model_index.json: damaged"),
-            (model, "{}", "no transformer/"),
-            (shards, '{"weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}',
-             "00002-of-00002.safetensors: there is no such file"),
-            (shards, '{"weight_map": 3}', "index.json: damaged")):
-        path.write_text(content)
+    for content, message in (('{"_class_name": "FluxPipeline"}', "holds a FluxPipeline"),
+                             ('{"_class_name', "model_index.json: damaged"), ("{}", "no transformer/")):
+        model.write_text(content)
         with pytest.raises(InputError, match=message):
-            load_sd3(tmp_path, sd3[0] if path == shards else None)
+            load_sd3(tmp_path)
+    save_file(SMALL, tmp_path / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors")
+    with pytest.raises(InputError, match="only 1 of the shards diffusion_pytorch_model-.*-of-00002"):
+        load_sd3(tmp_path, sd3[0])
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path):
@@ -111,14 +107,14 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path):
                                       "missing a.bias; missing b.weight; unexpected c.weight")
 
 
-def test_a_thousand_corruptions_are_a_thousand_clean_errors(tmp_path):
+def test_300_corruptions_are_300_clean_errors(tmp_path):
     """Changed and missing bytes in headers, and files cut anywhere: InputError, or still a whole file."""
     path = tmp_path / "weights.safetensors"
     save_file(small_single_file(), path)
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
     header = 8 + int.from_bytes(whole[:8], "little")
     digits = [n for n in range(8, header) if chr(whole[n]).isdigit()]
-    for _ in range(1000):
+    for _ in range(300):
         damaged = bytearray(whole)
         way = draw.randrange(4)
         if way == 0:                                     # a flipped bit
@@ -139,7 +135,7 @@ def test_a_thousand_corruptions_are_a_thousand_clean_errors(tmp_path):
         except InputError as error:
             refused += 1
             assert "\n" not in str(error)
-    assert refused > 950                         # the rest: a digit replaced by itself, a bit in the metadata
+    assert refused > 280                         # the rest: a digit replaced by itself, a bit in the metadata
 
 
 @pytest.mark.parametrize("name, shape", [
@@ -161,7 +157,7 @@ def test_half_an_autoencoder_and_a_clip_without_a_matrix_are_errors_too(tmp_path
     with pytest.raises(InputError, match="there is no first_stage_model.encoder"):
         load_autoencoder(Checkpoint([path]))
     save_file(small_clip(24, "gelu", 4).state_dict() | {"text_projection.weight": torch.tensor(1.0)}, path)
-    with pytest.raises(InputError, match=r"text_projection.weight is \(\), where 2 dimensions are needed"):
+    with pytest.raises(InputError, match="the shapes contradict each other"):
         load_clip(Part(Checkpoint([path]), "", DIFFUSERS, {}), "gelu")
 
 

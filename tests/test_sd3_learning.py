@@ -9,14 +9,13 @@ import torch
 from safetensors import safe_open
 
 from purecc_min.__main__ import main
-from purecc_min.ablations import not_detached
 from purecc_min.branch import Branch
 from purecc_min.commands.base_models import half_precision, open_base_model
-from purecc_min.commands.export import attach_concept
+from purecc_min.commands.export import attach_concept, export_lora
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode
 from purecc_min.concept_file import load_branch
-from purecc_min.learning import stage
+from purecc_min.learning import concept_facts, stage
 from purecc_min.measure.toy import FOLDER
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch
@@ -75,17 +74,6 @@ def test_gradient_checkpointing_is_on_where_the_plan_says_so(sd3, tmp_path, monk
         main(["learn", str(ROBOT), "--weights", str(sd3[0]), "--out", str(tmp_path / "run"), *PUBLIC])
 
 
-def test_the_sheet_and_the_samples_are_drawn_with_the_same_guidance(small):
-    """Pictures drawn after training once had the tiny world's guidance (ai-toolkit #309).
-
-    The default is the model's own.
-    """
-    pipe, data = small
-    text = data.texts.base[:1]
-    default, five, three = (pipe.sample(text, [0], steps=2, guidance=value) for value in (None, 5.0, 3.0))
-    assert torch.equal(default, five) and not torch.equal(default, three)
-
-
 def test_what_cannot_be_is_one_line(learned, sd3, tmp_path, capsys):
     concept = learned / "concept.safetensors"
     assert "--weights DIR" in fails(capsys, "learn", ROBOT, *PUBLIC)
@@ -119,25 +107,6 @@ def small(sd3):
     return pipe, encode(pipe, load_concept(ROBOT, "robot", 64, variants=3, seed=1))
 
 
-def test_every_position_of_the_token_sees_the_embeddings(small):
-    """CLIP and T5 segment alike, in every text that names [V], at the input of every block."""
-    pipe, data = small
-    counts = [text.slots.sum(1).tolist() for text in (*data.texts, data.class_text)]
-    assert counts == [[2] * 4, [0] * 4, [2] * 4, [0] * 4, [2] * 4]       # complete, base, target, null, class
-    slots = data.texts.complete.slots > 0
-    assert slots[:, :77].any(1).all() and slots[:, 77:].any(1).all()
-    seen = []
-    branch = Branch.fresh(pipe, torch.randn(pipe.mmdit.config.depth, pipe.mmdit.config.width), rank=2)
-    hooks = [block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[1]))
-             for block in pipe.mmdit.blocks]
-    with torch.no_grad():
-        branch(data.x_0, torch.full((4,), 0.5), data.texts.complete)
-    for hook in hooks:
-        hook.remove()
-    assert len(seen) == 3
-    assert all(torch.equal(c[slots], branch.embeddings.Y[l].expand(8, -1)) for l, c in enumerate(seen))
-
-
 def test_crops_and_flips_are_cached_variants_of_each_picture(small):
     """The first is the picture itself; every step draws one for each of its rows; which, the seed says."""
     pipe, data = small
@@ -158,30 +127,7 @@ def test_crops_and_flips_are_cached_variants_of_each_picture(small):
     assert (pictures(1) == pictures(1)).all() and (pictures(1) != pictures(2)).any()
 
 
-def test_latents_are_shifted_and_scaled_and_times_shifted_alike_in_training_and_sampling(small, sd3):
-    """The VAE's shift was missing in diffusers' first SD3 trainers (#8708), and SimpleTuner's time shift
-    differed between training and validation (#2649).
-    """
-    pipe, data = small
-    pictures = torch.tensor(load_concept(ROBOT, "robot", 64).references[0].pictures).permute(0, 3, 1, 2)
-    mean = sd3[1].vae.encode(pictures / 127.5 - 1).latent_dist.mean
-    expected = (mean - 0.0609) * 1.5305          # loosely: GroupNorm is sensitive on flat colours
-    torch.testing.assert_close(data.x_0[:1], expected, rtol=1e-4, atol=1e-4)
-    plain, shifted = (draw_batch(data, TrainConfig(), 1, 0, shift).t for shift in (1.0, pipe.shift))
-    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
-    visited = []
-
-    def theta(x_t, t, text):
-        visited.append(round(t[0].item(), 4))
-        return pipe.velocity(x_t, t, text)
-
-    pipe.sample(data.texts.null[:1], [0], steps=4, guidance=1.0, theta=theta)
-    assert visited == [1.0, 0.8577, 0.6022, 0.0089]
-
-
-@pytest.mark.parametrize("method", [METHODS["paper"], replace(METHODS["paper"], loss=not_detached)],
-                         ids=["paper", "not detached"])
-def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, method):
+def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path):
     """Blocks are computed again in the backward pass, with the same adapters: bitwise the same training."""
     pipe, data = small
     results, config = [], TrainConfig(steps=2, batch=2)
@@ -189,7 +135,8 @@ def test_gradient_checkpointing_changes_memory_not_the_result(small, tmp_path, m
         pipe.mmdit.checkpointing = name == "on"
         theta_1, rows = stage(pipe, data, config, tmp_path / name, METHODS["lora"])
         list(rows)
-        theta_2, rows = stage(pipe, data, config, tmp_path / name, method, theta_1.requires_grad_(False))
+        theta_1.requires_grad_(False)
+        theta_2, rows = stage(pipe, data, config, tmp_path / name, METHODS["paper"], theta_1)
         results.append(([row["loss"] for row in rows], tensor_hash(theta_2.state_dict())))
     pipe.mmdit.checkpointing = False
     assert results[0] == results[1]
@@ -214,34 +161,39 @@ def test_cards_without_bf16_compute_in_fp16(sd3, monkeypatch, capability, dtype)
     assert load_sd3(sd3[0], size=64, dtype=dtype).mmdit.final_linear.weight.dtype == dtype
 
 
-def test_the_exported_lora_is_what_diffusers_draws_with(learned, sd3, tmp_path):
+@pytest.mark.parametrize("rank, word, prompt", [
+    (1, "robot", "a [V] robot on the beach"),
+    (8, "robot", "a [V] robot beside a [V] robot, and one more [V] robot"),
+    (16, "teddy bear", "a big [V] teddy bear on the beach")])
+def test_the_exported_lora_is_what_diffusers_draws_with(rank, word, prompt, sd3, small, tmp_path):
     """load_lora_weights, the real client, then the same velocity; with the embeddings, the branch's own."""
-    folder, pipeline = sd3
-    concept, out = learned / "concept.safetensors", tmp_path / "pytorch_lora_weights.safetensors"
-    main(["export", str(concept), "--out", str(out)])
+    (folder, pipeline), (pipe, _), generator = sd3, small, torch.Generator().manual_seed(0)
+    Y = torch.randn(pipe.mmdit.config.depth, pipe.mmdit.config.width, generator=generator)
+    theta = Branch.fresh(pipe, Y, rank, generator)
+    for B in theta.lora.B.values():
+        B.data.normal_(std=0.2, generator=generator)
+    concept, out = tmp_path / "concept.safetensors", tmp_path / "pytorch_lora_weights.safetensors"
+    theta.save(concept, concept_facts(pipe, word, TrainConfig(rank=rank), "lora", "sd3.5-medium"))
+    export_lora(concept, out)
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
-    pipe = load_sd3(folder, size=64, dtype=torch.float32)
-    branch, _ = load_branch(pipe, concept)
-    text = pipe.encode_text(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
+    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == rank
+    text = pipe.encode_text([prompt] * 2, {"[V]": word})
+    assert (text.slots > 0).sum() == 2 * 2 * prompt.count("[V]")         # in CLIP's segment, and in T5's
     nowhere = replace(text, slots=torch.zeros_like(text.slots))  # the adapters alone: Y^l has no slot
-    x_t, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([0.3, 0.9])
+    x_t, t = torch.randn(2, 16, 8, 8, generator=generator), torch.tensor([0.3, 0.9])
 
     def theirs():
         return pipeline.transformer(x_t, timestep=1000 * t, encoder_hidden_states=text.context,
                                     pooled_projections=text.pooled).sample
 
-    tokens = load_tokenizer(folder)(["a [V] robot on the beach"] * 2, {"[V]": "robot"})
+    tokens = load_tokenizer(folder)([prompt] * 2, {"[V]": word})
     pipeline.load_lora_weights(tmp_path)
     try:
         with torch.no_grad():
-            adapters_alone, with_embeddings = branch(x_t, t, nowhere), branch(x_t, t, text)
-            torch.testing.assert_close(theirs(), adapters_alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(theirs(), theta(x_t, t, nowhere), rtol=1e-5, atol=1e-5)
             with attach_concept(pipeline.transformer, concept, tokens):
-                torch.testing.assert_close(theirs(), with_embeddings, rtol=1e-5, atol=1e-5)
-            assert (with_embeddings - adapters_alone).abs().max() > 1e-3
-            assert (pipe.velocity(x_t, t, text) - adapters_alone).abs().max() > 1e-3
+                torch.testing.assert_close(theirs(), theta(x_t, t, text), rtol=1e-5, atol=1e-5)
     finally:
         pipeline.unload_lora_weights()
 

@@ -10,7 +10,6 @@ from tests.test_sd3_tokenizers import PADS, clip_folder, hostile_prompts, t5_fol
 from tinyflow.errors import InputError
 from tinyflow.phrase import write_stand_ins
 from tinyflow.sd3.tokenizers import ClipTokenizer, T5Tokenizer
-from tinyflow.terminal import LINE
 
 tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
 
@@ -71,25 +70,18 @@ def read_marks(marked: str) -> tuple[str, list[tuple[int, int, int]]]:
 
 
 # ------------------------------------------------------------------------------------------- marked by hand
+LONG = "the beach " * 200
 MARKED = [                                       # text, stand-ins, and the written text with its phrases
     ("a [V] dog on a beach", DOG, "a ‹1dog dog on a beach›"),
     ("a [V] robot on the left and a small one", ROBOT, "a ‹1robot robot on the left› and a small one"),
-    ("a robot on the left and a [V] robot", ROBOT, "a robot on the left and a ‹1robot robot›"),
     ("[V]", {"[V]": "teddy bear"}, "‹1teddy bear›"),
     ("the big [V] bear and a bear", {"[V]": "teddy bear"}, "the big ‹1teddy bear bear› and a bear"),
     ("a [V] toy on snow and a dog", {"[V]": "salt and pepper mill"},
      "a ‹1salt and pepper mill toy on snow› and a dog"),
     ("the [V]'s ball, a dog's", DOG, "the ‹1dog's ball›, a dog's"),
     ("the [V] sits. A dog; a [V]; ([V])!", DOG, "the ‹1dog sits›. A dog; a ‹1dog›; (‹1dog)!›"),
-    ("a [V] dog, photorealistic, 8k", DOG, "a ‹1dog dog›, photorealistic, 8k"),
-    ("a [V] dog next  to a dog", DOG, "a ‹1dog dog› next  to a dog"),
-    ("a [V] dog Beside a dog", DOG, "a ‹1dog dog› Beside a dog"),
-    ("[V] dog 1.5 high", DOG, "‹1dog dog 1.5 high›"),
     ("a [V] robot with blue checks, a hat and one eye on the left and a robot", ROBOT,
      "a ‹1robot robot with blue checks, a hat and one eye on the left› and a robot"),
-    ("a [V] robot with a hat and an eye at night, a robot", ROBOT,
-     "a ‹1robot robot with a hat and an eye at night›, a robot"),
-    ("a [V] dog with a hat; a dog and a robot", DOG, "a ‹1dog dog with a hat›; a dog and a robot"),
     ("{a [V] robot on the left} and a robot", ROBOT, "‹1a robot robot on the left› and a robot"),
     ("a big {[V]} robot on snow", ROBOT, "a big ‹1robot› robot on snow"),
     ("snow, {a big red [V], and a hat, }a dog", DOG, "snow, ‹1a big red dog, and a hat, ›a dog"),
@@ -102,11 +94,11 @@ MARKED = [                                       # text, stand-ins, and the writ
     ("日本語 {の [V] 犬} が 浜辺に", DOG, "日本語 ‹1の dog 犬› が 浜辺に"),
     ("👩‍👩‍👧‍👦 İs [V] 🐕‍🦺 ❤️; 👍🏽", {"[V]": "é🐕 dog"}, "👩‍👩‍👧‍👦 İs ‹1é🐕 dog 🐕‍🦺 ❤️›; 👍🏽"),
     ("wow!! !!! a [V] dog!! now!, wow!", DOG, "wow!! !!! a ‹1dog dog!! now!›, wow!"),
-    ("<|endoftext|> [V] a <|endoftext|>, </s>", DOG, "<|endoftext|> ‹1dog a <|endoftext|>›, </s>")]
+    ("<|endoftext|> [V] a <|endoftext|>, </s>", DOG, "<|endoftext|> ‹1dog a <|endoftext|>›, </s>"),
+    (f"a [V] dog on {LONG}", DOG, f"a ‹1dog dog on {LONG}›"),            # cut inside its phrase
+    (f"{{a [V] dog on {LONG}}} and a dog", DOG, f"‹1a dog dog on {LONG}› and a dog")]
 STYLES = [                                       # in these, [V] and [V2] are styles
     ("a cat, in [V] style", {"[V]": "a"}, "‹1a cat, in a style›"),
-    ("a dog and a bear beside a dog; in [V] style.", {"[V]": "a"},
-     "‹1a dog and a bear beside a dog; in a style.›"),
     ("a [V1] dog on a beach, in [V2] style", {"[V1]": "dog", "[V2]": "a"},
      "‹2a ›‹1dog dog on a beach›‹2, in a style›"),
     ("snow in [V2] style and {the [V1] dog} at night", {"[V1]": "dog", "[V2]": "a"},
@@ -139,21 +131,6 @@ def test_no_special_token_and_no_padding_is_in_a_phrase(both):
         expected = [place for place in range(first, stop) if "[V]" in text]
         assert phrases[n].nonzero().flatten().tolist() == expected, text
         assert ids[n, stop] == ours.end and (ids[n, stop + 1:] == ours.pad).all()
-
-
-@pytest.mark.parametrize("text, marked", [
-    ("a [V] dog on {0}", "a ‹1dog dog on {0}›"),
-    ("{{a [V] dog on {0}}} and a dog", "‹1a dog dog on {0}› and a dog"),
-    ("a [V] dog and {0}", "a ‹1dog dog› and {0}")])
-def test_a_text_that_is_cut_inside_a_phrase_keeps_what_is_left_of_it(both, text, marked):
-    """The phrase goes to the last token before the end token; one that lies before the cut stays as it is."""
-    ours, theirs = both
-    long = "the beach " * 200
-    written, spans = read_marks(marked.format(long))
-    ids, _, phrases = ours([text.format(long)], DOG)
-    assert torch.equal(ids, their_ids(theirs, [written], ours.length))
-    assert phrases[0].tolist() == their_phrases(theirs, written, spans, ours.length)
-    assert (phrases[0, -2] == 1) == ("and {0}" not in text) and phrases[0, -1] == 0
 
 
 def surrounded(count: int, seed: int) -> list[str]:
@@ -202,26 +179,6 @@ def test_braces_in_texts_that_name_no_placeholder_are_ordinary_characters(both):
     named = ours(dogs, {"dog": "dog"})
     assert torch.equal(named.ids, expected)
     assert named.slots.any(1).tolist() == ["dog" in text for text in dogs]
-
-
-BAD_BRACES = ["a {[V] dog", "a [V] dog}", "a } [V] {dog", "{} a [V]", "{ } [V]", "[V] {dog}", "{[V]} {",
-              "{a [V] dog and a [V]}", "{a {[V] dog}}", "{{a [V]}}", "{a [V]}}"]
-
-
-@pytest.mark.parametrize("text", [*BAD_BRACES, "{[V1] and a [V2]}", "a " * 400 + "{[V] dog"])
-def test_braces_that_do_not_enclose_one_placeholder_each_are_one_line(both, text):
-    stand_ins = TWO if "[V1]" in text else DOG
-    with pytest.raises(InputError, match="the braces in .* do not enclose one placeholder each") as error:
-        both[0](["a dog", text], stand_ins)
-    assert "\n" not in str(error.value) and len(str(error.value)) < LINE
-
-
-def test_two_styles_in_one_text_are_one_line(both):
-    texts, stand_ins, styles = ["[V1] dog in [V2] style"], {"[V1]": "a", "[V2]": "a"}, ("[V1]", "[V2]")
-    with pytest.raises(InputError, match="two styles in .*; remove one of them$"):
-        both[0](texts, stand_ins, styles)
-    _, _, phrases = both[0](["{[V1] dog} in [V2] style"], stand_ins, styles)     # unless braces set one
-    assert phrases[0].unique().tolist() == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------- CLIP-L beside CLIP-G

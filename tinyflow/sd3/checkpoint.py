@@ -6,9 +6,7 @@ tensors are cast one by one, so loading never needs much more than the file's si
 is and what to do. Read next: layouts.py.
 """
 
-import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,60 +15,33 @@ from tqdm import tqdm
 
 from tinyflow.errors import InputError, listing
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NOT_SAFETENSORS = (                              # how a file begins -> what it is, and what to do
-    (b"<", "a web page, not weights: the repository is gated; log in there, accept the licence, "
-           "and download the file again"),
-    (b"version https://git-lfs", "a Git LFS pointer, not weights: run `git lfs pull` in its folder, "
-                                 "or download the file itself"),
-    (b"PK\x03\x04", "a pickled torch file, which is never opened here: "
-                    "download the .safetensors file instead"),
-    (b"\x80", "a pickled file, which is never opened here: download the .safetensors file instead"),
-    (b"GGUF", "a GGUF file: download the .safetensors file instead"),
-)
-FOREIGN = (                                      # part of a tensor's name -> what the file holds
-    ("lora", "a LoRA, which needs a base model below it; give the base model's weights"),
-    ("conditioner.embedders.", "Stable Diffusion XL"),
-    ("add_embedding.linear", "Stable Diffusion XL"),
-    ("cond_stage_model.", "Stable Diffusion 1 or 2"),
-    ("double_blocks.", "FLUX"),
-    ("single_transformer_blocks.", "FLUX"),
-    ("down_blocks.", "a U-Net or an autoencoder"),
-)
+FLOATS = ("F64", "F32", "F16", "BF16")
+NOT_SAFETENSORS = {                              # how a file begins -> what it is, and what to do
+    b"<": "a web page, not weights: the repository is gated; log in there, accept the licence, and download "
+          "the file again",
+    b"version https://git-lfs": "a Git LFS pointer, not weights: run `git lfs pull` in its folder, or "
+                                "download the file itself",
+    b"PK\x03\x04": "a pickled torch file, which is never opened here: download the .safetensors file instead"}
 
 
-def read_header(path: Path) -> tuple[dict[str, dict], int]:
-    """Returns a safetensors file's header, name -> dtype, shape, data_offsets, and where its data begins.
-
-    Raises InputError that says what is wrong with the file.
-    """
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of a safetensors file: name -> dtype, shape. Raises InputError that says what is wrong."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:    # it checks everything: sizes, offsets, JSON
+            names = file.keys()
+            slices = [file.get_slice(name) for name in names]
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in zip(names, slices)}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
     with open(path, "rb") as file:
-        start = file.read(64)
-        for beginning, what in NOT_SAFETENSORS:
-            if start.lstrip().startswith(beginning) and not start[8:].startswith(b"{"):
-                raise InputError(f"{path}: this is {what}")
-        try:
-            with safe_open(path, framework="pt"):        # it checks everything: sizes, offsets, JSON
-                file.seek(0)
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {reason}); "
-                             "the download was cut short or damaged, download it again") from None
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-class Stored(NamedTuple):
-    """A tensor in a file. Its values are the bytes from `start` to `stop`."""
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+        start = file.read(64).lstrip()
+    for beginning, what in NOT_SAFETENSORS.items():
+        if start.startswith(beginning):
+            raise InputError(f"{path}: this is {what}")
+    raise InputError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes; {reason}); "
+                     "the download was cut short or damaged, download it again")
 
 
 class Checkpoint:
@@ -82,62 +53,45 @@ class Checkpoint:
     def __init__(self, paths: list[Path]):
         self.where, self.stored, other = ", ".join(map(str, paths)), {}, []
         for path in paths:
-            header, data = read_header(path)
-            for name, entry in header.items():
+            for name, (dtype, shape) in read_header(path).items():
                 if name.endswith("position_ids"):        # 0, 1, 2, ...: some CLIP files hold it
                     continue
-                if entry["dtype"] not in FLOATS:
-                    other.append(f"{name} is {entry['dtype']}")
-                    continue
-                start, stop = (data + offset for offset in entry["data_offsets"])
-                self.stored[name] = Stored(path, FLOATS[entry["dtype"]], tuple(entry["shape"]), start, stop)
+                if dtype not in FLOATS:
+                    other.append(f"{name} is {dtype}")
+                self.stored[name] = (path, shape)
         if other:
             raise InputError(f"{self.where}: {listing(other)}; this code reads bf16, fp16 and fp32 files, "
                              "download one of those")
 
     @classmethod
     def find(cls, folder: Path, stem: str) -> "Checkpoint | None":
-        """Opens folder/stem.safetensors, or its shards by their index, or the fp16 variant of either.
+        """Opens folder/stem.safetensors, or its shards, or the fp16 variant of either.
 
-        Returns None if there is none of these. Raises InputError for shards without their index.
+        Returns None if there is none of these. Raises InputError if some shards are missing.
         """
-        for variant in ("", ".fp16"):
-            single = folder / f"{stem}{variant}.safetensors"
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if single.exists():
-                return cls([single])
-            if index.exists():
-                try:
-                    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                    paths = sorted(folder / shard for shard in shards)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(f"{index}: damaged; download it again") from None
-                return cls(paths)
-        if any(folder.glob(f"{stem}-*-of-*.safetensors")):
-            raise InputError(f"{folder}: the shards are here, and their index file is not; download "
-                             f"{stem}.safetensors.index.json too")
+        for name in (stem, f"{stem}.fp16"):
+            if (folder / f"{name}.safetensors").exists():
+                return cls([folder / f"{name}.safetensors"])
+            shards = sorted(folder.glob(f"{name}-?????-of-?????.safetensors"))
+            if shards and not shards[-1].stem.endswith(f"-of-{len(shards):05d}"):
+                raise InputError(f"{folder}: only {len(shards)} of the shards {name}-...-of-"
+                                 f"{shards[-1].stem[-5:]}.safetensors; download all of them")
+            if shards:
+                return cls(shards)
         return None
 
     def under(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Name without the prefix -> shape, for the tensors whose names begin with it."""
-        return {name.removeprefix(prefix): stored.shape
-                for name, stored in self.stored.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): shape
+                for name, (_, shape) in self.stored.items() if name.startswith(prefix)}
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file, which is mapped anew for each tensor.
 
         The mapping is released with the tensor, so what was only read to be cast does not stay in memory.
         """
-        path, dtype, shape, start, stop = self.stored[name]
-        if start == stop:
-            return torch.empty(shape, dtype=dtype)
-        mapped = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)[start:stop]
-        return (mapped if start % dtype.itemsize == 0 else mapped.clone()).view(dtype).view(shape)
-
-    def contents(self) -> str:
-        """Says what the file seems to hold, for an error message."""
-        return next((what for part, what in FOREIGN if any(part in name for name in self.stored)),
-                    "something this code does not know")
+        with safe_open(self.stored[name][0], framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def take(tensor: Tensor, how: str) -> Tensor:

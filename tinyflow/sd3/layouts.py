@@ -1,8 +1,8 @@
 """The rename table: each of our layers, and what the public files of Stable Diffusion 3 call it.
 
-Each row is (ours, in a diffusers folder, in an original single file), and "{n}" counts blocks. The layers of
-the text encoders have the same names in both, so their rows have two columns. A note in brackets says what to
-take of a tensor:
+Each row is (ours, in a diffusers folder, in an original single file). "{n}" and "{m}" count blocks, "{x}" is
+q, k or v. The layers of the text encoders have the same names in both, so their rows have two columns. A note
+in brackets says what to take of a tensor:
 
     [1/3]     a third of its rows: the single file stores query, key and value as one tensor
     [swap]    its two halves, exchanged: scale and shift, where we have shift and scale
@@ -10,6 +10,8 @@ take of a tensor:
 
 Read next: encoder.py.
 """
+
+from itertools import product
 
 Row = tuple[str, ...]
 DIFFUSERS, SINGLE = 0, 1                         # the layouts, as the functions below take them
@@ -20,15 +22,14 @@ def below(prefix: Row, rows: list[Row]) -> list[Row]:
     return [tuple(f"{outer}.{inner}" for outer, inner in zip(prefix, row)) for row in rows]
 
 
-def count_blocks(rows: list[Row], layout: int, **numbers: range) -> dict[str, str]:
-    """Our layer -> theirs, for every n (and m). If two rows are for one layer, the later one is used."""
+def expand(rows: list[Row], layout: int, blocks: int, inner: int = 1) -> dict[str, str]:
+    """Our layer -> theirs, for all that the braces stand for. The later of two rows for one layer counts."""
     names = {}
     for row in rows:
-        ours, theirs = row[0], row[1 + layout]
-        for n in numbers["n"] if "{n}" in ours else [0]:
-            for m in numbers["m"] if "{m}" in ours else [0]:
-                reverse = len(numbers["n"]) - 1 - n
-                names[ours.format(n=n, m=m)] = theirs.format(n=n, m=m, reverse=reverse)
+        for n, m, (third, x) in product(range(blocks), range(inner), enumerate("qkv", 1)):
+            ours, theirs = (name.format(n=n, m=m, x=x, third=third, reverse=blocks - 1 - n)
+                            for name in (row[0], row[1 + layout]))
+            names[ours] = theirs
     return names
 
 
@@ -37,21 +38,15 @@ def mmdit_layers(layout: int, depth: int) -> dict[str, str]:
     block: list[Row] = [
         ("image_adaln.linear", "norm1.linear", "x_block.adaLN_modulation.1"),
         ("text_adaln.linear", "norm1_context.linear", "context_block.adaLN_modulation.1"),
-        ("attention.image.to_q", "attn.to_q", "x_block.attn.qkv[1/3]"),
-        ("attention.image.to_k", "attn.to_k", "x_block.attn.qkv[2/3]"),
-        ("attention.image.to_v", "attn.to_v", "x_block.attn.qkv[3/3]"),
+        ("attention.image.to_{x}", "attn.to_{x}", "x_block.attn.qkv[{third}/3]"),
         ("attention.image.to_out", "attn.to_out.0", "x_block.attn.proj"),
         ("attention.image.norm_q", "attn.norm_q", "x_block.attn.ln_q"),
         ("attention.image.norm_k", "attn.norm_k", "x_block.attn.ln_k"),
-        ("attention.text.to_q", "attn.add_q_proj", "context_block.attn.qkv[1/3]"),
-        ("attention.text.to_k", "attn.add_k_proj", "context_block.attn.qkv[2/3]"),
-        ("attention.text.to_v", "attn.add_v_proj", "context_block.attn.qkv[3/3]"),
+        ("attention.text.to_{x}", "attn.add_{x}_proj", "context_block.attn.qkv[{third}/3]"),
         ("attention.text.to_out", "attn.to_add_out", "context_block.attn.proj"),
         ("attention.text.norm_q", "attn.norm_added_q", "context_block.attn.ln_q"),
         ("attention.text.norm_k", "attn.norm_added_k", "context_block.attn.ln_k"),
-        ("attention2.to_q", "attn2.to_q", "x_block.attn2.qkv[1/3]"),
-        ("attention2.to_k", "attn2.to_k", "x_block.attn2.qkv[2/3]"),
-        ("attention2.to_v", "attn2.to_v", "x_block.attn2.qkv[3/3]"),
+        ("attention2.to_{x}", "attn2.to_{x}", "x_block.attn2.qkv[{third}/3]"),
         ("attention2.to_out", "attn2.to_out.0", "x_block.attn2.proj"),
         ("attention2.norm_q", "attn2.norm_q", "x_block.attn2.ln_q"),
         ("attention2.norm_k", "attn2.norm_k", "x_block.attn2.ln_k"),
@@ -74,7 +69,7 @@ def mmdit_layers(layout: int, depth: int) -> dict[str, str]:
         *below((f"blocks.{last}", f"transformer_blocks.{last}", f"joint_blocks.{last}"), [
             ("text_adaln.linear", "norm1_context.linear[swap]", "context_block.adaLN_modulation.1")]),
     ]
-    return count_blocks(rows, layout, n=range(depth))
+    return expand(rows, layout, depth)
 
 
 def clip_layers(depth: int) -> dict[str, str]:
@@ -82,9 +77,7 @@ def clip_layers(depth: int) -> dict[str, str]:
     layer: list[Row] = [
         ("norm1", "layer_norm1"),
         ("norm2", "layer_norm2"),
-        ("to_q", "self_attn.q_proj"),
-        ("to_k", "self_attn.k_proj"),
-        ("to_v", "self_attn.v_proj"),
+        ("to_{x}", "self_attn.{x}_proj"),
         ("to_out", "self_attn.out_proj"),
         ("fc1", "mlp.fc1"),
         ("fc2", "mlp.fc2"),
@@ -96,7 +89,7 @@ def clip_layers(depth: int) -> dict[str, str]:
         ("final_norm", "text_model.final_layer_norm"),
         ("projection", "text_projection"),
     ]
-    return count_blocks(rows, DIFFUSERS, n=range(depth))
+    return expand(rows, DIFFUSERS, depth)
 
 
 def t5_layers(depth: int, token_embedding: str) -> dict[str, str]:
@@ -107,9 +100,7 @@ def t5_layers(depth: int, token_embedding: str) -> dict[str, str]:
     """
     layer: list[Row] = [
         ("norm1", "layer.0.layer_norm"),
-        ("to_q", "layer.0.SelfAttention.q"),
-        ("to_k", "layer.0.SelfAttention.k"),
-        ("to_v", "layer.0.SelfAttention.v"),
+        ("to_{x}", "layer.0.SelfAttention.{x}"),
         ("to_out", "layer.0.SelfAttention.o"),
         ("norm2", "layer.1.layer_norm"),
         ("gate", "layer.1.DenseReluDense.wi_0"),
@@ -122,7 +113,7 @@ def t5_layers(depth: int, token_embedding: str) -> dict[str, str]:
         *below(("layers.{n}", "encoder.block.{n}"), layer),
         ("final_norm", "encoder.final_layer_norm"),
     ]
-    return count_blocks(rows, DIFFUSERS, n=range(depth))
+    return expand(rows, DIFFUSERS, depth)
 
 
 def vae_layers(layout: int, levels: int, layers: int) -> dict[str, str]:
@@ -131,17 +122,12 @@ def vae_layers(layout: int, levels: int, layers: int) -> dict[str, str]:
     The single file numbers the decoder's levels from the finest on. They are applied in the reverse order.
     """
     block: list[Row] = [
-        ("norm1", "norm1", "norm1"),
-        ("conv1", "conv1", "conv1"),
-        ("norm2", "norm2", "norm2"),
-        ("conv2", "conv2", "conv2"),
+        *((same, same, same) for same in ("norm1", "conv1", "norm2", "conv2")),
         ("shortcut", "conv_shortcut", "nin_shortcut"),
     ]
     attention: list[Row] = [
         ("norm", "group_norm", "norm"),
-        ("to_q", "to_q[1x1]", "q[1x1]"),
-        ("to_k", "to_k[1x1]", "k[1x1]"),
-        ("to_v", "to_v[1x1]", "v[1x1]"),
+        ("to_{x}", "to_{x}[1x1]", "{x}[1x1]"),
         ("to_out", "to_out.0[1x1]", "proj_out[1x1]"),
     ]
     both: list[Row] = [
@@ -152,14 +138,13 @@ def vae_layers(layout: int, levels: int, layers: int) -> dict[str, str]:
         ("norm_out", "conv_norm_out", "norm_out"),
         ("conv_out", "conv_out", "conv_out"),
     ]
+    blocks = below(("blocks.{m}", "resnets.{m}", "block.{m}"), block)
     down = ("encoder.down.{n}", "encoder.down_blocks.{n}", "encoder.down.{n}")
     up = ("decoder.up.{n}", "decoder.up_blocks.{n}", "decoder.up.{reverse}")
     rows: list[Row] = [
         *below(("encoder", "encoder", "encoder"), both),
         *below(("decoder", "decoder", "decoder"), both),
-        *below(down, below(("blocks.{m}", "resnets.{m}", "block.{m}"), block)),
-        *below(down, [("resample", "downsamplers.0.conv", "downsample.conv")]),
-        *below(up, below(("blocks.{m}", "resnets.{m}", "block.{m}"), block)),
-        *below(up, [("resample", "upsamplers.0.conv", "upsample.conv")]),
+        *below(down, [*blocks, ("resample", "downsamplers.0.conv", "downsample.conv")]),
+        *below(up, [*blocks, ("resample", "upsamplers.0.conv", "upsample.conv")]),
     ]
-    return count_blocks(rows, layout, n=range(levels), m=range(layers + 1))
+    return expand(rows, layout, levels, layers + 1)

@@ -42,21 +42,20 @@ def mmdit_config(part: Part, latent_size: int) -> MMDiTConfig:
     depth = part.count(BLOCKS[part.layout])
     layers = mmdit_layers(part.layout, max(depth, 1))
     weights = {ours: theirs.partition("[")[0] + ".weight" for ours, theirs in layers.items()}
-    width, channels, patch, _ = part.shape(weights["patch_embedder"], 4)
+    width, channels, patch, _ = part.shape(weights["patch_embedder"])
     norm = weights["blocks.0.attention.image.norm_q"]
     has_norm = norm in part.shapes
-    head_width = part.shape(norm, 1)[0] if has_norm else int(part.number("attention_head_dim", HEAD_WIDTH))
-    rows, grid = latent_size // patch, isqrt(part.shape(POSITIONS[part.layout], 3)[1])
+    head_width = part.shape(norm)[0] if has_norm else int(part.number("attention_head_dim", HEAD_WIDTH))
+    rows, grid = latent_size // patch, isqrt(part.shape(POSITIONS[part.layout])[1])
     rows += (grid - rows) % 2                    # so that the crop can have the same centre as the whole
     if rows > grid:
         raise InputError(f"{part.checkpoint.where}: it knows positions for {grid} x {grid} patches, "
                          f"not for {rows} x {rows}; choose a smaller --size")
+    dual = tuple(n for n in range(depth) if weights[f"blocks.{n}.attention2.to_q"] in part.shapes)
     return MMDiTConfig(channels, patch, width, depth, heads=max(1, width // head_width),
-                       context_width=part.shape(weights["context_embedder"], 2)[1],
-                       pooled_width=part.shape(weights["pooled_embedder.fc1"], 2)[1],
-                       max_grid=rows, base_grid=rows, qk_norm=has_norm,
-                       dual_attention_layers=tuple(n for n in range(depth)
-                                                   if weights[f"blocks.{n}.attention2.to_q"] in part.shapes))
+                       context_width=part.shape(weights["context_embedder"])[1],
+                       pooled_width=part.shape(weights["pooled_embedder.fc1"])[1],
+                       max_grid=rows, base_grid=rows, qk_norm=has_norm, dual_attention_layers=dual)
 
 
 def load_mmdit(part: Part, latent_size: int, dtype: torch.dtype, device) -> MMDiT:
@@ -65,7 +64,7 @@ def load_mmdit(part: Part, latent_size: int, dtype: torch.dtype, device) -> MMDi
         mmdit = MMDiT(mmdit_config(part, latent_size))
     layers, positions = mmdit_layers(part.layout, mmdit.config.depth), POSITIONS[part.layout]
     load(mmdit, part.checkpoint, part.prefix, layers, dtype, device, extra=(positions,))
-    grid, rows = isqrt(part.shape(positions, 3)[1]), mmdit.config.max_grid
+    grid, rows = isqrt(part.shape(positions)[1]), mmdit.config.max_grid
     crop = slice((grid - rows) // 2, (grid + rows) // 2)
     mapped = part.checkpoint.tensor(part.prefix + positions)[0, :grid**2].unflatten(0, (grid, grid))
     mmdit.positions = mapped[crop, crop].to(device=device, dtype=dtype, copy=True)     # [G, G, width]
@@ -74,17 +73,17 @@ def load_mmdit(part: Part, latent_size: int, dtype: torch.dtype, device) -> MMDi
 
 def load_clip(part: Part, activation: str) -> TextEncoder:
     """CLIP-L (activation "quick_gelu") or CLIP-G ("gelu"). The weights stay in the file: see offload.py."""
-    vocabulary_size, width = part.shape("text_model.embeddings.token_embedding.weight", 2)
-    length, _ = part.shape("text_model.embeddings.position_embedding.weight", 2)
-    hidden, _ = part.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)
     depth, projection = part.count("text_model.encoder.layers."), "text_projection.weight"
-    pooled_width = part.shape(projection, 2)[0] if projection in part.shapes else None
-    heads = int(part.number("num_attention_heads", 0 if width % HEAD_WIDTH else width // HEAD_WIDTH))
-    if heads < 1 or width % heads:
-        raise InputError(f"{part.checkpoint.where}: {part.prefix} has width {width} that does not divide "
-                         f"into heads of {HEAD_WIDTH}; its config.json says how many there are: give the "
-                         "folder of the text encoders as --text DIR")
     with part.building():
+        vocabulary_size, width = part.shape("text_model.embeddings.token_embedding.weight")
+        length, _ = part.shape("text_model.embeddings.position_embedding.weight")
+        hidden, _ = part.shape("text_model.encoder.layers.0.mlp.fc1.weight")
+        pooled_width = part.shape(projection)[0] if projection in part.shapes else None
+        heads = int(part.number("num_attention_heads", 0 if width % HEAD_WIDTH else width // HEAD_WIDTH))
+        if heads < 1 or width % heads:
+            raise InputError(f"{part.checkpoint.where}: {part.prefix} has width {width} that does not divide "
+                             f"into heads of {HEAD_WIDTH}; its config.json says how many there are: give the "
+                             "folder of the text encoders as --text DIR")
         encoder = TextEncoder(TextConfig(vocabulary_size, length, width, depth, heads, hidden, pooled_width,
                                          end=vocabulary_size - 1, activation=activation))
     load(encoder, part.checkpoint, part.prefix, clip_layers(depth), None, "cpu")
@@ -94,12 +93,12 @@ def load_clip(part: Part, activation: str) -> TextEncoder:
 def load_t5(part: Part) -> T5Encoder:
     """T5's encoder. The weights stay in the file, which names the token embedding once or twice."""
     token_embedding = "shared" if "shared.weight" in part.shapes else "encoder.embed_tokens"
-    vocabulary_size, width = part.shape(f"{token_embedding}.weight", 2)
     depth, first = part.count("encoder.block."), "encoder.block.0.layer."
-    buckets, heads = part.shape(f"{first}0.SelfAttention.relative_attention_bias.weight", 2)
-    inner, _ = part.shape(f"{first}0.SelfAttention.q.weight", 2)
-    hidden, _ = part.shape(f"{first}1.DenseReluDense.wi_0.weight", 2)
     with part.building():
+        vocabulary_size, width = part.shape(f"{token_embedding}.weight")
+        buckets, heads = part.shape(f"{first}0.SelfAttention.relative_attention_bias.weight")
+        inner, _ = part.shape(f"{first}0.SelfAttention.q.weight")
+        hidden, _ = part.shape(f"{first}1.DenseReluDense.wi_0.weight")
         encoder = T5Encoder(T5Config(vocabulary_size, width, depth, heads, inner // heads, hidden, buckets))
     load(encoder, part.checkpoint, part.prefix, t5_layers(depth, token_embedding), None, "cpu",
          extra=("encoder.embed_tokens.weight",))         # the same values again, in some files
@@ -109,11 +108,11 @@ def load_t5(part: Part) -> T5Encoder:
 def vae_config(part: Part) -> VAEConfig:
     """The configuration of the autoencoder. What a single file does not tell is taken to be SD3's."""
     level, block = ("down", "block") if part.layout == SINGLE else ("down_blocks", "resnets")
-    channels = tuple(part.shape(f"encoder.{level}.{n}.{block}.0.conv1.weight", 4)[0]
+    channels = tuple(part.shape(f"encoder.{level}.{n}.{block}.0.conv1.weight")[0]
                      for n in range(max(1, part.count(f"encoder.{level}."))))
     published = VAEConfig()
     return VAEConfig(channels, layers=part.count(f"encoder.{level}.0.{block}."),
-                     latent_channels=part.shape("decoder.conv_in.weight", 4)[1],
+                     latent_channels=part.shape("decoder.conv_in.weight")[1],
                      groups=int(part.number("norm_num_groups", published.groups)),
                      scale=part.number("scaling_factor", published.scale),
                      shift=part.number("shift_factor", published.shift))
@@ -146,11 +145,13 @@ def read_config(weights: str | Path, text: str | Path | None, size: int) -> MMDi
 
 def latent_size(vae: Part, size: int) -> int:
     """Latents a side of pictures of `size` pixels. Raises InputError if these do not make whole patches."""
-    step = 2 * vae_config(vae).factor            # all published models have patches of 2 x 2 latents
+    with vae.building():
+        factor = vae_config(vae).factor
+    step = 2 * factor                            # all published models have patches of 2 x 2 latents
     if size < step or size % step:
         raise InputError(f"pictures of {size} px: the side must be a multiple of {step}, for example "
                          f"{max(step, size // step * step)}")
-    return size // vae_config(vae).factor
+    return size // factor
 
 
 def load_sd3(weights: str | Path, text: str | Path | None = None, size: int = 512, device="cpu",

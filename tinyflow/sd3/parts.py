@@ -18,14 +18,13 @@ from tinyflow.errors import InputError, shown
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
 
-PARTS = {                                        # part -> folder, file stem; prefix in a single file
-    "transformer": ("transformer", "diffusion_pytorch_model", "model.diffusion_model."),
-    "vae": ("vae", "diffusion_pytorch_model", "first_stage_model."),
-    "clip_l": ("text_encoder", "model", "text_encoders.clip_l.transformer."),
-    "clip_g": ("text_encoder_2", "model", "text_encoders.clip_g.transformer."),
-    "t5": ("text_encoder_3", "model", "text_encoders.t5xxl.transformer."),
+PARTS = {                                        # folder, file stem, prefix in a single file, tokenizer
+    "transformer": ("transformer", "diffusion_pytorch_model", "model.diffusion_model.", None),
+    "vae": ("vae", "diffusion_pytorch_model", "first_stage_model.", None),
+    "clip_l": ("text_encoder", "model", "text_encoders.clip_l.transformer.", "tokenizer"),
+    "clip_g": ("text_encoder_2", "model", "text_encoders.clip_g.transformer.", "tokenizer_2"),
+    "t5": ("text_encoder_3", "model", "text_encoders.t5xxl.transformer.", "tokenizer_3"),
 }
-TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 KIND = "StableDiffusion3Pipeline"                # what the model_index.json of SD3 and SD3.5 says
 
 
@@ -60,29 +59,25 @@ class Part:
         behind = [name.removeprefix(block) for name in self.shapes if name.startswith(block)]
         return sum(number.isdecimal() for number in {name.partition(".")[0] for name in behind})
 
-    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
-        """The shape of a tensor. Raises InputError if it is not there, or if no model can have this shape."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor. Raises InputError if it is not there."""
         if name not in self.shapes:
-            raise InputError(f"{self.checkpoint.where}: there is no {self.prefix}{name}; this file holds "
-                             f"{self.checkpoint.contents()}, and Stable Diffusion 3 or 3.5 is needed")
-        shape = self.shapes[name]
-        if len(shape) != dimensions or 0 in shape:
-            raise InputError(f"{self.checkpoint.where}: {self.prefix}{name} is {shape}, "
-                             f"where {dimensions} dimensions are needed")
-        return shape
+            raise InputError(f"{self.checkpoint.where}: there is no {self.prefix}{name}; this is another "
+                             "model, and Stable Diffusion 3 or 3.5 is needed")
+        return self.shapes[name]
 
     @contextmanager
     def building(self):
-        """Within this context modules are built on the meta device, from sizes that were read off this part.
+        """Within this context sizes are read off this part, and modules are built on the meta device.
 
-        Raises InputError if these sizes contradict each other.
+        Raises InputError if no model can have these sizes.
         """
         try:
             with torch.device("meta"):
                 yield
         except InputError:
             raise
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
             raise InputError(f"{self.checkpoint.where}: the shapes contradict each other ({error})") from None
 
 
@@ -102,42 +97,42 @@ def find_parts(weights: str | Path, text: str | Path | None) -> tuple[dict[str, 
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: there is no such file or folder")
-    parts, tokenizers, halves, taken = {}, {}, {}, []
+    parts, tokenizers, taken = {}, {}, set()
     if places[0].is_file():
         checkpoint = Checkpoint(places[:1])
         if checkpoint.under("transformer_blocks."):
             raise InputError(f"{places[0]}: this is the transformer of a diffusers folder; give the folder "
                              "that holds transformer/, vae/ and the others")
-        found = {name: Part(checkpoint, prefix, SINGLE, {}) for name, (_, _, prefix) in PARTS.items()}
-        found["transformer"].shape("x_embedder.proj.weight", 4)  # an error says what the file is instead
+        found = {name: Part(checkpoint, prefix, SINGLE, {}) for name, (_, _, prefix, _) in PARTS.items()}
+        found["transformer"].shape("x_embedder.proj.weight")     # an error says that this is another model
         parts = {name: part for name, part in found.items() if part.shapes}
     for place in filter(Path.is_dir, places):
         kind = read_config(place / "model_index.json").get("_class_name", KIND)
         if kind != KIND:
             raise InputError(f"{place}: this folder holds a {kind}; "
                              f"a {KIND} (Stable Diffusion 3 or 3.5) is needed")
-        for name, (folder, stem, _) in PARTS.items():
+        for name, (folder, stem, _, tokenizer) in PARTS.items():
             config = read_config(place / folder / "config.json")
-            if name in parts:                    # a single file has no config.json
-                taken += [place] * bool(config and not parts[name].config)
-                parts[name] = replace(parts[name], config=parts[name].config or config)
-            elif checkpoint := Checkpoint.find(place / folder, stem):
+            if name not in parts and (checkpoint := Checkpoint.find(place / folder, stem)):
                 parts[name] = Part(checkpoint, "", DIFFUSERS, config)
-                taken.append(place)
-            elif os.path.lexists(place / folder):
-                halves[name] = f"{place / folder}: there is no {stem}.safetensors in it"
-        for name, folder in TOKENIZERS.items():
-            if (place / folder).is_dir() and name not in tokenizers:
-                tokenizers[name] = place / folder
-                taken.append(place)
-    if text and not any(place == places[1] for place in taken):
+                taken.add(place)
+            elif name in parts and config and not parts[name].config:    # a single file has no config.json
+                parts[name] = replace(parts[name], config=config)
+                taken.add(place)
+            if tokenizer and name not in tokenizers and (place / tokenizer).is_dir():
+                tokenizers[name] = place / tokenizer
+                taken.add(place)
+    if text and places[1] not in taken:
         raise InputError(f"--text {text}: nothing was taken from it; give a folder with what {weights} "
                          "lacks, such as text_encoder_3/ and tokenizer_3/, or leave it out")
-    if "t5" in halves and "t5" not in parts:     # otherwise nobody would notice that T5 is not used
-        raise InputError(f"{halves['t5']}; complete the download, or delete the folder to run without T5")
+    for place in places:                         # otherwise nobody would notice that T5 is not used
+        half = place / PARTS["t5"][0]
+        if "t5" not in parts and os.path.lexists(half):
+            raise InputError(f"{half}: there is no model.safetensors in it; complete the download, or delete "
+                             "the folder to run without T5")
     needed = [name for name in PARTS if name != "t5" or name in parts]
     missing = [f"{PARTS[name][0]}/" for name in needed if name not in parts]
-    missing += [f"{TOKENIZERS[name]}/" for name in needed if name in TOKENIZERS and name not in tokenizers]
+    missing += [f"{PARTS[name][3]}/" for name in needed if PARTS[name][3] and name not in tokenizers]
     if missing:
         advice = "download these too" if places[0].is_dir() else "give it with --text DIR"
         raise InputError(f"{' and '.join(map(str, places))}: no {', '.join(missing)}; "

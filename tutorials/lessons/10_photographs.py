@@ -65,6 +65,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.export import export_lora
@@ -86,7 +87,6 @@ from tinyflow.sd3.checkpoint import take
 from tinyflow.sd3.layouts import DIFFUSERS, clip_layers, mmdit_layers, t5_layers, vae_layers
 from tinyflow.sd3.load import LAST_TIME, SD35_MEDIUM, SHIFT, load_sd3
 from tinyflow.sd3.t5 import T5Config, T5Encoder
-from tinyflow.sd3.tokenizers import BYTES
 from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.vae import VAE, VAEConfig
 from tinyflow.weights import tensor_hash
@@ -184,7 +184,9 @@ def write(folder, stem, module, layers, config={}, **more):
 def write_clip_vocabulary(folder, words):        # CLIP's bytes, and merges that make a word one token
     letters = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     pairs = dict.fromkeys((word[:n], letters[word][n]) for word in words for n in range(1, len(word)))
-    tokens = dict.fromkeys([*BYTES, *(byte + "</w>" for byte in BYTES), *map("".join, pairs)])
+    alphabet, others = ByteLevel.alphabet(), iter(range(256, 512))       # a visible character for each byte
+    symbols = [chr(n if chr(n) in alphabet else next(others)) for n in range(256)]
+    tokens = dict.fromkeys([*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, pairs)])
     ids = {token: n for n, token in enumerate(tokens)} | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(ids))
