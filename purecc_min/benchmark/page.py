@@ -13,19 +13,17 @@ from purecc_min.benchmark.report import COMPARED, gather
 from purecc_min.benchmark.tables import (
     ENDS,
     Results,
-    difference,
+    cost_of,
+    differences_table,
     entry,
     equal_fidelity,
     grouped,
     markdown,
+    methods_table,
     name_of,
-    passes_of,
-    plus_minus,
     terms_table,
-    trained_of,
 )
 from purecc_min.benchmark.two import of_pairs, plan_two, two_table
-from purecc_min.measure.measures import better
 from purecc_min.measure.toy import CONCEPTS, HELD_OUT
 from tinyflow.files import write_whole
 
@@ -48,6 +46,8 @@ LEARNED = ("fidelity", "sees concept", "beside, first", "beside, second", "confo
            "outside change")
 KEPT = ("class leak", "drift", "neighbour leak", "neighbour change", "another kind: leak", "no places: leak",
         "text kept")
+CHANGED = ("fidelity", "beside another", "neighbour leak", "neighbour change", "another kind: leak",
+           "outside change", "confounder unsaid")
 AT_THE_END = (("bound", "switched-off"), ("bound", "token"), ("bound-half", "bound"),
               ("bound-pairs", "bound-half"), ("bound-pairs", "bound, longer"), ("bound-paper", "bound"),
               ("switched-off, word kept", "switched-off"), ("paper", "lora"), ("paper, v_0", "paper"))
@@ -61,36 +61,19 @@ def headline(results: Results, pairs: list[dict]) -> str:
     for method, title in HEADLINE.items():
         group, two = [row for row in results if name_of(row) == method], of_pairs(pairs, method)
         both = "{keeps:.2f}, {other's:.2f}".format(**two) if two else ""
-        rows.append([title, *(entry(group, name) for name in columns.values()), both, passes_of(group)])
+        rows.append([title, *(entry(group, name) for name in columns.values()), both, cost_of(group)[1]])
     return markdown(["method", *columns, "two concepts in one text: kept ↑, mixed ↓", "passes"], rows)
 
 
-def of_methods(results: Results, names: tuple[str, ...], cost: bool = False,
-               titles: dict[str, str] | None = None) -> str:
-    """Methods as rows, these measures as columns. titles: of these rows alone, by the methods' names."""
-    header = ["method", *(f"{name} {better(name)}" for name in names), *(["trained", "passes"] * cost)]
-    groups = grouped(results)
-    titles = titles or {name: name for name in groups}
-    rows = [[title, *(entry(groups[name], measure) for measure in names),
-             *([trained_of(groups[name]), passes_of(groups[name])] * cost)] for name, title in titles.items()]
-    return markdown(header, rows)
-
-
-def differences(results: Results) -> str:
-    """One method minus another at the end of training, on the individuals, paired by concept and seed."""
-    names = ("fidelity", "beside another", "neighbour leak", "neighbour change", "another kind: leak",
-             "outside change", "confounder unsaid")
-    rows = [[f"{larger} minus {smaller}",
-             *(plus_minus(name, difference(results, larger, smaller, name, INDIVIDUALS), signed=True)
-               for name in names)] for larger, smaller in AT_THE_END]
-    return markdown(["at the end of training", *names], rows)
+def by_method(results: Results, names: tuple[str, ...], cost: bool = False) -> str:
+    return methods_table({(name,): group for name, group in grouped(results).items()}, names, cost)
 
 
 def of_phrase(nowhere: Path) -> str:
     """The phrase taken apart, on the individuals among the tuning concepts."""
     rows = [row for row in gather(plan("phrase"), nowhere, shipped=True) if "braces" not in row["concept"]]
-    names = ("fidelity", "beside, first", "beside, second", "neighbour leak")
-    return of_methods(rows, names, titles=OF_PHRASE)
+    groups, names = grouped(rows), ("fidelity", "beside, first", "beside, second", "neighbour leak")
+    return methods_table({(title,): groups[name] for name, title in OF_PHRASE.items()}, names)
 
 
 def verdicts(results: Results) -> str:
@@ -108,10 +91,12 @@ def tables() -> dict[str, str]:
     results = gather(plan("main"), nowhere, shipped=True)
     pairs = [pair.result(nowhere, shipped=True) for pair in plan_two()]
     individuals = [row for row in results if row["concept"] in INDIVIDUALS]
-    return {"headline": headline(results, pairs), "learned": of_methods(results, LEARNED, cost=True),
-            "kept": of_methods([row for row in results if row["method"] not in ENDS], KEPT),
-            "individuals": of_methods(individuals, ("fidelity", "beside another", "neighbour leak")),
-            "differences": differences(results), "fronts": equal_fidelity(results, COMPARED),
+    return {"headline": headline(results, pairs), "learned": by_method(results, LEARNED, cost=True),
+            "kept": by_method([row for row in results if row["method"] not in ENDS], KEPT),
+            "individuals": by_method(individuals, ("fidelity", "beside another", "neighbour leak")),
+            "differences": differences_table("at the end of training", results, AT_THE_END, CHANGED,
+                                             INDIVIDUALS),
+            "fronts": equal_fidelity(results, COMPARED),
             "two": two_table(pairs), "claims": verdicts(gather(plan("claims"), nowhere, shipped=True)),
             "lambdas": terms_table(results), "phrase": of_phrase(nowhere)}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from purecc_min.benchmark.cells import Cell
 from purecc_min.benchmark.claims import claims_table
+from purecc_min.benchmark.entries import FURTHER
 from purecc_min.benchmark.figures import (
     curves,
     figure_8,
@@ -27,14 +28,13 @@ from purecc_min.benchmark.figures import (
 from purecc_min.benchmark.tables import (
     Results,
     add_fidelity,
+    differences_table,
     equal_fidelity,
     front,
-    further_table,
     grouped,
     measures_table,
     methods_tables,
     name_of,
-    rows_of,
     terms_table,
     tuning_table,
 )
@@ -46,6 +46,8 @@ from tinyflow.files import write_whole
 COMPARED = (("bound", "switched-off"), ("bound-half", "bound"), ("bound-paper", "bound"), ("bound", "token"),
             ("paper", "lora"), ("paper, v_0", "anchor"), ("anchor", "lora"))
 AT_RANK_4 = "bound learning_rate=0.004 rank=4"   # the part `phrase` was run before ranks were tuned
+VARIED_IN = ("fidelity", "sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak",
+             "neighbour leak", "path KL")
 ON_EARLIER = ("further", "claims", "factors")    # parts
 
 
@@ -64,8 +66,10 @@ def write_data(results: Results, part: str, folder: Path) -> None:
 
 
 def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
-    """The rows of those cells that were run. shipped: or that came with this repository."""
-    rows = [row for cell in cells for row in rows_of(cell.result(folder, shipped) or {"ways": {}})]
+    """A row for each way of sampling, of those cells that were run. shipped: or came with this repository."""
+    found = filter(None, [cell.result(folder, shipped) for cell in cells])
+    rows = [{**result, "way": way, "snapshots": snapshots}
+            for result in found for way, snapshots in result["ways"].items()]
     add_fidelity(rows)
     return rows
 
@@ -86,18 +90,19 @@ def draw_figures(results: Results, pairs: list[Two], folder: Path, shipped: bool
         strips(pairs, folder, out / "two.png")
 
 
-def main_text(results: Results) -> str:
-    """The main part's tables."""
-    return "\n\n".join([by_method(results), equal_fidelity(results, COMPARED), terms_table(results),
-                        measures_table(results)])
-
-
 def by_method(results: Results) -> str:
     return methods_tables({(title,): group for title, group in grouped(results).items()})
 
 
+def main_text(results: Results) -> str:
+    return "\n\n".join([by_method(results), equal_fidelity(results, COMPARED), terms_table(results),
+                        measures_table(results)])
+
+
 def further_text(results: Results) -> str:
-    return f"{by_method(results)}\n\n{further_table(results)}"
+    """Also what each method has more of than those that it varies, at the end of training."""
+    pairs = [(name, other) for name, method in FURTHER.items() for other in method.beside]
+    return f"{by_method(results)}\n\n{differences_table('at the end', results, pairs, VARIED_IN)}"
 
 
 def by_concept(results: Results) -> str:
