@@ -283,15 +283,6 @@ def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
 
 
 # -------------------------------------------------------------------------------------------------------- run
-def read_strip(file: Path, count: int) -> list[np.ndarray]:
-    """The pictures of a strip. Raises InputError if it is damaged."""
-    try:
-        return np.split(np.asarray(Image.open(file).convert("RGB")), count, axis=1)
-    except (OSError, ValueError):
-        raise InputError(f"{file}: damaged; delete it and {file.with_suffix('.json').name}, and the same "
-                         "command makes both again") from None
-
-
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
     """Draws and measures each way of sampling the method's model; returns the first way's pictures.
 

@@ -172,13 +172,15 @@ def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
     return "\n\n".join(texts)
 
 
-def grouped(results: Results) -> dict[str, Results]:
-    """By method and change, in the order of ALL, the ends of the scale first."""
+def grouped(results: Results) -> dict[tuple[str], Results]:
+    """(method and change,) -> its results, in the order of ALL, the ends of the scale first."""
     order = [*ENDS, *ALL]
     ordered = sorted(results, key=lambda row: (order.index(row["method"]), str(row["changes"]),
                                                list(WAYS).index(row["way"])))
-    names = dict.fromkeys(map(name_of, ordered))
-    return {name: [result for result in ordered if name_of(result) == name] for name in names}
+    groups: dict[tuple[str], Results] = {}
+    for result in ordered:
+        groups.setdefault((name_of(result),), []).append(result)
+    return groups
 
 
 def measures_table(results: Results) -> str:
@@ -186,7 +188,7 @@ def measures_table(results: Results) -> str:
     groups = grouped(results)
     names = [name for name in (*MEASURES, "fidelity") if any(name in final(result) for result in results)]
     rows = [[name, *(entry(group, name) for group in groups.values())] for name in names]
-    return markdown(["measure", *groups], rows)
+    return markdown(["measure", *(name for name, in groups)], rows)
 
 
 def cost_of(group: Results) -> list[str]:
@@ -194,7 +196,8 @@ def cost_of(group: Results) -> list[str]:
     if "passes" not in group[0]:
         return ["", ""]
     forward, backward = (np.mean([row["passes"][name] for row in group]) for name in ("forward", "backward"))
-    return [f"{group[0]['trained']:,}", f"{forward:.3g} + {backward:.3g}"]
+    trained = f"{group[0]['trained']:,}" if "trained" in group[0] else ""        # older results lack it
+    return [trained, f"{forward:.3g} + {backward:.3g}"]
 
 
 def budget(run: dict) -> str:
@@ -269,7 +272,7 @@ def terms_table(results: Results) -> str:
 def tuning_table(results: Results) -> str:
     """The score of every try on each tuning concept."""
     groups, rows = grouped([r for r in results if r["method"] not in ENDS and r["way"] == ""]), []
-    for name, group in groups.items():
+    for (name,), group in groups.items():
         scores = {result["concept"]: score(final(result)) for result in group}           # some lack a style
         of_each = [f"{scores[concept]:.3f}" if concept in scores else "" for concept in TUNING]
         rows.append([name, *of_each, f"{np.mean(list(scores.values())):.3f}"])
