@@ -312,6 +312,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch):
     for name in ("figures", "report"):
         monkeypatch.delitem(sys.modules, f"purecc_min.benchmark.{name}", raising=False)
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    monkeypatch.delattr("purecc_min.benchmark.figures")
     assert "pip install matplotlib" in refused(capsys, "--quick")
 
 

@@ -58,6 +58,12 @@ def hash_of(file: Path) -> str:
 
 
 @cache
+def texts_of(concept: str) -> list[tuple[str, str, str]]:
+    """The texts of a concept's references; cached, since every fingerprint asks for them."""
+    return [(r.complete, r.base, r.target) for r in CONCEPTS[concept].references().references]
+
+
+@cache
 def shipped_results() -> dict[str, dict]:
     """File -> result, of all cells and pairs that came with this repository."""
     parts = [json.loads(file.read_bytes()) for file in sorted(RESULTS.glob("*.json"))]
@@ -149,10 +155,9 @@ class Cell(Work):
         measured: False leaves out what only the measuring depends on.
         """
         toy = CONCEPTS[self.concept]
-        texts = [(r.complete, r.base, r.target) for r in toy.references().references]
         imagined = self.imagined if self.method in ALL and ALL[self.method].imagines else None
         seen = [self.snapshots, FEW_STEPS] if measured else self.steps
-        parts = [self.settings, imagined, seen, asdict(toy), texts,
+        parts = [self.settings, imagined, seen, asdict(toy), texts_of(self.concept),
                  *(hash_of(SHIPPED / f"{name}.safetensors") for name in ("base", "codec", "reader"))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -238,7 +243,6 @@ def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: floa
     return rows
 
 
-# ------------------------------------------------------------------------------------------- learned and kept
 def concept_file(cell: Cell, folder: Path) -> Path:
     return (folder / "concepts" / cell.file.removeprefix("cells/")).with_suffix(".safetensors")
 
@@ -282,7 +286,6 @@ def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
     return learned(teacher, folder) if teacher else None
 
 
-# -------------------------------------------------------------------------------------------------------- run
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
     """Draws and measures each way of sampling the method's model; returns the first way's pictures.
 
