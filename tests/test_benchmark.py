@@ -27,7 +27,8 @@ from purecc_min.benchmark.cells import (
     train_cell,
 )
 from purecc_min.benchmark.entries import MAIN, start
-from purecc_min.benchmark.plans import QUICK, SEEDS, plan
+from purecc_min.benchmark.plans import SEEDS, plan
+from purecc_min.benchmark.report import gather
 from purecc_min.benchmark.two import PAIRS, Two, draw_pair, judged, of_pairs, pair_of, run_two
 from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import Batch
@@ -41,10 +42,6 @@ from tinyflow.weights import tensor_hash
 from tutorials.experiments.mechanism import study
 
 ROOT = Path(__file__).parent.parent
-
-
-def without_time(result):
-    return {**result, "seconds": None}
 
 
 # ---------------------------------------------------------------------------------------------------- methods
@@ -123,11 +120,7 @@ def test_a_weight_that_matters_stays_where_it_is(cheap):
 
 
 def test_every_Y_has_the_embeddings_learning_rate(cheap):
-    """In merged stages theta_1's Y once had the adapters' rate.
-
-    optimizer_for looked for theta_2's Y alone, so the extractor's Y, which is trained along, counted as an
-    adapter and learned at another rate than the Y of every other method.
-    """
+    """In merged stages theta_1's Y once had the adapters' rate: only theta_2's Y was looked for."""
     setup, config = set_up("striped_cat"), TrainConfig(learning_rate=0.25, embedding_learning_rate=0.5)
     theta = start(ALL["merged stages"], setup.pipe, setup.data, config, None)
     others, embeddings = optimizer_for(theta, config).param_groups
@@ -137,17 +130,23 @@ def test_every_Y_has_the_embeddings_learning_rate(cheap):
 
 
 # ------------------------------------------------------------------------------------------------------ cells
-def test_a_cell_run_again_or_without_its_extractor_gives_the_same_result(cheap, tmp_path):
-    cell, lora = Cell("striped_cat", "paper", steps=2), Cell("striped_cat", "lora", steps=2)
-    run_cell(lora, tmp_path / "a")
-    first = run_cell(cell, tmp_path / "a")
+def test_a_cell_run_again_gives_the_same_result_and_its_pictures(cheap, tmp_path):
+    """The second time its extractor is there already."""
+    cell = Cell("striped_cat", "paper", steps=2, on_the_way=False)
+    first = run_cell(cell, tmp_path)
     assert first["ways"][""]["2"].keys() == MEASURES.keys() and len(first["terms"]["1"]) == len(cells.TIMES)
     assert first["passes"]["backward"] == 2 and first["trained"] > 1000
-    again = run_cell(cell, tmp_path / "b")       # its extractor is trained on the way
-    assert without_time(again) == without_time(first)
-    file = tmp_path / "a" / cell.file
+    file = tmp_path / cell.file
     written = file.stat().st_mtime_ns
-    assert run_cell(cell, tmp_path / "a") == first and file.stat().st_mtime_ns == written
+    assert run_cell(cell, tmp_path) == first and file.stat().st_mtime_ns == written
+    file.unlink()
+    again = run_cell(cell, tmp_path)
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+    figures = pytest.importorskip("purecc_min.benchmark.figures")
+    figures.curves(gather([cell], tmp_path), tmp_path / "curves.png")
+    figures.figure_8(cell, tmp_path, tmp_path / "figure8.png")
+    assert all((tmp_path / name).stat().st_size > 100 for name in ("curves.png", "figure8.png"))
 
 
 def test_a_result_stands_for_what_its_method_uses_and_for_nothing_else(monkeypatch):
@@ -163,12 +162,8 @@ def test_a_result_stands_for_what_its_method_uses_and_for_nothing_else(monkeypat
     monkeypatch.setitem(METHODS["lora"].settings, "eta", 0.5)
     changed = {name for name, recipe in known.items() if Cell("striped_cat", name).recipe() != recipe}
     assert changed == {"lora", "bound-pairs"}    # the LoRA's own setting, and the number of imagined scenes
-
-
-def test_what_is_learned_does_not_depend_on_when_it_is_measured():
     once, often = (Cell("striped_cat", "lora", on_the_way=on_the_way) for on_the_way in (False, True))
     assert once.recipe() != often.recipe() and once.recipe(measured=False) == often.recipe(measured=False)
-    assert once.recipe(measured=False) != Cell("striped_cat", "lora", steps=2).recipe(measured=False)
 
 
 def test_there_is_one_registry():
@@ -179,21 +174,17 @@ def test_there_is_one_registry():
             assert getattr(MAIN[name], part) == getattr(method, part), (name, part)
 
 
-def test_a_result_of_other_settings_is_not_taken(cheap, tmp_path, monkeypatch):
+def test_the_two_ends_of_the_scale_and_a_result_of_other_settings_is_not_taken(cheap, tmp_path, monkeypatch):
     cell = Cell("striped_cat", "nothing")
-    run_cell(cell, tmp_path)
-    assert cell.result(tmp_path) and Cell("striped_cat", "perfect").result(tmp_path) is None
-    monkeypatch.setattr(cells, "FEW_STEPS", 2)
-    assert cell.result(tmp_path) is None
-
-
-def test_the_two_ends_of_the_scale(cheap, tmp_path):
-    nothing = run_cell(Cell("striped_cat", "nothing"), tmp_path)["ways"][""]["0"]
-    perfect = run_cell(Cell("striped_cat", "perfect"), tmp_path)["ways"][""]["0"]
+    nothing = run_cell(cell, tmp_path)["ways"][""]["0"]
     for name, row in MEASURES.items():
         if row.nothing is not None:
             assert nothing[name] == pytest.approx(row.nothing, abs=1e-6)
+    assert cell.result(tmp_path) and Cell("striped_cat", "perfect").result(tmp_path) is None
+    perfect = run_cell(Cell("striped_cat", "perfect"), tmp_path)["ways"][""]["0"]
     assert perfect["drift"] == perfect["path KL"] == perfect["class drift"] == 0
+    monkeypatch.setattr(cells, "FEW_STEPS", 2)
+    assert cell.result(tmp_path) is None
 
 
 def test_the_plans_keep_tuning_and_held_out_concepts_apart():
@@ -243,13 +234,6 @@ def test_fig_8_shows_pictures_that_the_velocities_lead_to(cheap):
     assert (other - x_0).abs().max() > 1e-5      # Y says something
 
 
-def test_a_pairs_texts_name_both_concepts(cheap):
-    pair = pair_of(("striped_cat", "dotted_fish"))
-    both, plain = pair.texts((0, 1)), pair.texts(())
-    assert all("[V1] cat on the left and a" in text and "[V2] fish on the right" in text for text in both)
-    assert plain == [text.replace("[V1] ", "").replace("[V2] ", "") for text in both]
-
-
 def test_Y_alone_never_moves_the_base_text_and_adapters_do(cheap, tmp_path):
     assert study(Cell("striped_cat", "embeddings", steps=2), tmp_path)["base moves"] == 0
     assert study(Cell("striped_cat", "lora", steps=2), tmp_path)["base moves"] > 0
@@ -258,11 +242,13 @@ def test_Y_alone_never_moves_the_base_text_and_adapters_do(cheap, tmp_path):
 def test_two_untrained_concepts_draw_what_the_base_draws(cheap):
     """Fresh branches change nothing, whichever of them the text names."""
     pair = pair_of(("striped_cat", "dotted_fish"))
+    both, neither = pair.texts((0, 1)), pair.texts(())
+    assert all("[V1] cat on the left and a" in text and "[V2] fish on the right" in text for text in both)
+    assert neither == [text.replace("[V1] ", "").replace("[V2] ", "") for text in both]
     fresh = [Branch.fresh(pair.setups[0].pipe, None, 1, where="phrase") for _ in range(2)]
-    plain = draw_pair(pair, "bound", fresh, (), 2)
-    assert plain.shape == (2, 3, 64, 64)
-    named = draw_pair(pair, "bound", fresh, (0, 1), 2)
-    assert named.shape == plain.shape and not torch.equal(named, plain)      # the word stands there twice
+    plain, named = (draw_pair(pair, "bound", fresh, own, 2) for own in ((), (0, 1)))
+    assert plain.shape == named.shape == (2, 3, 64, 64)
+    assert not torch.equal(named, plain)         # the word stands there twice
 
 
 def test_in_a_perfect_picture_of_two_concepts_each_has_its_own_traits(cheap):
@@ -290,37 +276,23 @@ def test_a_pair_is_drawn_once_and_its_table_counts_each_concept(cheap, tmp_path,
 
 
 # ---------------------------------------------------------------------------------------------- its README.md
-def recipe(title):
-    """The Python block below a heading of the benchmark's README.md."""
+def added_by(title, known, name, most):
+    """What the Python block below a heading of the benchmark's README.md adds: (its name, itself)."""
     text = (RESULTS.parent / "README.md").read_text()
     block = re.search(rf"### {title}\n.*?```python\n(.*?)```", text, re.DOTALL).group(1)
-    return block, len(block.strip().splitlines())
-
-
-def test_a_method_is_added_by_the_recipe(cheap, tmp_path, monkeypatch):
-    block, lines = recipe("A method of your own")
-    assert lines < 30
+    assert len(block.strip().splitlines()) < most
     added = {}
-    exec(block, {**vars(entries), "MAIN": added})
-    (name,) = added
-    monkeypatch.setitem(ALL, name, added[name])
+    exec(block, {**vars(known), name: added})
+    return added.popitem()
+
+
+def test_a_method_and_a_concept_are_added_by_the_recipes(cheap, tmp_path, monkeypatch):
+    name, method = added_by("A method of your own", entries, "MAIN", 30)
+    monkeypatch.setitem(ALL, name, method)
     assert run_cell(Cell("striped_cat", name, steps=1), tmp_path)["ways"][""]["1"].keys() == MEASURES.keys()
-
-
-def test_a_concept_is_added_by_the_recipe(cheap, tmp_path, monkeypatch):
-    block, lines = recipe("A concept of your own")
-    assert lines < 20
-    added = {}
-    exec(block, {**vars(toy), "CONCEPTS": added})
-    (name,) = added
-    monkeypatch.setitem(toy.CONCEPTS, name, added[name])
+    name, concept = added_by("A concept of your own", toy, "CONCEPTS", 20)
+    monkeypatch.setitem(toy.CONCEPTS, name, concept)
     assert run_cell(Cell(name, "perfect"), tmp_path)["ways"][""]["0"]["sees concept"] >= 0
-
-
-def test_the_report_links_to_what_is_there():
-    text = (RESULTS.parent / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert links and all((RESULTS.parent / link).exists() for link in links)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -340,13 +312,14 @@ def test_bad_input_is_one_line(capsys, monkeypatch):
     for name in ("figures", "report"):
         monkeypatch.delitem(sys.modules, f"purecc_min.benchmark.{name}", raising=False)
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    monkeypatch.delattr("purecc_min.benchmark.figures")
     assert "pip install matplotlib" in refused(capsys, "--quick")
 
 
 def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):
     """Workers once outlived their parent and kept the machine busy for minutes."""
     line = [sys.executable, "-m", "purecc_min.benchmark", "--quick", "--concepts", "striped_cat",
-            "--steps", "2", "--out", str(tmp_path)]
+            "--methods", "bound", "--steps", "2", "--out", str(tmp_path)]
     first = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("cells/*/*.json")):
         assert first.poll() is None
@@ -361,14 +334,9 @@ def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):
         assert not line_of.exists() or "spawn_main" not in line_of.read_text()
     again = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "min on" in again.stdout and "| paper (2 steps)" in again.stdout and len(done) < 6
+    assert "min on" in again.stdout and "| bound (2 steps)" in again.stdout and len(done) < 3
     assert all(file.read_bytes() == content for file, content in done.items())
     results = json.loads((tmp_path / "main" / "results.json").read_text())
-    assert {result["method"] for result in results} == {"nothing", "perfect", *QUICK["methods"]}
-    for name in ("results.csv", "table.md", "fronts.png", "curves.png", "samples-striped_cat.png",
-                 "figure8.png"):
+    assert {result["method"] for result in results} == {"nothing", "perfect", "bound"}
+    for name in ("results.csv", "table.md", "fronts.png", "samples-striped_cat.png"):
         assert (tmp_path / "main" / name).stat().st_size > 100, name
-
-
-def test_the_shipped_files_are_the_ones_the_package_installs():
-    assert "results/*.json" in (ROOT / "pyproject.toml").read_text() and RESULTS.parent.name == "benchmark"

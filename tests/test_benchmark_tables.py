@@ -9,13 +9,12 @@ from purecc_min.benchmark import tables
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims
 from purecc_min.benchmark.entries import FURTHER, MAIN
 from purecc_min.benchmark.plans import VARIED, plan
-from purecc_min.benchmark.report import by_concept, gather, phrase_text
+from purecc_min.benchmark.report import by_concept, further_text, gather, phrase_text
 from purecc_min.benchmark.tables import (
     add_fidelity,
     at_similarity,
     difference,
     equal_fidelity,
-    further_table,
     mean_and_interval,
     score,
 )
@@ -45,10 +44,7 @@ def test_damage_at_a_similarity_is_read_off_the_front_at_its_first_crossing():
 
 
 def test_methods_are_compared_where_the_weaker_one_ends():
-    """The stronger run is stopped early, whichever it is.
-
-    A damage that grows with fidelity alone makes no difference then.
-    """
+    """The stronger run is stopped early, so a damage that grows with fidelity alone makes no difference."""
     names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "text kept", "mask IoU",
                            "composition"), 1.0)
     results = [run("c", "nothing", 0, 0.0, **names), run("c", "perfect", 0, 1.0, **names)]
@@ -84,13 +80,10 @@ def test_rows_with_another_number_of_steps_say_so():
     text = tables.methods_tables(groups)
     assert "short (20 steps)" in text and "long (400 steps)" in text
     assert "own (" not in text and "end (" not in text
-
-
-def test_a_table_over_concepts_has_a_row_for_a_method_and_not_for_each_way_of_sampling_it():
     results = [run(concept, "lora", 0, 0.5) | {"way": way} for concept in "ab" for way in tables.WAYS]
-    text = by_concept(results)
+    text = by_concept(results)                   # a row for a method and not for each way of sampling it
     assert {line.split("|")[1].strip() for line in text.splitlines() if "lora" in line} == {"a", "b"}
-    assert "switched off" not in text and "empty text" not in text
+    assert "empty text" not in text
 
 
 def test_the_score_is_0_without_fidelity_and_1_without_damage():
@@ -99,13 +92,9 @@ def test_the_score_is_0_without_fidelity_and_1_without_damage():
     assert score(best | {"class leak": 0.5}) < 1 and score(best | {"drift": 0.05}) < 1
 
 
-def test_intervals_are_students():
-    mean, half = mean_and_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.30 / 3**0.5)
+def test_intervals_are_students_and_verdicts_look_at_the_whole_interval():
+    assert mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.30 / 3**0.5))
     assert np.isnan(mean_and_interval([1.0])[1])
-
-
-def test_verdicts_look_at_the_whole_interval():
     for values, equal, verdict in (([0.1, 0.11, 0.12], False, "holds"),
                                    ([-0.1, -0.11, -0.12], False, "does not hold"),
                                    ([0.1, -0.1, 0.0], False, "depends"),
@@ -128,7 +117,7 @@ def test_each_further_method_is_compared_with_what_it_varies():
     results = [run("striped_cat", name, 0, *similarities, **{"class leak": leak})
                for name, similarities, leak in (("lora, twice", (0.5, 1.0), 0.8), ("lora", (0.5,), 0.2),
                                                 ("paper", (1.0,), 0.6), ("nothing", (0.0,), 0.0))]
-    text = further_table(results)
+    text = further_text(results)
     rows = {title: " ".join(line for line in text.splitlines() if f"| {title} " in line)
             for title in ("lora, twice minus lora", "lora, twice minus paper", "released minus paper")}
     assert "+0.700" in rows["lora, twice minus lora"] and "+0.200" in rows["lora, twice minus paper"]

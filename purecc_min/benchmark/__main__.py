@@ -22,16 +22,8 @@ from purecc_min.benchmark.two import plan_two
 from purecc_min.benchmark.workers import run
 from purecc_min.measure.toy import CONCEPTS
 from tinyflow.disk import locked, make_folder
-from tinyflow.errors import InputError, shown
+from tinyflow.errors import InputError
 from tinyflow.terminal import Parser, file_path, number, positive, report_errors
-
-
-def check_known(kind: str, names: list[str], choices: dict) -> None:
-    """Raises: InputError for a name that is not among the choices."""
-    for name in names:
-        if name not in choices:
-            raise InputError(f"--{kind} {shown(name)}: unknown name; known are "
-                             f"{', '.join(choices)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,9 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=SEEDS, default="main", help="what to run (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="main: one seed, two concepts, three methods")
-    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME",
+    parser.add_argument("--methods", nargs="+", choices=tuple(ALL), default=[], metavar="NAME",
                         help="main: train only these; the shipped results fill the rest of the tables")
-    parser.add_argument("--concepts", nargs="+", default=[], metavar="NAME",
+    parser.add_argument("--concepts", nargs="+", choices=tuple(CONCEPTS), default=[], metavar="NAME",
                         help="main: these concepts in place of the main part's")
     parser.add_argument("--steps", type=positive, default=STEPS,
                         help="of training; fewer for a test (%(default)s)")
@@ -61,8 +53,6 @@ def main(arguments: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             raise InputError(f"the benchmark's pictures need {error.name}: "
                              "pip install matplotlib") from None
-        check_known("methods", methods, ALL)
-        check_known("concepts", concepts, CONCEPTS)
         if (options.quick or methods or concepts) and part != "main":
             raise InputError("--quick, --methods and --concepts are for the main part; "
                              f"leave them out of {part}")

@@ -14,22 +14,14 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.entries import (
-    ABLATIONS,
-    FURTHER,
-    MAIN,
-    PHRASE,
-    Setup,
-    as_sampled,
-    start,
-)
+from purecc_min.benchmark.entries import ABLATIONS, FURTHER, MAIN, PHRASE, Setup, as_sampled, start
 from purecc_min.branch import Branch, Thetas
 from purecc_min.concept import EncodedConcept, encode, noised
 from purecc_min.concept_file import load_branch
@@ -66,24 +58,54 @@ def hash_of(file: Path) -> str:
 
 
 @cache
+def texts_of(concept: str) -> list[tuple[str, str, str]]:
+    """The texts of a concept's references; cached, since every fingerprint asks for them."""
+    return [(r.complete, r.base, r.target) for r in CONCEPTS[concept].references().references]
+
+
+@cache
 def shipped_results() -> dict[str, dict]:
-    """File name of a cell -> its result, of all results that came with this repository."""
-    parts = [json.loads(file.read_bytes()) for file in sorted(RESULTS.glob("*.json"))
-             if file.stem != "two"]              # two.py's own
-    return {Cell.of(result).file: result for part in parts for result in part}
+    """File -> result, of all cells and pairs that came with this repository."""
+    parts = [json.loads(file.read_bytes()) for file in sorted(RESULTS.glob("*.json"))]
+    return {pair_file(**row) if "names" in row else Cell.of(row).file: row for part in parts for row in part}
 
 
-def read_result(file: Path) -> dict:
-    """The result file of a cell or a pair. Raises InputError if it cannot be read."""
-    advice = "delete it; the same command makes it again"
-    result = read_json(file, advice)
-    if "recipe" not in result:
-        raise InputError(f"{file}: damaged; {advice}")
-    return result
+def pair_file(names: Iterable[str], method: str, seed: int, **_) -> str:
+    """Where two.py keeps what it knows of a pair of concepts."""
+    return f"two/{' and '.join(names)}/{method} seed{seed}.json"
+
+
+class Work:
+    """What is run once and leaves a file, self.file, with a fingerprint of what it depends on, self.recipe().
+
+    A picture of the same name shows what was drawn.
+    """
+
+    def result(self, folder: Path, shipped: bool = False) -> dict | None:
+        """What the file holds; None if there is none, or of other settings, weights or references.
+
+        shipped: whether a result that came with this repository will do.
+
+        Raises: InputError if the file cannot be read.
+        """
+        file, advice = folder / self.file, "delete it; the same command makes it again"
+        found = shipped_results().get(self.file) if shipped else None
+        if file.exists():
+            found = read_json(file, advice)
+            if "recipe" not in found:
+                raise InputError(f"{file}: damaged; {advice}")
+        return found if found and found["recipe"] == self.recipe() else None
+
+    def leave(self, result: dict, pictures: Tensor, folder: Path) -> dict:
+        """Writes the picture, then the result, which it returns."""
+        strip = Image.fromarray(np.concatenate(to_pictures(pictures), axis=1))
+        write_picture((folder / self.file).with_suffix(".png"), strip)
+        write_whole(folder / self.file, json.dumps(result).encode())
+        return result
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Work):
     concept: str                                 # a key of CONCEPTS
     method: str                                  # a key of ALL; or "nothing", or "perfect"
     seed: int = 0
@@ -133,27 +155,11 @@ class Cell:
         measured: False leaves out what only the measuring depends on.
         """
         toy = CONCEPTS[self.concept]
-        texts = [(r.complete, r.base, r.target) for r in toy.references().references]
         imagined = self.imagined if self.method in ALL and ALL[self.method].imagines else None
         seen = [self.snapshots, FEW_STEPS] if measured else self.steps
-        parts = [self.settings, imagined, seen, asdict(toy), texts,
+        parts = [self.settings, imagined, seen, asdict(toy), texts_of(self.concept),
                  *(hash_of(SHIPPED / f"{name}.safetensors") for name in ("base", "codec", "reader"))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def result(self, folder: Path, shipped: bool = False) -> dict | None:
-        """The cell's result.
-
-        It is None if the cell was not run yet, or with other settings, weights or references.
-
-        Args:
-            shipped: whether a result that came with this repository will do.
-        """
-        file, found = folder / self.file, None
-        if file.exists():
-            found = read_result(file)
-        elif shipped:
-            found = shipped_results().get(self.file)
-        return found if found and found["recipe"] == self.recipe() else None
 
 
 @cache
@@ -175,6 +181,15 @@ def imagined_scenes(concept: str, seed: int, count: int) -> EncodedConcept:
     return imagine(setup.pipe, setup.concept, PAIR_TEMPLATES, seed, count, IMAGINING_STEPS)
 
 
+def data_of(cell: Cell) -> EncodedConcept:
+    """What a cell learns from: the references, with masks or imagined scenes if its method wants them."""
+    setup, method = set_up(cell.concept), ALL[cell.method]
+    data = setup.masked if method.masked else setup.data
+    if method.imagines:
+        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
+    return data
+
+
 def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas, Callable]]:
     """Trains; yields (step, the models, the method's loss) after every step.
 
@@ -183,10 +198,8 @@ def train_cell(cell: Cell, theta_1: Branch | None) -> Iterator[tuple[int, Thetas
     setup, method, config = set_up(cell.concept), ALL[cell.method], cell.config()
     theta = start(method, setup.pipe, setup.data, config, theta_1)
     thetas, loss = Thetas(setup.pipe.velocity, theta_1, theta), method.loss_for(setup, config)
-    optimizer, data = optimizer_for(theta, config), setup.masked if method.masked else setup.data
-    if method.imagines:
-        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
-    for row in train_steps(loss, thetas, data, config, method.stages, optimizer):
+    steps = train_steps(loss, thetas, data_of(cell), config, method.stages, optimizer_for(theta, config))
+    for row in steps:
         yield row["step"], thetas, loss
 
 
@@ -202,16 +215,12 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
         counted["forward"] += len(out)
         counted["backward"] += len(out) * out.requires_grad
 
-    data = setup.data
-    if method.imagines:                          # it may be imagined here, which is counted below
-        data = data._replace(imagined=imagined_scenes(cell.concept, cell.seed, cell.imagined))
+    data = data_of(cell)                         # scenes that it imagines are counted below
     hook = setup.pipe.mmdit.register_forward_hook(count)     # a copy of the model has it, too
-    theta = start(method, setup.pipe, setup.data, config, theta_1)
-    loss = method.loss_for(setup, config)
-    before = dict(counted)
+    theta, loss = start(method, setup.pipe, setup.data, config, theta_1), method.loss_for(setup, config)
     if method.imagines:
         counted["forward"] += cell.imagined * IMAGINING_STEPS * 2        # guidance asks twice
-        before = dict(counted)
+    before = dict(counted)
     batch = draw_batch(data, config, method.stages, 0, setup.pipe.shift)
     loss(Thetas(setup.pipe.velocity, theta_1, theta), batch, config.eta)
     hook.remove()
@@ -220,13 +229,6 @@ def count_passes(cell: Cell, theta_1: Branch | None) -> dict[str, float]:
     teacher = theta_1_cell(cell)
     taught = count_passes(teacher, None) if teacher else dict.fromkeys(own, 0.0)
     return {name: method.times * own[name] + taught[name] for name in own}
-
-
-def count_trained(cell: Cell, theta_1: Branch | None) -> int:
-    """The number of trained parameters, without those of an extractor."""
-    setup = set_up(cell.concept)
-    theta = start(ALL[cell.method], setup.pipe, setup.data, cell.config(), theta_1)
-    return sum(parameter.numel() for parameter in theta.parameters() if parameter.requires_grad)
 
 
 def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: float) -> list[dict[str, float]]:
@@ -241,7 +243,6 @@ def terms_over_t(loss: Callable, thetas: Thetas, data: EncodedConcept, eta: floa
     return rows
 
 
-# ------------------------------------------------------------------------------------------- learned and kept
 def concept_file(cell: Cell, folder: Path) -> Path:
     return (folder / "concepts" / cell.file.removeprefix("cells/")).with_suffix(".safetensors")
 
@@ -252,10 +253,7 @@ def keep(cell: Cell, theta: Branch, folder: Path) -> None:
 
 
 def learned_file(cell: Cell, folder: Path) -> Path:
-    """The file of what a cell learns, which is trained here if it is not in the folder.
-
-    Only for methods that train adapters.
-    """
+    """The file of what a cell learns, for methods with adapters; it is trained here if it is not there."""
     file = concept_file(cell, folder)
     if not file.exists() or load_tensors(file, "concept")[1].get("recipe") != cell.recipe(measured=False):
         for _, thetas, _ in train_cell(cell, learn_theta_1(cell, folder)):
@@ -286,23 +284,6 @@ def learn_theta_1(cell: Cell, folder: Path) -> Branch | None:
     """The frozen extractor of a cell's method, trained here if it is not in the folder; None without one."""
     teacher = theta_1_cell(cell)
     return learned(teacher, folder) if teacher else None
-
-
-# -------------------------------------------------------------------------------------------------------- run
-def write_strip(drawn: Pictures, file: Path) -> None:
-    """The first pictures of each group in STRIP, side by side, to be looked at."""
-    kept = [drawn[group][:count] for group, count in STRIP.items() if group in drawn]
-    pictures = to_pictures(torch.cat(kept))
-    write_picture(file, Image.fromarray(np.concatenate(pictures, axis=1)))
-
-
-def read_strip(file: Path, count: int) -> list[np.ndarray]:
-    """The pictures of a strip. Raises InputError if it is damaged."""
-    try:
-        return np.split(np.asarray(Image.open(file).convert("RGB")), count, axis=1)
-    except (OSError, ValueError):
-        raise InputError(f"{file}: damaged; delete it and {file.with_suffix('.json').name}, and the same "
-                         "command makes both again") from None
 
 
 def assess_ways(cell: Cell, step: int, thetas: Thetas, assess: Callable) -> Pictures:
@@ -338,19 +319,19 @@ def run_cell(cell: Cell, folder: Path) -> dict:
         drawn = setup.original if cell.method == "nothing" else perfect(setup.reader, toy, setup.original)
         assess(0, "", None, drawn)
     else:
-        theta_1 = learn_theta_1(cell, folder)
+        method, theta_1 = ALL[cell.method], learn_theta_1(cell, folder)
         result["passes"] = count_passes(cell, theta_1)
-        result["trained"] = count_trained(cell, theta_1)
         for step, thetas, loss in train_cell(cell, theta_1):
-            if step in CURVE and ALL[cell.method].has_theta_1 and not ALL[cell.method].imagines:
+            if step in CURVE and method.has_theta_1 and not method.imagines:
                 terms[str(step)] = terms_over_t(loss, thetas, setup.data, cell.config().eta)
             if step in cell.snapshots:
                 drawn = assess_ways(cell, step, thetas, assess)
-        theta = as_sampled(ALL[cell.method], thetas)["theta"]
+        result["trained"] = sum(parameter.numel() for parameter in thetas.theta.parameters()
+                                if parameter.requires_grad)              # its extractor's do not count
+        theta = as_sampled(method, thetas)["theta"]
         result["velocity_error"] = velocity_error(pipe, theta, toy).relative            # over TIMES
         if cell.method in KEPT:
             keep(cell, thetas.theta, folder)
     result["seconds"] = round(time.time() - begun, 1)
-    write_strip(drawn, (folder / cell.file).with_suffix(".png"))
-    write_whole(folder / cell.file, json.dumps(result).encode())
-    return result
+    kept = [drawn[group][:count] for group, count in STRIP.items() if group in drawn]
+    return cell.leave(result, torch.cat(kept), folder)

@@ -13,17 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from purecc_min.benchmark import tables
 from purecc_min.benchmark.plans import ABLATED
-from purecc_min.benchmark.tables import (
-    Results,
-    difference,
-    markdown,
-    mean_and_interval,
-    mean_by_seed,
-    name_of,
-    plus_minus,
-    seed_means,
-)
 from purecc_min.measure.toy import CONCEPTS, EARLIER
 
 CLOSE = 0.02                                     # for claims that two things are about equal
@@ -40,7 +31,7 @@ class Claim(NamedTuple):
     equal: bool = False
 
     def verdict(self) -> str:
-        mean, half = mean_and_interval(self.values)
+        mean, half = tables.mean_and_interval(self.values)
         low, high = mean - half, mean + half
         if self.equal:
             holds, fails = low > -CLOSE and high < CLOSE, low > CLOSE or high < -CLOSE
@@ -117,30 +108,32 @@ def term(result: dict, step: int, name: str) -> float:
     return float(np.mean([row[name] for row in result["terms"][str(step)]]))
 
 
-def claims(results: Results, is_bound: bool = False) -> list[Claim]:
+def claims(results: tables.Results, is_bound: bool = False) -> list[Claim]:
     """All of them, in one order. Those of which a cell is missing have no values."""
     rows, name = [], bound if is_bound else str
     for row in COMPARISONS:
-        values = difference(results, name(row.larger), name(row.smaller), row.measure, row.concepts)
+        values = tables.difference(results, name(row.larger), name(row.smaller), row.measure, row.concepts)
         rows.append(Claim(row.where, row.says, row.figures, values, row.equal))
-    papers = [result for result in results if name_of(result) == name("paper")]
+    papers = [result for result in results if tables.name_of(result) == name("paper")]
     says = "v_original stays the original's: class leak"
-    rows.append(Claim("Fig. 8", says, "", seed_means(papers, "class leak"), equal=True))
+    rows.append(Claim("Fig. 8", says, "", tables.seed_means(papers, "class leak"), equal=True))
     for early, late in ((1, 50), (50, 200)):
         known = [r for r in papers if {str(early), str(late)} <= r["terms"].keys()]    # not with --steps
         grown = [(r["seed"], term(r, late, "lambda") - term(r, early, "lambda")) for r in known]
-        rows.append(Claim("Sec. 4.4", f"lambda* grows from step {early} to {late}", "", mean_by_seed(grown)))
+        says = f"lambda* grows from step {early} to {late}"
+        rows.append(Claim("Sec. 4.4", says, "", tables.mean_by_seed(grown)))
     return rows
 
 
-def claims_table(results: Results) -> str:
+def claims_table(results: tables.Results) -> str:
     """One row a claim, for both kinds of adapters. A claim whose cells are missing has an empty place."""
     rows = []
     for everywhere, on_phrase in zip(claims(results), claims(results, is_bound=True)):
         row = [everywhere.where, everywhere.says, everywhere.figures]
         for claim in (everywhere, on_phrase):
             known = claim.values and not np.isnan(claim.values).any()
-            row += [plus_minus(claim.says, claim.values, signed=True), claim.verdict()] if known else ["", ""]
+            value = tables.plus_minus(claim.says, claim.values, signed=True)
+            row += [value, claim.verdict()] if known else ["", ""]
         rows.append(row)
     header = ["where", "the paper says", "its figures", "everywhere", "verdict", "phrase", "verdict"]
-    return markdown(header, rows, first=2)
+    return tables.markdown(header, rows, first=2)

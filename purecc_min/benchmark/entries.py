@@ -51,7 +51,6 @@ class Setup:
     original: Pictures                           # what the base model draws
 
 
-# ------------------------------------------------------------------------------------ branches of other kinds
 class NoAdapters(nn.Module):
     """In place of a LoRA, in a branch that has Y alone."""
     where = "everywhere"
@@ -185,7 +184,6 @@ class Entry(Method):
     tries: tuple[dict, ...] = ()                 # `settings` are the best of these on the tuning concepts
     whole_model: bool = False                    # whether it trains every weight of a copy, and no adapters
     joint: bool = False                          # whether its extractor is trained along with it
-    made_anew: bool = False                      # whether `loss` makes a run's own loss, loss(setup, config)
     masked: bool = False                         # whether L_CC counts the concept alone
     residual: bool = False                       # whether Y^l is added to the word, in place of replacing it
     values_alone: bool = False                   # whether the adapters on keys stay at zero
@@ -198,7 +196,8 @@ class Entry(Method):
         return self.joint or self.extractor is not None
 
     def loss_for(self, setup: Setup, config: TrainConfig) -> Callable[[Thetas, Batch, float], Loss]:
-        return self.loss(setup, config) if self.made_anew else self.loss
+        """The loss of one run. A class makes it from the run's own scenes."""
+        return self.loss(setup, config) if isinstance(self.loss, type) else self.loss
 
 
 def as_sampled(method: Method, thetas: Thetas, way: str = "") -> dict[str, Velocity]:
@@ -262,10 +261,10 @@ EWC_TRIES = tuple(dict(learning_rate=2e-4, eta=eta) for eta in (0.1, 1.0, 10.0))
 RELEASED_TRIES = tuple(dict(learning_rate=rate, eta=2.0, extractor_learning_rate=2e-3) for rate in RATES)
 FURTHER = entries(
     Entry("DreamBooth + prior", "DreamBooth, and L_CC on the base model's own pictures of the class",
-          PriorPreservation, settings=PRIOR_TRIES[2], tries=PRIOR_TRIES, whole_model=True, made_anew=True,
+          PriorPreservation, settings=PRIOR_TRIES[2], tries=PRIOR_TRIES, whole_model=True,
           beside=("DreamBooth",)),
     Entry("DreamBooth + EWC", "DreamBooth, and weights that matter stay near the base model's", EWC,
-          settings=EWC_TRIES[1], tries=EWC_TRIES, whole_model=True, made_anew=True, beside=("DreamBooth",)),
+          settings=EWC_TRIES[1], tries=EWC_TRIES, whole_model=True, beside=("DreamBooth",)),
     like(MAIN["paper"], name="released", about="PureCC as its authors' code does it", loss=released,
          settings=RELEASED_TRIES[0], tries=RELEASED_TRIES, beside=("paper",)),
     Entry("merged stages", "PureCC with an extractor that is trained in the same stage", merged_stages,

@@ -17,20 +17,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import (
-    ALL,
-    CURVE,
-    STRIP,
-    Cell,
-    learn_theta_1,
-    learned,
-    read_strip,
-    set_up,
-    train_cell,
-)
-from purecc_min.benchmark.entries import Setup, as_sampled
+from purecc_min.benchmark.cells import CURVE, STRIP, Cell, learn_theta_1, learned, set_up, train_cell
+from purecc_min.benchmark.entries import MAIN, Setup, as_sampled
 from purecc_min.benchmark.tables import ENDS, Results, final, front, grouped, name_of
 from purecc_min.benchmark.two import PAIRS, SEEDS, Two
 from purecc_min.branch import Thetas, velocity_with
@@ -40,6 +31,7 @@ from purecc_min.measure.toy import CONCEPTS
 from purecc_min.measure.velocities import TIMES
 from purecc_min.objective import pcc_loss
 from purecc_min.sheets import Second, draw_sheet, unseen_texts
+from tinyflow.errors import InputError
 from tinyflow.flow import euler, noise_for
 from tinyflow.pipeline import Velocity
 from tinyflow.sheet import sheet
@@ -144,6 +136,15 @@ def typical_pictures(results: Results, folder: Path,
     return found, texts
 
 
+def read_strip(file: Path, count: int) -> list[np.ndarray]:
+    """The pictures of a strip. Raises InputError if it is damaged."""
+    try:
+        return np.split(np.asarray(Image.open(file).convert("RGB")), count, axis=1)
+    except (OSError, ValueError):
+        raise InputError(f"{file}: damaged; delete it and {file.with_suffix('.json').name}, and the same "
+                         "command makes both again") from None
+
+
 def samples(results: Results, folder: Path, file: Path, concept: str) -> None:
     """A row for each method, with the pictures in SHOWN."""
     found, texts = typical_pictures(results, folder, concept)
@@ -166,7 +167,7 @@ def first_picture(results: Results, folder: Path, file: Path) -> None:
     for method, title in FIRST.items():
         first, second = (learned(Cell(name, method, seed), folder) for name in names)
         for rows, theta in ((drawn, first), (drawn_two, partial(velocity_with, [first, second]))):
-            rows[title] = as_sampled(ALL[method], Thetas(pipe.velocity, None, theta))
+            rows[title] = as_sampled(MAIN[method], Thetas(pipe.velocity, None, theta))
         values = next(final(row) for row in own if (row["method"], row["seed"]) == (method, seed))
         sentences.append(in_words(title, values, original))
     draw_sheet(pipe, toy.references(), drawn, unseen_texts(toy.class_word), file, sentences,

@@ -7,25 +7,11 @@ number there was typed by hand. Read next: README.md, the report.
 import re
 from pathlib import Path
 
+from purecc_min.benchmark import tables
 from purecc_min.benchmark.claims import claims
 from purecc_min.benchmark.plans import plan
 from purecc_min.benchmark.report import COMPARED, gather
-from purecc_min.benchmark.tables import (
-    ENDS,
-    Results,
-    difference,
-    entry,
-    equal_fidelity,
-    grouped,
-    markdown,
-    name_of,
-    passes_of,
-    plus_minus,
-    terms_table,
-    trained_of,
-)
 from purecc_min.benchmark.two import of_pairs, plan_two, two_table
-from purecc_min.measure.measures import better
 from purecc_min.measure.toy import CONCEPTS, HELD_OUT
 from tinyflow.files import write_whole
 
@@ -48,72 +34,58 @@ LEARNED = ("fidelity", "sees concept", "beside, first", "beside, second", "confo
            "outside change")
 KEPT = ("class leak", "drift", "neighbour leak", "neighbour change", "another kind: leak", "no places: leak",
         "text kept")
+CHANGED = ("fidelity", "beside another", "neighbour leak", "neighbour change", "another kind: leak",
+           "outside change", "confounder unsaid")
 AT_THE_END = (("bound", "switched-off"), ("bound", "token"), ("bound-half", "bound"),
               ("bound-pairs", "bound-half"), ("bound-pairs", "bound, longer"), ("bound-paper", "bound"),
               ("switched-off, word kept", "switched-off"), ("paper", "lora"), ("paper, v_0", "paper"))
 
 
-def headline(results: Results, pairs: list[dict]) -> str:
+def headline(results: tables.Results, pairs: list[dict]) -> str:
     """README's table: six columns that a newcomer understands."""
     columns = {"learned ↑": "fidelity", "class word leaks ↓": "class leak",
                "other pictures change ↓": "drift", "a plain neighbour takes on traits ↓": "neighbour leak"}
     rows = []
     for method, title in HEADLINE.items():
-        group, two = [row for row in results if name_of(row) == method], of_pairs(pairs, method)
+        group, two = [row for row in results if tables.name_of(row) == method], of_pairs(pairs, method)
         both = "{keeps:.2f}, {other's:.2f}".format(**two) if two else ""
-        rows.append([title, *(entry(group, name) for name in columns.values()), both, passes_of(group)])
-    return markdown(["method", *columns, "two concepts in one text: kept ↑, mixed ↓", "passes"], rows)
-
-
-def of_methods(results: Results, names: tuple[str, ...], cost: bool = False,
-               titles: dict[str, str] | None = None) -> str:
-    """Methods as rows, these measures as columns. titles: of these rows alone, by the methods' names."""
-    header = ["method", *(f"{name} {better(name)}" for name in names), *(["trained", "passes"] * cost)]
-    groups = grouped(results)
-    titles = titles or {name: name for name in groups}
-    rows = [[title, *(entry(groups[name], measure) for measure in names),
-             *([trained_of(groups[name]), passes_of(groups[name])] * cost)] for name, title in titles.items()]
-    return markdown(header, rows)
-
-
-def differences(results: Results) -> str:
-    """One method minus another at the end of training, on the individuals, paired by concept and seed."""
-    names = ("fidelity", "beside another", "neighbour leak", "neighbour change", "another kind: leak",
-             "outside change", "confounder unsaid")
-    rows = [[f"{larger} minus {smaller}",
-             *(plus_minus(name, difference(results, larger, smaller, name, INDIVIDUALS), signed=True)
-               for name in names)] for larger, smaller in AT_THE_END]
-    return markdown(["at the end of training", *names], rows)
+        rows.append([title, *(tables.entry(group, name) for name in columns.values()), both,
+                     tables.cost_of(group)[1]])
+    return tables.markdown(["method", *columns, "two concepts in one text: kept ↑, mixed ↓", "passes"], rows)
 
 
 def of_phrase(nowhere: Path) -> str:
     """The phrase taken apart, on the individuals among the tuning concepts."""
     rows = [row for row in gather(plan("phrase"), nowhere, shipped=True) if "braces" not in row["concept"]]
-    names = ("fidelity", "beside, first", "beside, second", "neighbour leak")
-    return of_methods(rows, names, titles=OF_PHRASE)
+    groups, names = tables.grouped(rows), ("fidelity", "beside, first", "beside, second", "neighbour leak")
+    return tables.methods_table({(title,): groups[name,] for name, title in OF_PHRASE.items()}, names)
 
 
-def verdicts(results: Results) -> str:
+def verdicts(results: tables.Results) -> str:
     """How many of the paper's claims hold, for each kind of adapters."""
     rows = []
     for title, is_bound in (("everywhere, as the paper's", False), ("bound to the phrase", True)):
         known = [claim.verdict() for claim in claims(results, is_bound) if claim.values]
         rows.append([title, str(len(known)), *(str(known.count(word)) for word in VERDICTS)])
-    return markdown(["adapters", "claims that can be asked", *VERDICTS], rows)
+    return tables.markdown(["adapters", "claims that can be asked", *VERDICTS], rows)
 
 
-def tables() -> dict[str, str]:
+def all_tables() -> dict[str, str]:
     """Name of a table -> the table."""
     nowhere = Path("nowhere")                    # no folder: what came with this repository
     results = gather(plan("main"), nowhere, shipped=True)
     pairs = [pair.result(nowhere, shipped=True) for pair in plan_two()]
-    individuals = [row for row in results if row["concept"] in INDIVIDUALS]
-    return {"headline": headline(results, pairs), "learned": of_methods(results, LEARNED, cost=True),
-            "kept": of_methods([row for row in results if row["method"] not in ENDS], KEPT),
-            "individuals": of_methods(individuals, ("fidelity", "beside another", "neighbour leak")),
-            "differences": differences(results), "fronts": equal_fidelity(results, COMPARED),
+    individuals = tables.grouped([row for row in results if row["concept"] in INDIVIDUALS])
+    groups = tables.grouped(results)
+    trained = {row: group for row, group in groups.items() if row[0] not in tables.ENDS}
+    return {"headline": headline(results, pairs), "learned": tables.methods_table(groups, LEARNED, cost=True),
+            "kept": tables.methods_table(trained, KEPT),
+            "individuals": tables.methods_table(individuals, CHANGED[:3]),
+            "differences": tables.differences_table("at the end of training", results, AT_THE_END, CHANGED,
+                                                    INDIVIDUALS),
+            "fronts": tables.equal_fidelity(results, COMPARED),
             "two": two_table(pairs), "claims": verdicts(gather(plan("claims"), nowhere, shipped=True)),
-            "lambdas": terms_table(results), "phrase": of_phrase(nowhere)}
+            "lambdas": tables.terms_table(results), "phrase": of_phrase(nowhere)}
 
 
 def filled(text: str, known: dict[str, str]) -> str:
@@ -124,6 +96,6 @@ def filled(text: str, known: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    known = tables()
+    known = all_tables()
     for page in PAGES:
         write_whole(page, filled(page.read_text(encoding="utf-8"), known).encode())

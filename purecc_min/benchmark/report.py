@@ -13,31 +13,10 @@ import io
 import json
 from pathlib import Path
 
+from purecc_min.benchmark import figures, tables
 from purecc_min.benchmark.cells import Cell
 from purecc_min.benchmark.claims import claims_table
-from purecc_min.benchmark.figures import (
-    curves,
-    figure_8,
-    first_picture,
-    fronts,
-    samples,
-    strips,
-    typical_seed,
-)
-from purecc_min.benchmark.tables import (
-    Results,
-    add_fidelity,
-    equal_fidelity,
-    front,
-    further_table,
-    grouped,
-    measures_table,
-    methods_tables,
-    name_of,
-    rows_of,
-    terms_table,
-    tuning_table,
-)
+from purecc_min.benchmark.entries import FURTHER
 from purecc_min.benchmark.two import Two, two_table
 from purecc_min.measure.measures import MEASURES
 from tinyflow.files import write_whole
@@ -46,10 +25,12 @@ from tinyflow.files import write_whole
 COMPARED = (("bound", "switched-off"), ("bound-half", "bound"), ("bound-paper", "bound"), ("bound", "token"),
             ("paper", "lora"), ("paper, v_0", "anchor"), ("anchor", "lora"))
 AT_RANK_4 = "bound learning_rate=0.004 rank=4"   # the part `phrase` was run before ranks were tuned
+VARIED_IN = ("fidelity", "sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak",
+             "neighbour leak", "path KL")
 ON_EARLIER = ("further", "claims", "factors")    # parts
 
 
-def write_data(results: Results, part: str, folder: Path) -> None:
+def write_data(results: tables.Results, part: str, folder: Path) -> None:
     """results.json keeps everything to five digits, results.csv has a row for each snapshot."""
     rounded = json.loads(json.dumps(results), parse_float=lambda number: float(f"{float(number):.5g}"))
     write_whole(folder / part / "results.json", json.dumps(rounded, separators=(",", ":")).encode())
@@ -57,71 +38,74 @@ def write_data(results: Results, part: str, folder: Path) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["concept", "method", "seed", "step", *names])
     for result in results:
-        for step, values in front(result):
+        for step, values in tables.front(result):
             numbers = [f"{values[name]:.5g}" if name in values else "" for name in names]
-            table.writerow([result["concept"], name_of(result), result["seed"], step, *numbers])
+            table.writerow([result["concept"], tables.name_of(result), result["seed"], step, *numbers])
     write_whole(folder / part / "results.csv", text.getvalue().encode())
 
 
-def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> Results:
-    """The rows of those cells that were run. shipped: or that came with this repository."""
-    rows = [row for cell in cells for row in rows_of(cell.result(folder, shipped) or {"ways": {}})]
-    add_fidelity(rows)
+def gather(cells: list[Cell], folder: Path, shipped: bool = False) -> tables.Results:
+    """A row for each way of sampling, of those cells that were run. shipped: or came with this repository."""
+    found = filter(None, [cell.result(folder, shipped) for cell in cells])
+    rows = [{**result, "way": way, "snapshots": snapshots}
+            for result in found for way, snapshots in result["ways"].items()]
+    tables.add_fidelity(rows)
     return rows
 
 
-def draw_figures(results: Results, pairs: list[Two], folder: Path, shipped: bool) -> None:
+def draw_figures(results: tables.Results, pairs: list[Two], folder: Path, shipped: bool) -> None:
     """The pictures that need what the cells of this folder have left."""
     out = folder / "main"
     for name in dict.fromkeys(result["concept"] for result in results):
-        samples(results, folder, out / f"samples-{name}.png", name)
+        figures.samples(results, folder, out / f"samples-{name}.png", name)
     if shipped:
         return
-    curves(results, out / "curves.png")
+    figures.curves(results, out / "curves.png")
     concept = results[0]["concept"]
-    typical = Cell(concept, "paper", typical_seed(results, concept), steps=results[0]["steps"])
-    figure_8(typical, folder, out / "figure8.png")
+    typical = Cell(concept, "paper", figures.typical_seed(results, concept), steps=results[0]["steps"])
+    figures.figure_8(typical, folder, out / "figure8.png")
     if pairs:
-        first_picture(results, folder, out / "first.png")
-        strips(pairs, folder, out / "two.png")
+        figures.first_picture(results, folder, out / "first.png")
+        figures.strips(pairs, folder, out / "two.png")
 
 
-def main_text(results: Results) -> str:
-    """The main part's tables."""
-    return "\n\n".join([by_method(results), equal_fidelity(results, COMPARED), terms_table(results),
-                        measures_table(results)])
+def by_method(results: tables.Results) -> str:
+    return tables.methods_tables(tables.grouped(results))
 
 
-def by_method(results: Results) -> str:
-    return methods_tables({(title,): group for title, group in grouped(results).items()})
+def main_text(results: tables.Results) -> str:
+    return "\n\n".join([by_method(results), tables.equal_fidelity(results, COMPARED),
+                        tables.terms_table(results), tables.measures_table(results)])
 
 
-def further_text(results: Results) -> str:
-    return f"{by_method(results)}\n\n{further_table(results)}"
+def further_text(results: tables.Results) -> str:
+    """Also what each method has more of than those that it varies, at the end of training."""
+    pairs = [(name, other) for name, method in FURTHER.items() for other in method.beside]
+    return f"{by_method(results)}\n\n{tables.differences_table('at the end', results, pairs, VARIED_IN)}"
 
 
-def by_concept(results: Results) -> str:
+def by_concept(results: tables.Results) -> str:
     """One table for all concepts, for the parts that compare within a concept.
 
     It shows the first way of sampling alone.
     """
     groups = {}
     for result in results:
-        own = grouped([other for other in results
-                       if other["concept"] == result["concept"] and other["way"] == ""])
-        groups |= {(result["concept"], title): group for title, group in own.items()}
-    return methods_tables(groups, first=("concept", "method"))
+        own = tables.grouped([other for other in results
+                              if other["concept"] == result["concept"] and other["way"] == ""])
+        groups |= {(result["concept"], *title): group for title, group in own.items()}
+    return tables.methods_tables(groups, first=("concept", "method"))
 
 
-def phrase_text(results: Results) -> str:
+def phrase_text(results: tables.Results) -> str:
     """The phrase taken apart: means over the individuals, then each alone, then a front at equal fidelity."""
-    braced = {(f"{title}, braces",): group for title, group in
-              grouped([row for row in results if "braces" in row["concept"]]).items() if title == AT_RANK_4}
     plain = [row for row in results if "braces" not in row["concept"]]
-    texts = [methods_tables({(title,): group for title, group in grouped(plain).items()} | braced)]
+    braced = [row for row in results if "braces" in row["concept"] and tables.name_of(row) == AT_RANK_4]
+    more = {(f"{AT_RANK_4}, braces",): braced} if braced else {}
+    texts = [tables.methods_tables(tables.grouped(plain) | more)]
     for concept in dict.fromkeys(row["concept"] for row in plain):
         texts.append(f"{concept}\n\n{by_method([row for row in plain if row['concept'] == concept])}")
-    return "\n\n".join([*texts, equal_fidelity(plain, [("bound-paper rank=4", AT_RANK_4)])])
+    return "\n\n".join([*texts, tables.equal_fidelity(plain, [("bound-paper rank=4", AT_RANK_4)])])
 
 
 def report(part: str, cells: list[Cell], pairs: list[Two], folder: Path, shipped: bool = False) -> str:
@@ -132,9 +116,9 @@ def report(part: str, cells: list[Cell], pairs: list[Two], folder: Path, shipped
     """
     results, out = gather(cells, folder, shipped), folder / part
     write_data(results, part, folder)
-    tables = {"tuning": tuning_table, "main": main_text, "claims": claims_table, "further": further_text,
-              "phrase": phrase_text}
-    text = tables.get(part, by_concept)(results)
+    text_of = {"tuning": tables.tuning_table, "main": main_text, "claims": claims_table,
+               "further": further_text, "phrase": phrase_text}.get(part, by_concept)
+    text = text_of(results)
     if part in ON_EARLIER:
         text = f"Measured on earlier concepts, chosen by hand, which trials have looked at.\n\n{text}"
     if pairs:
@@ -143,7 +127,7 @@ def report(part: str, cells: list[Cell], pairs: list[Two], folder: Path, shipped
         write_whole(out / "two.json", json.dumps(rows).encode())
     write_whole(out / "table.md", (text + "\n").encode())
     if part == "main":
-        fronts(results, out / "fronts.png")
+        figures.fronts(results, out / "fronts.png")
         draw_figures(results, pairs, folder, shipped)
     left = ", ".join(sorted(file.name for file in out.iterdir()))
     return f"{text}\n\n{out} holds {left}"

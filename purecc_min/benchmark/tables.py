@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from purecc_min.benchmark.cells import ALL, STEPS, Cell
-from purecc_min.benchmark.entries import FURTHER, WAYS
+from purecc_min.benchmark.entries import WAYS
 from purecc_min.measure.measures import DAMAGES, MEASURES, better, show
 from purecc_min.measure.toy import EARLIER, TUNING
 
@@ -29,6 +29,10 @@ TABLES = {"What is learned": ("fidelity", "sees concept", "individual", "beside 
           "Two things, by place and in texts of other forms": (
               "beside, first", "beside, second", "no places: on [V]", "no places: leak",
               "right first: on [V]", "right first: leak", "another kind: on [V]", "another kind: leak")}
+TERMS = {"lambda*": "{lambda:.3f}", "negative": "{negative:.0%}", "cosine": "{cosine:.2f}",
+         "norm of R(y_complete, y_base)": "{norm_R_complete:.2f}", "norm of R(y_tar)": "{norm_R_target:.2f}",
+         "L_CC": "{loss_cc:.4f}", "L_PureCC": "{loss_purecc:.4f}", "rejection in L_PureCC": "{rejected:.1%}",
+         "L_PureCC in the loss": "{share:.1%}"}  # what the means of a loss's terms look like
 Results = list[dict]                             # rows: a cell's result, sampled in one way
 
 
@@ -51,16 +55,9 @@ def difference(results: Results, larger: str, smaller: str, measure: str,
     Returns: its mean over the concepts that have it, one value for each seed.
     """
     known = {(name_of(r), r["concept"], r["seed"]): final(r) for r in results if r["concept"] in concepts}
-    pairs = []
-    for (name, concept, seed), values in known.items():
-        if name == larger and measure in values and (smaller, concept, seed) in known:
-            pairs.append((seed, values[measure] - known[smaller, concept, seed][measure]))
-    return mean_by_seed(pairs)
-
-
-def rows_of(result: dict) -> list[dict]:
-    """A row for each way in which a cell's model was sampled."""
-    return [{**result, "way": way, "snapshots": snapshots} for way, snapshots in result["ways"].items()]
+    return mean_by_seed([(seed, values[measure] - known[smaller, concept, seed][measure])
+                         for (name, concept, seed), values in known.items()
+                         if name == larger and measure in values and (smaller, concept, seed) in known])
 
 
 def name_of(row: dict) -> str:
@@ -138,7 +135,12 @@ def pairs_at_equal_fidelity(results: Results, method: str, reference: str) -> li
 
 # ----------------------------------------------------------------------------------------------------- tables
 def plus_minus(name: str, values: list[float], signed: bool = False) -> str:
-    """The mean of a measure's values with its interval. signed: they are differences, so "+" is shown."""
+    """The mean of a measure's values with its interval, as text; "" without values.
+
+    signed: they are differences, so "+" is shown.
+    """
+    if not values:
+        return ""
     mean, half = mean_and_interval(values)
     digits = 1 if "KL" in name else 3
     text = f"{mean:+.{digits}f}" if signed else show(name, mean)
@@ -146,9 +148,8 @@ def plus_minus(name: str, values: list[float], signed: bool = False) -> str:
 
 
 def entry(group: Results, name: str) -> str:
-    """A measure's mean over the concepts that have it, as text; empty if there is none."""
-    means = seed_means(group, name)
-    return plus_minus(name, means) if means else ""
+    """A measure's mean over the concepts that have it, as text; "" if there is none."""
+    return plus_minus(name, seed_means(group, name))
 
 
 def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
@@ -171,13 +172,15 @@ def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
     return "\n\n".join(texts)
 
 
-def grouped(results: Results) -> dict[str, Results]:
-    """By method and change, in the order of ALL, the ends of the scale first."""
+def grouped(results: Results) -> dict[tuple[str], Results]:
+    """(method and change,) -> its results, in the order of ALL, the ends of the scale first."""
     order = [*ENDS, *ALL]
     ordered = sorted(results, key=lambda row: (order.index(row["method"]), str(row["changes"]),
                                                list(WAYS).index(row["way"])))
-    names = dict.fromkeys(map(name_of, ordered))
-    return {name: [result for result in ordered if name_of(result) == name] for name in names}
+    groups: dict[tuple[str], Results] = {}
+    for result in ordered:
+        groups.setdefault((name_of(result),), []).append(result)
+    return groups
 
 
 def measures_table(results: Results) -> str:
@@ -185,46 +188,53 @@ def measures_table(results: Results) -> str:
     groups = grouped(results)
     names = [name for name in (*MEASURES, "fidelity") if any(name in final(result) for result in results)]
     rows = [[name, *(entry(group, name) for group in groups.values())] for name in names]
-    return markdown(["measure", *groups], rows)
+    return markdown(["measure", *(name for name, in groups)], rows)
 
 
-def passes_of(group: Results) -> str:
-    """How often a picture goes forward and backward, where a LoRA's step takes it once: "1 + 1"."""
+def cost_of(group: Results) -> list[str]:
+    """How many numbers are trained, and how often a picture goes forward and backward ("1 + 1": a LoRA)."""
     if "passes" not in group[0]:
-        return ""
+        return ["", ""]
     forward, backward = (np.mean([row["passes"][name] for row in group]) for name in ("forward", "backward"))
-    return f"{forward:.3g} + {backward:.3g}"
+    trained = f"{group[0]['trained']:,}" if "trained" in group[0] else ""        # older results lack it
+    return [trained, f"{forward:.3g} + {backward:.3g}"]
 
 
-def trained_of(group: Results) -> str:
-    """How many numbers are trained for what is kept."""
-    return f"{group[0]['trained']:,}" if "trained" in group[0] else ""
-
-
-def budget(group: Results) -> str:
-    """A mark for rows that were not trained for as many steps as the benchmark's."""
-    run = group[0]
+def budget(run: dict) -> str:
+    """A mark for a row that was not trained for as many steps as the benchmark's."""
     steps = run["steps"] * ALL[run["method"]].times if run["method"] in ALL else STEPS
     return f" ({steps} steps)" if steps != STEPS else ""
 
 
-def methods_tables(groups: dict[tuple[str, ...], Results], first: tuple[str, ...] = ("method",)) -> str:
-    """Methods as rows, the main measures as columns, in several tables that fit a screen.
+def methods_table(groups: dict[tuple[str, ...], Results], names: Iterable[str], cost: bool = False,
+                  first: tuple[str, ...] = ("method",)) -> str:
+    """Methods as rows, these measures as columns.
 
     Args:
         groups: what stands in the first cells of a row -> its results.
-        first: the headings of these cells.
+        cost: whether two more columns say what a row costs.
+        first: the headings of the first cells.
     """
-    texts = []
-    for title, names in TABLES.items():
-        header = [*first, *(f"{name} {better(name)}" for name in names)]
-        rows = [[*row[:-1], row[-1] + budget(group), *(entry(group, name) for name in names)]
-                for row, group in groups.items()]
-        if not texts:                            # the first one also tells what a row costs
-            header = [*header, "trained", "passes"]
-            rows = [[*row, trained_of(group), passes_of(group)] for row, group in zip(rows, groups.values())]
-        texts.append(f"{title}\n\n{markdown(header, rows, len(first))}")
-    return "\n\n".join(texts)
+    header = [*first, *(f"{name} {better(name)}" for name in names), *(["trained", "passes"] * cost)]
+    rows = [[*row, *(entry(group, name) for name in names), *(cost_of(group) * cost)]
+            for row, group in groups.items()]
+    return markdown(header, rows, len(first))
+
+
+def methods_tables(groups: dict[tuple[str, ...], Results], first: tuple[str, ...] = ("method",)) -> str:
+    """The main measures in several tables that fit a screen; the first one also tells what a row costs."""
+    marked = {(*row[:-1], row[-1] + budget(group[0])): group for row, group in groups.items()}
+    return "\n\n".join(f"{title}\n\n{methods_table(marked, names, n == 0, first)}"
+                       for n, (title, names) in enumerate(TABLES.items()))
+
+
+def differences_table(title: str, results: Results, pairs: Iterable[tuple[str, str]], names: Iterable[str],
+                      concepts: tuple[str, ...] = EARLIER) -> str:
+    """One method's measures minus another's at the end of training; "" where cells are missing."""
+    rows = [[f"{larger} minus {smaller}",
+             *(plus_minus(name, difference(results, larger, smaller, name, concepts), signed=True)
+               for name in names)] for larger, smaller in pairs]
+    return markdown([title, *names], rows)
 
 
 def equal_fidelity(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
@@ -234,59 +244,35 @@ def equal_fidelity(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
     """
     names, rows = (*DAMAGES, "retention, held out", "text kept", "mask IoU", "composition"), []
     for method, reference in pairs:
-        read, cells = pairs_at_equal_fidelity(results, method, reference), []
-        for name in names if read else ():
-            differences = [(run["seed"], own[name] - other[name]) for run, own, other in read
-                           if name in own and name in other]
-            cells.append(plus_minus(name, mean_by_seed(differences), signed=True) if differences else "")
-        if read:
-            level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in read]))
-            rows.append([f"{method} minus {reference}", f"{level:.2f}", *cells])
-    if not rows:
-        return ""
-    shown = [n for n, column in enumerate(zip(*rows)) if any(column)]    # no front has the other forms
+        read = pairs_at_equal_fidelity(results, method, reference)
+        if not read:
+            continue
+        level = np.mean(mean_by_seed([(run["seed"], own["fidelity"]) for run, own, _ in read]))
+        differences = [mean_by_seed([(run["seed"], own[name] - other[name]) for run, own, other in read
+                                     if name in own and name in other]) for name in names]
+        rows.append([f"{method} minus {reference}", f"{level:.2f}",
+                     *(plus_minus(name, own, signed=True) for name, own in zip(names, differences))])
     header = ["at equal fidelity", "of", *names]
-    return markdown([header[n] for n in shown], [[row[n] for n in shown] for row in rows], first=2)
-
-
-def further_table(results: Results) -> str:
-    """What each further method has more or less of than those it is compared with, at the end of training.
-
-    A place is empty where cells are missing.
-    """
-    names, rows = ("fidelity", "sees concept", "confounder unsaid", "mask IoU", "text kept", "class leak",
-                   "neighbour leak", "path KL"), []
-    for title, method in FURTHER.items():
-        for other in method.beside:
-            values = [difference(results, title, other, name) for name in names]
-            rows.append([f"{title} minus {other}", *(plus_minus(name, own, signed=True) if own else ""
-                                                     for name, own in zip(names, values))])
-    return markdown(["at the end", *names], rows)
+    shown = [n for n, column in enumerate(zip(*rows)) if any(column)]    # no front has the other forms
+    return markdown([header[n] for n in shown], [[row[n] for n in shown] for row in rows], 2) if rows else ""
 
 
 def terms_table(results: Results) -> str:
     """The terms of Eq. 10 to 15 of the paper's method at a few steps: means over t, concepts and seeds."""
     runs, rows = [result["terms"] for result in results if name_of(result) == "paper"], []
-    if not runs:
-        return ""
-    names = ("lambda", "negative", "cosine", "norm_R_complete", "norm_R_target", "loss_cc", "loss_purecc",
-             "rejection", "loss")
-    for step in runs[0]:
-        mean = {name: np.mean([[row[name] for row in terms[step]] for terms in runs]) for name in names}
-        rows.append([step, f"{mean['lambda']:.3f}", f"{mean['negative']:.0%}", f"{mean['cosine']:.2f}",
-                     f"{mean['norm_R_complete']:.2f}", f"{mean['norm_R_target']:.2f}",
-                     f"{mean['loss_cc']:.4f}", f"{mean['loss_purecc']:.4f}",
-                     f"{mean['rejection'] / mean['loss_purecc']:.1%}",
-                     f"{mean['loss_purecc'] / mean['loss']:.1%}"])
-    return markdown(["step", "lambda*", "negative", "cosine", "norm of R(y_complete, y_base)",
-                     "norm of R(y_tar)", "L_CC", "L_PureCC", "rejection in L_PureCC", "L_PureCC in the loss"],
-                    rows)
+    for step in runs[0] if runs else ():
+        mean = {name: np.mean([[row[name] for row in terms[step]] for terms in runs])
+                for name in runs[0][step][0]}
+        mean |= {"rejected": mean["rejection"] / mean["loss_purecc"],
+                 "share": mean["loss_purecc"] / mean["loss"]}
+        rows.append([step, *(form.format(**mean) for form in TERMS.values())])
+    return markdown(["step", *TERMS], rows) if rows else ""
 
 
 def tuning_table(results: Results) -> str:
     """The score of every try on each tuning concept."""
     groups, rows = grouped([r for r in results if r["method"] not in ENDS and r["way"] == ""]), []
-    for name, group in groups.items():
+    for (name,), group in groups.items():
         scores = {result["concept"]: score(final(result)) for result in group}           # some lack a style
         of_each = [f"{scores[concept]:.3f}" if concept in scores else "" for concept in TUNING]
         rows.append([name, *of_each, f"{np.mean(list(scores.values())):.3f}"])

@@ -16,36 +16,33 @@ Read next: workers.py.
 import hashlib
 import itertools
 import json
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from purecc_min.benchmark.cells import ALL, FEW_STEPS, RESULTS, Cell, learned, read_result, set_up
+from purecc_min.benchmark.cells import ALL, FEW_STEPS, KEPT, Cell, Work, learned, pair_file, set_up
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import markdown
 from purecc_min.branch import Branch, Thetas, velocity_with
 from purecc_min.measure.toy import HELD_OUT
 from purecc_min.sheets import draw_texts
-from tinyflow.disk import write_picture
-from tinyflow.files import write_whole
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reading
 from tinyflow.picturebook.render import render_all
-from tinyflow.pipeline import to_pictures, to_pixels
+from tinyflow.pipeline import to_pixels
 
 NAMES = ("[V1]", "[V2]")
 SAID = world.PLAIN_PARTS - {"colour"}
-KEYS = ("names", "method", "seed", "recipe")     # the fields that identify a result
-METHODS = ("lora", "switched-off", "anchor", "paper", "token", "bound", "bound-half", "bound-pairs")
 SEEDS, SCENES = 2, 50
 PAIRS = HELD_OUT[:2], HELD_OUT[2:4]
 
 
-class Two(NamedTuple):
+@dataclass(frozen=True)
+class Two(Work):
     """A pair of concepts that one method has learned; or what the original or the perfect one shows."""
     names: tuple[str, str]
     method: str
@@ -53,7 +50,7 @@ class Two(NamedTuple):
 
     @property
     def file(self) -> str:
-        return f"two/{' and '.join(self.names)}/{self.method} seed{self.seed}.json"
+        return pair_file(**vars(self))
 
     @property
     def cells(self) -> list[Cell]:
@@ -64,23 +61,10 @@ class Two(NamedTuple):
         parts = [[cell.recipe(measured=False) for cell in self.cells], FEW_STEPS, SCENES]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def result(self, folder: Path, shipped: bool = False) -> dict | None:
-        """What is known about this pair; None if it was not drawn yet, or with other settings.
-
-        shipped: whether a result that came with this repository will do.
-        """
-        file, shipped_file, known = folder / self.file, RESULTS / "two.json", []
-        if file.exists():
-            known = [read_result(file)]
-        elif shipped and shipped_file.exists():
-            known = json.loads(shipped_file.read_bytes())
-        own = [list(self.names), self.method, self.seed, self.recipe()]
-        return next((row for row in known if [row[name] for name in KEYS] == own), None)
-
 
 def plan_two() -> list[Two]:
     ends = [Two(names, method) for names in PAIRS for method in ("original", "perfect")]
-    return ends + [Two(*row) for row in itertools.product(PAIRS, METHODS, range(SEEDS))]
+    return ends + [Two(*row) for row in itertools.product(PAIRS, KEPT, range(SEEDS))]
 
 
 class Pair(NamedTuple):
@@ -150,15 +134,12 @@ def run_two(two: Two, folder: Path) -> dict:
     branches, reader = [learned(cell, folder) for cell in two.cells], pair.setups[0].reader
     named = (0, 1) if branches else ()
     both = pair.perfect() if two.method == "perfect" else draw_pair(pair, two.method, branches, named)
-    result = {**two._asdict(), "names": list(two.names), "recipe": two.recipe(),
+    result = {**vars(two), "names": list(two.names), "recipe": two.recipe(),
               "together": [judged(pair, reader(both), n) for n in (0, 1)]}
     if branches:
         result["alone"] = [judged(pair, reader(draw_pair(pair, two.method, branches, (n,))), n)
                            for n in (0, 1)]
-    strip = np.concatenate(to_pictures(both[:12]), axis=1)
-    write_picture((folder / two.file).with_suffix(".png"), Image.fromarray(strip))
-    write_whole(folder / two.file, json.dumps(result).encode())
-    return result
+    return two.leave(result, both[:12], folder)
 
 
 def of_pairs(rows: list[dict], method: str) -> dict[str, float]:

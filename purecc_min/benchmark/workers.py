@@ -18,22 +18,12 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from tqdm import tqdm
 
-from purecc_min.benchmark.cells import (
-    ALL,
-    CURVE,
-    Cell,
-    learned_file,
-    run_cell,
-    set_up,
-    theta_1_cell,
-    train_cell,
-)
+from purecc_min.benchmark.cells import ALL, Cell, learned_file, run_cell, set_up, theta_1_cell, train_cell
 from purecc_min.benchmark.entries import as_sampled
 from purecc_min.benchmark.two import SCENES, Two, run_two
 from purecc_min.branch import Branch
 from purecc_min.measure.draw import FEW_STEPS, count_pictures, draw
 from purecc_min.measure.toy import CONCEPTS
-from purecc_min.measure.velocities import TIMES
 from purecc_min.registry import is_held
 from tinyflow.errors import InputError
 
@@ -45,10 +35,7 @@ def end_with_parent() -> None:
 
 
 def start_worker() -> None:
-    """One thread for each worker: small models gain more from several cells at once.
-
-    It also makes results independent of the number of cores.
-    """
+    """One thread for each worker: that is faster for small models, and results do not depend on the cores."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # the parent ends the workers,
     threading.Thread(target=end_with_parent, daemon=True).start()     # however it ends itself
@@ -92,8 +79,7 @@ def seconds_of(work: Cell | Two, pace: Pace) -> float:
     again = -36 if is_held(method) else 12        # pictures that are not drawn again; or the velocities' time
     on_the_way = (len(work.snapshots) - 1) * (count_pictures(toy) + again)
     at_the_end = len(method.ways) * (count_pictures(toy, forms=True) + again)
-    asked = len(CURVE) * len(TIMES) if method.has_theta_1 and not method.imagines else 0    # for the terms
-    return pace.step * (work.config().steps + asked / 2) + pace.picture * (on_the_way + at_the_end)
+    return pace.step * work.config().steps + pace.picture * (on_the_way + at_the_end)
 
 
 @contextlib.contextmanager
@@ -155,14 +141,12 @@ def run(work: list[Cell | Two], folder: Path, workers: int, shipped: bool = Fals
 
 def estimate(pool: ProcessPoolExecutor, cells: list[Cell], extractors: list[Cell], pairs: list[Two]) -> float:
     """Seconds that all this takes one worker."""
-    learning = [one for one in (*cells, *extractors, *itertools.chain(*(pair.cells for pair in pairs)))
-                if one.method in ALL]
-    kinds = {cell.method: cell for cell in learning}                     # one of each
+    used = [*cells, *extractors, *(cell for pair in pairs for cell in pair.cells)]
+    kinds = {cell.method: cell for cell in used if cell.method in ALL}   # one of each
     paces = dict(zip(kinds, pool.map(pace_of, kinds.values())))
-    concepts = {cell.concept for cell in (*cells, *learning)}
-    setting_up = max([pace.concept for pace in paces.values()], default=0.0) * len(concepts)
-    return (setting_up + sum(seconds_of(one, paces[one.method]) for one in (*cells, *pairs)
-                             if one.method in ALL)
+    setting_up = max([pace.concept for pace in paces.values()], default=0.0)
+    return (setting_up * len({cell.concept for cell in used})
+            + sum(seconds_of(one, paces[one.method]) for one in (*cells, *pairs) if one.method in ALL)
             + sum(paces[cell.method].step * cell.config().steps for cell in extractors))
 
 

@@ -1,10 +1,10 @@
 """How purely a concept was learned: every measure, in a world where the truth is known.
 
 A customized model and the original model draw the same groups of prompts from the same noise (draw.py), and
-the reader network tells what is in the pictures. Each measure is one small function of a `Drawn`. Its
-docstring says what it computes. The decorator gives the range, and the values of the perfect method and of
-the original model (`nothing`) if they are the same for every concept. A share "minus the original's" is a
-difference, which may be negative. Groups of pictures are those of draw.py.
+the reader network tells what is in the pictures. Each measure is a row of MEASURES, computed from a `Drawn`.
+A row says what is computed, its range, and the values of the perfect method and of the original model
+(`nothing`) if they are the same for every concept. A share "minus the original's" is a difference, which may
+be negative. Groups of pictures are those of draw.py.
 
 The measures of the concept itself should be high, drift and change should be low, and differences should be
 near zero. Read next: benchmark/.
@@ -30,233 +30,164 @@ ALWAYS_SHOWN = 6                                 # so many numbers of an identit
 Number = Tensor | np.floating | float                    # a tensor that is a scalar
 
 
-def pixel_change(a: Tensor, b: Tensor) -> Tensor:
-    """How much each pixel differs, a mean over channels: [B, C, H, W] in [-1, 1] -> [B, H, W] in [0, 1]."""
-    return (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean(1) / 2
-
-
 class Measure(NamedTuple):
+    name: str
     about: str                                   # what is computed, over which group
     range: str
     perfect: float | None                        # for the perfect method; None: it depends on the pictures
     nothing: float | None                        # for the original model; None: it depends on them too
     needs: str | None                            # an attribute of Toy: where it is empty, this is left out
-    group: str | None                            # a group of Toy.forms: if it is not drawn, this is left out
     compute: Callable[[Drawn], Number]
+    group: str | None = None                     # a group of Toy.forms: if it is not drawn, this is left out
 
 
-MEASURES: dict[str, Measure] = {}                # name -> Measure, in the order of the tables
+def pixel_change(a: Tensor, b: Tensor) -> Tensor:
+    """How much each pixel differs, a mean over channels: [B, C, H, W] in [-1, 1] -> [B, H, W] in [0, 1]."""
+    return (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean(1) / 2
 
 
-def measure_of(name: str, range: str, perfect: float | None = None, nothing: float | None = None,
-               needs: str | None = None, group: str | None = None) -> Callable:
-    """A decorator that adds the function to MEASURES; its docstring becomes `about`."""
-    def enter(compute: Callable[[Drawn], Number]) -> Callable[[Drawn], Number]:
-        about = " ".join(compute.__doc__.split())
-        MEASURES[name] = Measure(about, range, perfect, nothing, needs, group, compute)
-        return compute
-    return enter
+def change_in(drawn: Drawn, group: str) -> Tensor:
+    """How much each pixel of a group's pictures differs from the original's, [B, H, W]."""
+    return pixel_change(drawn.custom[group], drawn.original[group])
 
 
-# ----------------------------------------------------------------------------------- is the concept there?
-@measure_of("sees concept", range=SHARE, perfect=1, nothing=0, needs="known_traits")
-def sees_concept(drawn: Drawn) -> Number:
-    """In the concept group, the share of pictures in which the reader sees every trait of the concept."""
-    return drawn.judge.traits(drawn.seen["concept"]).all(1).float().mean()
+def spread(seen: dict[str, Reading]) -> Tensor:
+    """The standard deviation of the numbers of the plain group's identities, a mean over those that show."""
+    return seen["plain"].traits[:, 0, :ALWAYS_SHOWN].std(0).mean()
 
 
-@measure_of("traits", range=SHARE, perfect=1, needs="known_traits")
-def traits(drawn: Drawn) -> Number:
-    """In the concept group, the share of the concept's traits that the reader sees, over all pictures."""
-    return drawn.judge.traits(drawn.seen["concept"]).float().mean()
-
-
-@measure_of("similarity", range=SIGNED)
-def similarity(drawn: Drawn) -> Number:
-    """In the concept group, how alike the pictures and the references are: the mean cosine between the
-    reader's features of their objects (for a style, of their way of drawing)."""
-    return drawn.similarity.mean()
-
-
-@measure_of("individual", range=SHARE, needs="traits_beside")
-def individual(drawn: Drawn) -> Number:
-    """In the concept group, the share of pictures whose object the reader takes for the same individual as
-    the references' object: no unnamed number of its identity differs."""
-    return drawn.judge.is_it(drawn.seen["concept"]).float().mean()
-
-
-@measure_of("held-out views", range=SIGNED, needs="confounder")
-def held_out_views(drawn: Drawn) -> Number:
-    """The similarity on those prompts that contradict everything that the references happen to share."""
-    return drawn.similarity[drawn.contradicted().all(1)].mean()
-
-
-# ------------------------------------------------ is what the references share by chance learned, too?
-@measure_of("confounder contradicted", range=SIGNED, perfect=0, nothing=0, needs="confounder")
-def confounder_contradicted(drawn: Drawn) -> Number:
-    """In the concept group, where the prompt says otherwise, the share of pictures that show what the
-    references happen to share, minus the original's share."""
-    return drawn.more_shared("concept")[drawn.contradicted()].mean()
-
-
-@measure_of("confounder unsaid", range=SIGNED, perfect=0, nothing=0, needs="confounder")
-def confounder_unsaid(drawn: Drawn) -> Number:
-    """In the unsaid group, the share of pictures that show what the references happen to share, minus the
-    original's share."""
-    return drawn.more_shared("unsaid").mean()
-
-
-# ---------------------------------------------------------------- is the class word without [V] untouched?
-@measure_of("class leak", range=SIGNED, perfect=0, nothing=0, needs="known_traits")
 def class_leak(drawn: Drawn) -> Number:
-    """In the plain group, the share of the concept's traits that the reader sees, minus the original's."""
-    traits_original = drawn.judge.traits(drawn.seen_original["plain"])
-    return drawn.judge.traits(drawn.seen["plain"]).float().mean() - traits_original.float().mean()
+    now, before = (drawn.judge.traits(seen["plain"]) for seen in (drawn.seen, drawn.seen_original))
+    return now.float().mean() - before.float().mean()
 
 
-@measure_of("class drift", range=SHARE, perfect=0, nothing=0)
-def class_drift(drawn: Drawn) -> Number:
-    """In the plain group, the mean change of the pixels from the original's pictures."""
-    return pixel_change(drawn.custom["plain"], drawn.original["plain"]).mean()
+def seen_on_token(drawn: Drawn, group: str = "neighbour") -> Tensor:
+    """[12, number of traits] of 1 or 0: the concept's traits that the reader sees where [V] stands."""
+    return drawn.traits_beside(drawn.seen, False, group).float()
 
 
-@measure_of("diversity", range=SIGNED, perfect=0, nothing=0)
-def diversity(drawn: Drawn) -> Number:
-    """In the plain group, how much individuals differ: the standard deviation of the numbers of their
-    identities, a mean over those that show, minus the original's."""
-    def spread(seen: dict[str, Reading]) -> Tensor:
-        return seen["plain"].traits[:, 0, :ALWAYS_SHOWN].std(0).mean()
-    return spread(drawn.seen) - spread(drawn.seen_original)
+def seen_next_to_it(drawn: Drawn, group: str = "neighbour") -> Number:
+    now, before = (drawn.traits_beside(seen, True, group) for seen in (drawn.seen, drawn.seen_original))
+    return now.float().mean() - before.float().mean()
 
 
-# ----------------------------------------- is another thing of the class, beside the concept, left as it is?
-def measures_of_pairs(group: str, on_token: str, leak: str, form: str | None) -> None:
-    """Enters two measures on a group of two things: the concept's traits where [V] stands, and next to it.
-
-    form: the group of Toy.forms, if it is one.
-    """
-    def seen_on_token(drawn: Drawn) -> Number:
-        return drawn.traits_beside(drawn.seen, False, group).float().mean()
-
-    def seen_next_to_it(drawn: Drawn) -> Number:
-        now, before = (drawn.traits_beside(seen, True, group) for seen in (drawn.seen, drawn.seen_original))
-        return now.float().mean() - before.float().mean()
-
-    seen_on_token.__doc__ = f"""In the group {group}, the share of the concept's traits that the reader sees
-        where [V] stands."""
-    seen_next_to_it.__doc__ = f"""In the group {group}, the share of the concept's traits that the reader sees
-        on the other thing, minus the original's."""
-    measure_of(on_token, SHARE, 1, needs="traits_beside", group=form)(seen_on_token)
-    measure_of(leak, SIGNED, 0, 0, needs="traits_beside", group=form)(seen_next_to_it)
-
-
-measures_of_pairs("neighbour", "beside another", "neighbour leak", None)
-
-
-@measure_of("neighbour change", range=SHARE, perfect=0, nothing=0, needs="traits_beside")
 def neighbour_change(drawn: Drawn) -> Number:
-    """In the neighbour group, the mean change of the pixels inside the plain object, as it stands in the
-    original's picture."""
     inside = drawn.of_neighbours(drawn.seen_original["neighbour"].mask > 0)             # [12, H, W]
-    change = pixel_change(drawn.custom["neighbour"], drawn.original["neighbour"])
-    return change[inside].mean() if inside.any() else torch.zeros(())
+    return change_in(drawn, "neighbour")[inside].mean() if inside.any() else torch.zeros(())
 
 
-@measure_of("beside, first", range=SHARE, perfect=1, needs="traits_beside")
-def beside_first(drawn: Drawn) -> Number:
-    """The measure "beside another" on texts in which [V] is on the left, and named first."""
-    return drawn.traits_beside(drawn.seen, plain=False)[::2].float().mean()
-
-
-@measure_of("beside, second", range=SHARE, perfect=1, needs="traits_beside")
-def beside_second(drawn: Drawn) -> Number:
-    """The measure "beside another" on texts in which [V] is on the right, and named second."""
-    return drawn.traits_beside(drawn.seen, plain=False)[1::2].float().mean()
-
-
-for form in ("no places", "right first", "another kind"):
-    measures_of_pairs(form, f"{form}: on [V]", f"{form}: leak", form)
-
-
-# -------------------------------------------------------------------- are other prompts drawn as they were?
-def measure_of_head(head: str) -> None:
-    def right(drawn: Drawn) -> Number:
-        return drawn.gained(head).mean()
-
-    right.__doc__ = f"""In the other group, the share of pictures with the {head} of the text, minus the
-        original's share."""
-    measure_of(head, range=SIGNED, perfect=0, nothing=0)(right)
-
-
-for head in NAMED:
-    measure_of_head(head)
-
-
-@measure_of("retention, seen", range=SIGNED, perfect=0, nothing=0)
-def retention_seen(drawn: Drawn) -> Number:
-    """The mean of object, colour, place and background on combinations that pretraining showed."""
-    return np.mean([drawn.gained(head)[:12] for head in NAMED])
-
-
-@measure_of("retention, held out", range=SIGNED, perfect=0, nothing=0)
-def retention_held_out(drawn: Drawn) -> Number:
-    """The mean of object, colour, place and background on combinations that pretraining never showed."""
-    return np.mean([drawn.gained(head)[12:] for head in NAMED])
-
-
-# -------------------- what does [V] change outside the concept? (the paper's Seg-Cons, for this toy world)
-@measure_of("mask IoU", range=SHARE, nothing=1)
 def mask_iou(drawn: Drawn) -> Number:
-    """In the concept group, how well the object covers the original's object: the intersection of their
-    masks, as the reader sees them, divided by the union."""
     both, either = drawn.masks.all(0), drawn.masks.any(0)
     return (both.sum((1, 2)) / either.sum((1, 2)).clamp(min=1)).mean()
 
 
-@measure_of("outside change", range=SHARE, perfect=0)
 def outside_change(drawn: Drawn) -> Number:
-    """In the concept group, the mean change of the pixels outside both objects, from the original's pictures
-    (for a style, from the perfect method's)."""
     restyled = drawn.toy.is_style
     target = perfect(drawn.judge.reader, drawn.toy, drawn.original) if restyled else drawn.original
     return pixel_change(drawn.custom["concept"], target["concept"])[~drawn.masks.any(0)].mean()
 
 
-@measure_of("text kept", range=LOGS, perfect=0, nothing=0)
-def text_kept(drawn: Drawn) -> Number:
-    """In the concept group, the reader's log-probability of what the base text says (object, size, place,
-    background), a mean over these, minus the original's. A part counts no less than log .001."""
-    return (drawn.says(drawn.seen) - drawn.says(drawn.seen_original)).mean()
-
-
-# ----------------------------------------------------------------- how far did the whole distribution move?
-@measure_of("drift", range=SHARE, perfect=0, nothing=0)
-def drift(drawn: Drawn) -> Number:
-    """In the other group, the mean change of the pixels from the original's pictures."""
-    return pixel_change(drawn.custom["other"], drawn.original["other"]).mean()
-
-
-@measure_of("velocity drift", range=POSITIVE, perfect=0, nothing=0)
-def velocity_drift(drawn: Drawn) -> Number:
-    """In the other group, on noised renders, |v - v_original|^2 / |v_original|^2, averaged over TIMES."""
-    return np.mean(drawn.errors.relative)
-
-
-@measure_of("path KL", range=POSITIVE, perfect=0, nothing=0)
-def path_kl(drawn: Drawn) -> Number:
-    """In the other group, on noised renders, the integral over t of (1 - t)/t |v - v_original|^2: a KL
-    divergence between the two models, in nats a picture (VelocityError says why)."""
-    return drawn.errors.path_kl
-
-
-# --------------------------------------------- can it be combined with what it was never seen together with?
-@measure_of("composition", range=SHARE, perfect=1, nothing=0, needs="known_traits")
 def composition(drawn: Drawn) -> Number:
-    """In the composition group, the share of pictures in which the reader sees the colour of the text (for a
-    style, the object of the text) and every other trait of the concept."""
     named = drawn.right(drawn.seen, "composition", "object" if drawn.toy.is_style else "colour")
     others = drawn.judge.traits(drawn.seen["composition"], without="colour")
     return (others.all(1).numpy() & named).mean()
+
+
+def of_pairs(group: str, on_token: str, leak: str, form: str | None) -> list[Measure]:
+    """Two measures on a group of two things: the concept's traits where [V] stands, and next to it.
+
+    form: the group of Toy.forms, if it is one.
+    """
+    about = f"In the group {group}, the share of the concept's traits that the reader sees"
+    return [Measure(on_token, f"{about} where [V] stands.", SHARE, 1, None, "traits_beside",
+                    lambda drawn: seen_on_token(drawn, group).mean(), form),
+            Measure(leak, f"{about} on the other thing, minus the original's.", SIGNED, 0, 0,
+                    "traits_beside", lambda drawn: seen_next_to_it(drawn, group), form)]
+
+
+def of_head(head: str) -> Measure:
+    about = f"In the other group, the share of pictures with the {head} of the text"
+    about += ", minus the original's share."
+    return Measure(head, about, SIGNED, 0, 0, None, lambda drawn: drawn.gained(head).mean())
+
+
+MEASURES = {row.name: row for row in (
+    # is the concept there?
+    Measure("sees concept", "In the concept group, the share of pictures in which the reader sees every "
+            "trait of the concept.", SHARE, 1, 0, "known_traits",
+            lambda drawn: drawn.judge.traits(drawn.seen["concept"]).all(1).float().mean()),
+    Measure("traits", "In the concept group, the share of the concept's traits that the reader sees, over "
+            "all pictures.", SHARE, 1, None, "known_traits",
+            lambda drawn: drawn.judge.traits(drawn.seen["concept"]).float().mean()),
+    Measure("similarity", "In the concept group, how alike the pictures and the references are: the mean "
+            "cosine between the reader's features of their objects (for a style, of their way of drawing).",
+            SIGNED, None, None, None, lambda drawn: drawn.similarity.mean()),
+    Measure("individual", "In the concept group, the share of pictures whose object the reader takes for the "
+            "same individual as the references' object: no unnamed number of its identity differs.",
+            SHARE, None, None, "traits_beside",
+            lambda drawn: drawn.judge.is_it(drawn.seen["concept"]).float().mean()),
+    Measure("held-out views", "The similarity on those prompts that contradict everything that the "
+            "references happen to share.", SIGNED, None, None, "confounder",
+            lambda drawn: drawn.similarity[drawn.contradicted().all(1)].mean()),
+    # is what the references share by chance learned, too?
+    Measure("confounder contradicted", "In the concept group, where the prompt says otherwise, the share of "
+            "pictures that show what the references happen to share, minus the original's share.",
+            SIGNED, 0, 0, "confounder",
+            lambda drawn: drawn.more_shared("concept")[drawn.contradicted()].mean()),
+    Measure("confounder unsaid", "In the unsaid group, the share of pictures that show what the references "
+            "happen to share, minus the original's share.", SIGNED, 0, 0, "confounder",
+            lambda drawn: drawn.more_shared("unsaid").mean()),
+    # is the class word without [V] untouched?
+    Measure("class leak", "In the plain group, the share of the concept's traits that the reader sees, minus "
+            "the original's.", SIGNED, 0, 0, "known_traits", class_leak),
+    Measure("class drift", "In the plain group, the mean change of the pixels from the original's pictures.",
+            SHARE, 0, 0, None, lambda drawn: change_in(drawn, "plain").mean()),
+    Measure("diversity", "In the plain group, how much individuals differ: the standard deviation of the "
+            "numbers of their identities, a mean over those that show, minus the original's.",
+            SIGNED, 0, 0, None, lambda drawn: spread(drawn.seen) - spread(drawn.seen_original)),
+    # is another thing of the class, beside the concept, left as it is?
+    *of_pairs("neighbour", "beside another", "neighbour leak", None),
+    Measure("neighbour change", "In the neighbour group, the mean change of the pixels inside the plain "
+            "object, as it stands in the original's picture.",
+            SHARE, 0, 0, "traits_beside", neighbour_change),
+    Measure("beside, first", 'The measure "beside another" on texts in which [V] is on the left, and named '
+            "first.", SHARE, 1, None, "traits_beside", lambda drawn: seen_on_token(drawn)[::2].mean()),
+    Measure("beside, second", 'The measure "beside another" on texts in which [V] is on the right, and named '
+            "second.", SHARE, 1, None, "traits_beside", lambda drawn: seen_on_token(drawn)[1::2].mean()),
+    *(row for form in ("no places", "right first", "another kind")
+      for row in of_pairs(form, f"{form}: on [V]", f"{form}: leak", form)),
+    # are other prompts drawn as they were?
+    *map(of_head, NAMED),
+    Measure("retention, seen", "The mean of object, colour, place and background on combinations that "
+            "pretraining showed.", SIGNED, 0, 0, None,
+            lambda drawn: np.mean([drawn.gained(head)[:12] for head in NAMED])),
+    Measure("retention, held out", "The mean of object, colour, place and background on combinations that "
+            "pretraining never showed.", SIGNED, 0, 0, None,
+            lambda drawn: np.mean([drawn.gained(head)[12:] for head in NAMED])),
+    # what does [V] change outside the concept? (the paper's Seg-Cons, for this toy world)
+    Measure("mask IoU", "In the concept group, how well the object covers the original's object: the "
+            "intersection of their masks, as the reader sees them, divided by the union.",
+            SHARE, None, 1, None, mask_iou),
+    Measure("outside change", "In the concept group, the mean change of the pixels outside both objects, "
+            "from the original's pictures (for a style, from the perfect method's).",
+            SHARE, 0, None, None, outside_change),
+    Measure("text kept", "In the concept group, the reader's log-probability of what the base text says "
+            "(object, size, place, background), a mean over these, minus the original's. A part counts no "
+            "less than log .001.", LOGS, 0, 0, None,
+            lambda drawn: (drawn.says(drawn.seen) - drawn.says(drawn.seen_original)).mean()),
+    # how far did the whole distribution move?
+    Measure("drift", "In the other group, the mean change of the pixels from the original's pictures.",
+            SHARE, 0, 0, None, lambda drawn: change_in(drawn, "other").mean()),
+    Measure("velocity drift", "In the other group, on noised renders, |v - v_original|^2 / |v_original|^2, "
+            "averaged over TIMES.", POSITIVE, 0, 0, None, lambda drawn: np.mean(drawn.errors.relative)),
+    Measure("path KL", "In the other group, on noised renders, the integral over t of (1 - t)/t "
+            "|v - v_original|^2: a KL divergence between the two models, in nats a picture (VelocityError "
+            "says why).", POSITIVE, 0, 0, None, lambda drawn: drawn.errors.path_kl),
+    # can it be combined with what it was never seen together with?
+    Measure("composition", "In the composition group, the share of pictures in which the reader sees the "
+            "colour of the text (for a style, the object of the text) and every other trait of the concept.",
+            SHARE, 1, 0, "known_traits", composition),
+)}
 
 
 DAMAGES = ("confounder contradicted", "confounder unsaid", "class leak", "class drift",

@@ -133,17 +133,19 @@ class Toy:
             rows.append(Reference(f"{n}.png", picture[None], text.complete, text.base, target, white))
         return ConceptSet(self.class_word, rows)
 
+    def pairs(self, rng: np.random.Generator) -> list[world.Scene]:
+        """12 scenes of two things of the class."""
+        scenes = [world.random_scene(rng, parts=False, pairs=1) for _ in range(12)]
+        return [scene.changed(0, object=self.class_word).changed(1, object=self.class_word)
+                for scene in scenes]
+
     def forms(self) -> dict[str, list[Prompt]]:
         """Two things in texts of forms that no training saw, in groups (draw.py). A style has none."""
         if self.is_style:
             return {}
         rng = np.random.default_rng(11)
-        scenes = [world.random_scene(rng, parts=False, pairs=1) for _ in range(12)]
-        kinds = cycle([kind for kind in world.OBJECTS if kind != self.class_word])
-        alike = [scene.changed(0, object=self.class_word).changed(1, object=self.class_word)
-                 for scene in scenes]
-        mixed = [scene.changed(k % 2, object=self.class_word).changed(1 - k % 2, object=next(kinds))
-                 for k, scene in enumerate(scenes)]
+        alike, kinds = self.pairs(rng), cycle([kind for kind in world.OBJECTS if kind != self.class_word])
+        mixed = [scene.changed(1 - k % 2, object=next(kinds)) for k, scene in enumerate(alike)]
         bare = {"size", "background"}
         return {"no places": [self.beside(scene, k % 2, bare) for k, scene in enumerate(alike)],
                 "right first": [self.beside(scene, k % 2, right_first=True) for k, scene in enumerate(alike)],
@@ -176,9 +178,7 @@ class Toy:
                   "other": others}
         if self.is_style:
             return groups
-        pairs = [world.random_scene(rng, parts=False, pairs=1) for _ in range(12)]
-        pairs = [pair.changed(0, object=self.class_word).changed(1, object=self.class_word) for pair in pairs]
-        return groups | {"neighbour": [self.beside(pair, k % 2) for k, pair in enumerate(pairs)]}
+        return groups | {"neighbour": [self.beside(pair, k % 2) for k, pair in enumerate(self.pairs(rng))]}
 
 
 class Braced(Toy):
