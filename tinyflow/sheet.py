@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAGE, INK, FAINT = (250, 248, 243), (52, 46, 60), (126, 118, 132)
-MARGIN, HEADING, GAP, LINE = 190, 58, 8, 18      # pixels: labels, headings, the space between, a note
+MARGIN, HEADING, GAP, LINE = 190, 76, 8, 18      # pixels: labels, headings, the space between, a note
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, list[str]]],
@@ -33,7 +33,7 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]], headings: list[tuple[int, li
         if number in headed:
             y += HEADING
             for n, text in enumerate(headed[number]):
-                pen.multiline_text((MARGIN + n * (side + GAP), y - 6), textwrap.fill(text, 20 * side // 128),
+                pen.multiline_text((MARGIN + n * (side + GAP), y - 6), textwrap.fill(text, 19 * side // 128),
                                    FAINT, small, anchor="ld", spacing=2)
         pen.multiline_text((2 * GAP, y + side / 2), textwrap.fill(label, 20),
                            INK, font, anchor="lm", spacing=3)

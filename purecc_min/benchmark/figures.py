@@ -43,7 +43,7 @@ CURVES = {"lambda": "lambda*", "norm_R_complete": "|R(y_complete, y_base)|", "no
 SHOWN = (("concept", 0), ("concept", 1), ("concept", 2), ("unsaid", 0), ("composition", 0), ("neighbour", 0),
          ("plain", 0), ("plain", 1), ("other", 0), ("other", 1))     # pictures in samples.png: group, number
 FIRST = {"lora": "LoRA", "switched-off": "LoRA, switched off without [V]", "paper": "PureCC",
-         "bound": "bound to [V]'s phrase"}       # in first.png: method -> title
+         "bound": "bound to [V]'s phrase", "bound-pairs": "bound, with pairs"}         # of first.png: title
 FIELDS = {"v_original": "v_original", "v_complete": "v_complete", "v_purecc": "v_PureCC"}    # of Terms: label
 PAGE, INK = "#faf8f3", "#34303c"
 COLOURS = ("#7f8794", "#2e86ab", "#7fc4dd", "#1b4965", "#a8763e", "#d66ba0", "#e4572e", "#f3a683", "#3a9d5d",

@@ -19,10 +19,9 @@ HERE = Path(__file__).parent
 VERDICTS = ("holds", "does not hold", "depends")
 PAGES = (HERE.parents[1] / "README.md", HERE / "README.md")
 INDIVIDUALS = tuple(name for name in HELD_OUT if not CONCEPTS[name].is_style)
-HEADLINE = {"lora": "LoRA", "switched-off": "LoRA, switched off for texts without [V]",
-            "paper": "PureCC, as the paper writes it",
-            "paper, v_0": "PureCC, v_original from the base model (its Sec. 14)",
-            "bound": "bound to [V]'s phrase"}    # rows of README's table
+HEADLINE = {"lora": "LoRA", "switched-off": "LoRA, switched off without [V]",
+            "paper": "PureCC, as the paper writes it", "paper, v_0": "PureCC, v_original from the base",
+            "bound": "bound to [V]'s phrase", "bound-pairs": "bound, with pairs"}     # rows of README's table
 OF_PHRASE = {"switched-off learning_rate=0.002 rank=4": "LoRA, switched off",
              "token": "token, Y in the word's place",
              "token, word kept learning_rate=0.004": "token, word kept",
@@ -37,21 +36,33 @@ KEPT = ("class leak", "drift", "neighbour leak", "neighbour change", "another ki
 CHANGED = ("fidelity", "beside another", "neighbour leak", "neighbour change", "another kind: leak",
            "outside change", "confounder unsaid")
 AT_THE_END = (("bound", "switched-off"), ("bound", "token"), ("bound-half", "bound"),
-              ("bound-pairs", "bound-half"), ("bound-pairs", "bound, longer"), ("bound-paper", "bound"),
+              ("bound-pairs", "bound-half"), ("bound-pairs", "bound"), ("bound-pairs", "bound, longer"),
+              ("bound-paper", "bound"),
               ("switched-off, word kept", "switched-off"), ("paper", "lora"), ("paper, v_0", "paper"))
 
 
 def headline(results: tables.Results, pairs: list[dict]) -> str:
-    """README's table: six columns that a newcomer understands."""
+    """README's table, of the individuals: six columns that a newcomer understands."""
     columns = {"learned ↑": "fidelity", "class word leaks ↓": "class leak",
-               "other pictures change ↓": "drift", "a plain neighbour takes on traits ↓": "neighbour leak"}
+               "other pictures change ↓": "drift", "neighbour takes on traits ↓": "neighbour leak"}
     rows = []
     for method, title in HEADLINE.items():
         group, two = [row for row in results if tables.name_of(row) == method], of_pairs(pairs, method)
-        both = "{keeps:.2f}, {other's:.2f}".format(**two) if two else ""
+        both = "{keeps:.2f} / {other's:.3f}".format(**two) if two else ""
         rows.append([title, *(tables.entry(group, name) for name in columns.values()), both,
                      tables.cost_of(group)[1]])
-    return tables.markdown(["method", *columns, "two concepts in one text: kept ↑, mixed ↓", "passes"], rows)
+    header = ["method", *columns, "two in one text: kept ↑ / mixed ↓", "passes"]
+    return tables.markdown(header, rows, wide=200)
+
+
+def of_styles(results: tables.Results) -> str:
+    """The two styles, one by one: what was learned, and what changes without [V]."""
+    styles = [name for name in HELD_OUT if CONCEPTS[name].is_style]
+    rows = []
+    for (method,), group in tables.grouped([row for row in results if row["concept"] in styles]).items():
+        own = [[row for row in group if row["concept"] == style] for style in styles]
+        rows.append([method, *(tables.entry(one, "fidelity") for one in own), tables.entry(group, "drift")])
+    return tables.markdown(["method", *(f"{style}: fidelity ↑" for style in styles), "drift ↓"], rows)
 
 
 def of_phrase(nowhere: Path) -> str:
@@ -75,12 +86,12 @@ def all_tables() -> dict[str, str]:
     nowhere = Path("nowhere")                    # no folder: what came with this repository
     results = gather(plan("main"), nowhere, shipped=True)
     pairs = [pair.result(nowhere, shipped=True) for pair in plan_two()]
-    individuals = tables.grouped([row for row in results if row["concept"] in INDIVIDUALS])
-    groups = tables.grouped(results)
+    individuals = [row for row in results if row["concept"] in INDIVIDUALS]
+    groups = tables.grouped(individuals)
     trained = {row: group for row, group in groups.items() if row[0] not in tables.ENDS}
-    return {"headline": headline(results, pairs), "learned": tables.methods_table(groups, LEARNED, cost=True),
-            "kept": tables.methods_table(trained, KEPT),
-            "individuals": tables.methods_table(individuals, CHANGED[:3]),
+    return {"headline": headline(individuals, pairs),
+            "learned": tables.methods_table(groups, LEARNED, cost=True),
+            "kept": tables.methods_table(trained, KEPT), "styles": of_styles(results),
             "differences": tables.differences_table("at the end of training", results, AT_THE_END, CHANGED,
                                                     INDIVIDUALS),
             "fronts": tables.equal_fidelity(results, COMPARED),

@@ -139,8 +139,8 @@ def plus_minus(name: str, values: list[float], signed: bool = False) -> str:
 
     signed: they are differences, so "+" is shown.
     """
-    if not values:
-        return ""
+    if not any(values):                          # exactly 0: what cannot change
+        return "0" if values else ""
     mean, half = mean_and_interval(values)
     digits = 1 if "KL" in name else 3
     text = f"{mean:+.{digits}f}" if signed else show(name, mean)
@@ -152,8 +152,8 @@ def entry(group: Results, name: str) -> str:
     return plus_minus(name, seed_means(group, name))
 
 
-def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
-    """A table whose lines fit WIDE columns; what does not fit follows in further tables below it.
+def markdown(header: list[str], rows: list[list[str]], first: int = 1, wide: int = WIDE) -> str:
+    """A table whose lines fit `wide` columns; what does not fit follows in further tables below it.
 
     Args:
         first: the number of columns with which each of these tables begins.
@@ -162,7 +162,7 @@ def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
     lead, tables = columns[:first], [[]]
     for column in columns[first:]:
         width = sum(len(other[0]) + 3 for other in (*lead, *tables[-1], column)) + 1
-        tables += [[]] if width > WIDE and tables[-1] else []
+        tables += [[]] if width > wide and tables[-1] else []
         tables[-1].append(column)
     texts = []
     for own in tables:
