@@ -27,7 +27,7 @@ from tests.hostile import REFERENCES, STOP, WORD, Case
 from tinyflow.picturebook.model import SHIPPED, load_tiny
 from tinyflow.weights import load_tensors, save_tensors
 
-LEARN = ("learn", "photos", "--class-word", WORD, "--out", "out")
+LEARN = ("learn", "photos", "--class-word", WORD, "--method", "bound", "--out", "out")
 TO_STOP = (*LEARN, "--prompts", "nothing.txt")
 MISSING = object()
 ODD = ("25", None, -5, 1.5, float("nan"), [], {}, True, MISSING)     # in the place of a fact

@@ -23,7 +23,7 @@ from tinyflow.picturebook import check, codec, pretrain, reader
 from tutorials import build, gallery
 
 # --------------------------------------------------------------------------- numbers, and lines that are none
-LEARN = ("learn", "photos", "--class-word", WORD, "--out", "out")
+LEARN = ("learn", "photos", "--class-word", WORD, "--method", "bound", "--out", "out")
 SAMPLE = ("sample", "good.safetensors", "a [V] house", "--out", "out.png")
 COMMANDS = {"demo": ("demo", "--out", "out"), "learn": LEARN, "sample": SAMPLE, "speed": ("speed",)}
 WHOLE = ("-1", "", "nan", "inf", "1.5", "0x10", "1e3", "word", "9" * 30, LONG)

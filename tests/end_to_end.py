@@ -105,7 +105,7 @@ def what_a_user_may_bring(folder: Path) -> None:
 def a_run_goes_on(folder: Path) -> None:
     out, prompts = folder / "goes on", folder / "prompts.txt"
     prompts.write_text("a [V] robot on the beach\na robot on the beach\n")
-    line = ["learn", ROBOT, "--class-word", "robot", "--out", out, "--prompts", prompts]
+    line = ["learn", ROBOT, "--class-word", "robot", "--method", "bound", "--out", out, "--prompts", prompts]
     line += ["--samples-every", "1"]
     command(*line, *FEW)
     first = (out / "concept.safetensors").read_bytes()

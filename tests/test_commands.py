@@ -54,7 +54,7 @@ def few_sampling_steps():
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "learned"
-    main(["learn", str(ROBOT), "--class-word", "robot", "--out", str(out), *BUDGET])
+    main(["learn", str(ROBOT), "--class-word", "robot", "--method", "bound", "--out", str(out), *BUDGET])
     return out
 
 
@@ -108,7 +108,8 @@ def test_a_longer_run_that_fails_changes_no_claim(learned, tmp_path, capsys):
     run = shutil.copytree(learned, tmp_path / "run")
     before, checkpoint = (run / "run.json").read_bytes(), run / "stage1.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
-    learn = ["learn", ROBOT, "--class-word", "robot", "--out", run, "--steps", "3", *BUDGET[2:]]
+    learn = ["learn", ROBOT, "--class-word", "robot", "--method", "bound", "--out", run, "--steps", "3",
+             *BUDGET[2:]]
     assert "not a readable safetensors file" in fails(capsys, *learn)
     assert (run / "run.json").read_bytes() == before
 
@@ -148,6 +149,8 @@ def test_a_style_and_a_capital_class_word_are_learned_to_the_very_end(toy, word,
         main(learn)
         assert f"learned: {tmp_path}/out/concept.safetensors" in capsys.readouterr().out
     assert (tmp_path / "out" / "comparison.png").exists()
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["method"] == ("switched-off" if word == "a" else "bound-pairs")         # the defaults
     if word == "a":
         assert "a style fills the whole picture" in fails(capsys, *learn, "--method", "bound-half")
 

@@ -17,7 +17,7 @@ from tinyflow.files import write_whole
 
 HERE = Path(__file__).parent
 VERDICTS = ("holds", "does not hold", "depends")
-PAGES = (HERE.parents[1] / "README.md", HERE / "README.md")
+PAGES = (HERE.parents[1] / "README.md", HERE / "README.md", HERE / "report_pages" / "methods.md")
 INDIVIDUALS = tuple(name for name in HELD_OUT if not CONCEPTS[name].is_style)
 HEADLINE = {"lora": "LoRA", "switched-off": "LoRA, switched off without [V]",
             "paper": "PureCC, as the paper writes it", "paper, v_0": "PureCC, v_original from the base",
@@ -35,6 +35,8 @@ KEPT = ("class leak", "drift", "neighbour leak", "neighbour change", "another ki
         "text kept")
 CHANGED = ("fidelity", "beside another", "neighbour leak", "neighbour change", "another kind: leak",
            "outside change", "confounder unsaid")
+OF_STYLES = ("lora", "switched-off", "anchor", "embeddings", "paper", "token", "bound")
+AT_EQUAL = ("neighbour leak", "class leak", "drift", "confounder unsaid", "outside change")
 AT_THE_END = (("bound", "switched-off"), ("bound", "token"), ("bound-half", "bound"),
               ("bound-pairs", "bound-half"), ("bound-pairs", "bound"), ("bound-pairs", "bound, longer"),
               ("bound-paper", "bound"),
@@ -52,7 +54,7 @@ def headline(results: tables.Results, pairs: list[dict]) -> str:
         rows.append([title, *(tables.entry(group, name) for name in columns.values()), both,
                      tables.cost_of(group)[1]])
     header = ["method", *columns, "two in one text: kept ↑ / mixed ↓", "passes"]
-    return tables.markdown(header, rows, wide=200)
+    return tables.markdown(header, rows)
 
 
 def of_styles(results: tables.Results) -> str:
@@ -60,6 +62,8 @@ def of_styles(results: tables.Results) -> str:
     styles = [name for name in HELD_OUT if CONCEPTS[name].is_style]
     rows = []
     for (method,), group in tables.grouped([row for row in results if row["concept"] in styles]).items():
+        if method not in OF_STYLES:
+            continue
         own = [[row for row in group if row["concept"] == style] for style in styles]
         rows.append([method, *(tables.entry(one, "fidelity") for one in own), tables.entry(group, "drift")])
     return tables.markdown(["method", *(f"{style}: fidelity ↑" for style in styles), "drift ↓"], rows)
@@ -83,6 +87,7 @@ def verdicts(results: tables.Results) -> str:
 
 def all_tables() -> dict[str, str]:
     """Name of a table -> the table."""
+    tables.WIDE = 300                            # pages are rendered: no table needs to be cut in two
     nowhere = Path("nowhere")                    # no folder: what came with this repository
     results = gather(plan("main"), nowhere, shipped=True)
     pairs = [pair.result(nowhere, shipped=True) for pair in plan_two()]
@@ -94,9 +99,9 @@ def all_tables() -> dict[str, str]:
             "kept": tables.methods_table(trained, KEPT), "styles": of_styles(results),
             "differences": tables.differences_table("at the end of training", results, AT_THE_END, CHANGED,
                                                     INDIVIDUALS),
-            "fronts": tables.equal_fidelity(results, COMPARED),
+            "fronts": tables.equal_fidelity(results, COMPARED, AT_EQUAL),
             "two": two_table(pairs), "claims": verdicts(gather(plan("claims"), nowhere, shipped=True)),
-            "lambdas": tables.terms_table(results), "phrase": of_phrase(nowhere)}
+            "phrase": of_phrase(nowhere)}
 
 
 def filled(text: str, known: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from purecc_min.measure.toy import EARLIER, TUNING
 
 # the 97.5 % quantile of Student's t, by degrees of freedom
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-WIDE = 120                                       # columns of a terminal
+WIDE = 120                                       # columns of a terminal; page.py has more
 ENDS = ("nothing", "perfect")                    # of the scale
 TABLES = {"What is learned": ("fidelity", "sees concept", "individual", "beside another", "composition"),
           "What follows [V] that should not": ("confounder contradicted", "confounder unsaid",
@@ -152,8 +152,8 @@ def entry(group: Results, name: str) -> str:
     return plus_minus(name, seed_means(group, name))
 
 
-def markdown(header: list[str], rows: list[list[str]], first: int = 1, wide: int = WIDE) -> str:
-    """A table whose lines fit `wide` columns; what does not fit follows in further tables below it.
+def markdown(header: list[str], rows: list[list[str]], first: int = 1) -> str:
+    """A table whose lines fit WIDE columns; what does not fit follows in further tables below it.
 
     Args:
         first: the number of columns with which each of these tables begins.
@@ -162,7 +162,7 @@ def markdown(header: list[str], rows: list[list[str]], first: int = 1, wide: int
     lead, tables = columns[:first], [[]]
     for column in columns[first:]:
         width = sum(len(other[0]) + 3 for other in (*lead, *tables[-1], column)) + 1
-        tables += [[]] if width > wide and tables[-1] else []
+        tables += [[]] if width > WIDE and tables[-1] else []
         tables[-1].append(column)
     texts = []
     for own in tables:
@@ -237,12 +237,13 @@ def differences_table(title: str, results: Results, pairs: Iterable[tuple[str, s
     return markdown([title, *names], rows)
 
 
-def equal_fidelity(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
+def equal_fidelity(results: Results, pairs: Iterable[tuple[str, str]], names: tuple[str, ...] = ()) -> str:
     """For each (method, reference): the method's measures minus the reference's, at equal fidelity.
 
-    They are means over concepts, with intervals over seeds. A pair without common runs is left out.
+    They are means over concepts, with intervals over seeds. A pair without common runs is left out. names: of
+    the measures; by default all that can be read off a front.
     """
-    names, rows = (*DAMAGES, "retention, held out", "text kept", "mask IoU", "composition"), []
+    names, rows = names or (*DAMAGES, "retention, held out", "text kept", "mask IoU", "composition"), []
     for method, reference in pairs:
         read = pairs_at_equal_fidelity(results, method, reference)
         if not read:

@@ -28,11 +28,13 @@ class BaseModel:
     size: int                                    # side of a picture, in pixels
     variants: int                                # pictures made of each reference: itself, crops and flips
     method: str                                  # the default, a key of METHODS
+    method_of_a_style: str
 
 
 OF_PAPER = TrainConfig(batch=2, learning_rate=1e-4, embedding_learning_rate=1e-4)
-PUBLIC = BaseModel(True, OF_PAPER, size=512, variants=8, method="paper")
-BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(steps=200), size=64, variants=1, method="bound"),
+PUBLIC = BaseModel(True, OF_PAPER, size=512, variants=8, method="paper", method_of_a_style="paper")
+BASE_MODELS = {"tiny": BaseModel(False, TrainConfig(steps=200), size=64, variants=1, method="bound-pairs",
+                                  method_of_a_style="switched-off"),
                "sd3.5-medium": PUBLIC,
                "sd3-medium": PUBLIC}
 

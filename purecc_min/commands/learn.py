@@ -41,18 +41,20 @@ def learn_command(options: argparse.Namespace) -> None:
     Raises InputError for anything that cannot be used, before anything is trained.
     """
     model, out, places = BASE_MODELS[options.base], options.out, (options.weights, options.text)
-    method, size = METHODS[options.method or model.method], options.size or model.size
-    config, device = training_config(options, options.base, method), choose_device(options.device)
+    size, device = options.size or model.size, choose_device(options.device)
     check_base_model(options.base, *places, size)
-    check_options(options, method, config)
     needed = read_config(*places, size) if model.public else None
     check_run_folder(out)
     if options.class_word and not model.public:
         check_noun(options.class_word)
-    concept = load_concept(options.folder, options.class_word, size, model.variants, config.seed,
+    concept = load_concept(options.folder, options.class_word, size, model.variants, options.seed,
                            options.alpha_as_mask)
     if not model.public:                         # it may be the CSV's
         check_noun(concept.class_word)
+    is_style = bool(styles_among({TOKEN: concept.class_word}))
+    method = METHODS[options.method or (model.method_of_a_style if is_style else model.method)]
+    config = training_config(options, options.base, method)
+    check_options(options, method, config)
     print("\n".join(concept.notes))
     tokenizer = open_tokenizer(options.base, *places)
     check_texts(tokenizer, concept, options.folder)

@@ -61,7 +61,8 @@ def add_learn(commands) -> None:
     one.add_argument("--alpha-as-mask", action="store_true",
                      help="use the opaque part of each picture as its mask")
     one.add_argument("--method", choices=tuple(METHODS),
-                     help=f"see below ({TINY.method}; on public weights {PUBLIC.method})")
+                     help=f"see below ({TINY.method}, for a style {TINY.method_of_a_style}; on public "
+                          f"weights {PUBLIC.method})")
     one.add_argument("--base", choices=tuple(BASE_MODELS), default="tiny",
                      help="the base model to learn it on (%(default)s)")
     add_weights(one)
