@@ -128,7 +128,7 @@ def typical_pictures(results: Results, folder: Path,
     typical = [r for r in results if r["concept"] == concept and r["way"] == ""
                and (r["seed"] == seed or r["method"] in ENDS)]
     found = {}
-    for title, (result, *_) in grouped(typical).items():
+    for (title,), (result, *_) in grouped(typical).items():
         drawn = (folder / Cell.of(result).file).with_suffix(".png")
         if drawn.exists():                       # it is not for a result that came with this repository
             split = read_strip(drawn, ends[-1])
