@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from purecc_min.benchmark import tables
+from purecc_min.benchmark import page, tables
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims
 from purecc_min.benchmark.entries import FURTHER, MAIN
 from purecc_min.benchmark.plans import VARIED, plan
@@ -158,3 +158,11 @@ def test_a_run_with_fewer_steps_lacks_what_it_did_not_record():
     results = [dict(run("striped_cat", "paper", 0, 0.5), terms={"1": [{"lambda": 0.1}]})]
     assert [claim.values for claim in claims(results) if claim.where == "Sec. 4.4"] == [[], []]
     assert equal_fidelity([], [("bound", "token")]) == tables.terms_table([]) == ""
+
+
+def test_the_pages_hold_the_tables_of_the_shipped_results(monkeypatch):
+    monkeypatch.setattr(tables, "WIDE", page.WIDE)
+    known = page.all_tables()
+    for file in page.PAGES:
+        text = file.read_text(encoding="utf-8")
+        assert "<!-- end -->" in text and page.filled(text, known) == text, file
