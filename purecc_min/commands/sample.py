@@ -81,7 +81,7 @@ def sample_command(options: argparse.Namespace) -> None:
         pictures += list(pipe.decode_images(x_0))
     page = sheet([(prompt, pictures)], [(0, [f"seed {seed}" for seed in seeds])], side=max(size, 128))
     out = free_name(out)
-    write_picture(out, page)
     for seed, picture in zip(seeds, pictures):
         write_picture(free_name(out.with_name(f"{out.stem}-seed{seed}.png")), Image.fromarray(picture))
+    write_picture(out, page)                     # last: where the sheet is, all pictures are
     print(f"wrote {out}, and each picture as a file of its own in the same folder")
