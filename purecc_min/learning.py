@@ -84,7 +84,7 @@ def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConce
     try:
         for row in train_steps(loss_of_step, thetas, data, config, number, optimizer, first):
             log.append(row)
-            yield row                            # before it is saved: what is drawn of this step is drawn again
+            yield row                            # before it is saved: a sheet that is cut off is drawn again
             if row["step"] % SAVE_EVERY == 0 or row["step"] == config.steps:
                 write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())
                 save_checkpoint(checkpoint, theta, optimizer, facts, row["step"])
