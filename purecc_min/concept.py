@@ -45,7 +45,7 @@ class ConceptSet:
     """The references of one concept. The text encoder reads the class word where [V] stands."""
     class_word: str
     references: list[Reference]
-    notes: list[str] = field(default_factory=list)   # what a folder's reader used, and what it converted
+    notes: list[str] = field(default_factory=list)   # what commands/folder.py used and converted
 
 
 def styles_among(class_words: dict[str, str]) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class LoRA(nn.Module):
 
     @contextlib.contextmanager
     def attached(self, l: int, block: nn.Module, places: Tensor | None):
-        """Within this context block l computes with this set's adapters at these places."""
+        """Inside `with`, block l computes with this set's adapters at these places."""
         mask = None if places is None else places[..., None]                            # [B, T, 1]
         hooks = [layer.register_forward_hook(self.hook(key_of(l, name), mask))
                  for name, layer in target_layers(block, self.where).items()]

@@ -37,7 +37,7 @@ class Terms(NamedTuple):
 def lambda_star(R_complete: Tensor, R_target: Tensor) -> Tensor:
     """lambda* = argmin_k |R_complete - k R_target|^2 = <R_complete, R_target> / |R_target|^2 (Eq. 11, 12).
 
-    One number per sample, [B]. The paper does not say so; it is our choice. It may be negative. If R_target
+    One lambda* per sample, [B], is our choice: the paper is silent. lambda* may be negative. If R_target
     is 0, lambda* and its gradient are 0.
     """
     squared_norm = inner(R_target, R_target)

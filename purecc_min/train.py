@@ -19,7 +19,7 @@ SCALE = 2.0**12                                  # of the loss: small gradients 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings. registry.py has each method's for the tiny model, commands/base_models.py those for SD3.5."""
+    """Settings. Each method's values: registry.py (tiny model), commands/base_models.py (SD3.5)."""
     steps: int = 400                             # of each stage
     batch: int = 4                               # references per step
     rank: int = 4                                # of the adapters

@@ -63,7 +63,7 @@ def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
-    """The steps + 1 times of the sampler, from 1 down to 0. last: the smallest above 0, before the shift."""
+    """The steps + 1 times of the sampler, from 1 down to 0. last: the last above 0, unshifted."""
     times = torch.linspace(1, last or 1 / steps, steps, dtype=torch.float64)
     return [*shift_times(times, shift).tolist(), 0.0]
 

@@ -143,7 +143,7 @@ class MMDiT(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Linear and convolution weights: Xavier. Embedder MLPs: normal, std 0.02. Biases: zero. Every adaLN
-        and the final layer start at 0, so each block first returns its input, and the model v = 0.
+        and the final layer start at 0, so untrained blocks return their input, and the model v = 0.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaln" in name or "final_linear" in name:

@@ -1,11 +1,11 @@
 """Finds the placeholders of a text, and for each its phrase: the words that describe it.
 
-A stand-in replaces each placeholder: with {"[V]": "robot"}, "a [V] robot" becomes "a robot robot". The phrase
-goes from the placeholder to the end of its clause: in "a big [V] robot on the left and a small robot" it is
-"[V] robot on the left". A clause ends before "and", "next to" or "beside", at a comma, a semicolon or a full
-stop, and before the next placeholder. In a list after "with", commas and "and" do not end it; the list ends
-at "on", "in" or "at". If this rule fails, write braces: "{a [V] robot with a hat} and a robot". The phrase of
-a style is every word outside the other phrases. Read next: tokenizer.py.
+The encoder knows no [V], so a stand-in replaces it: with "robot", "a [V] robot" is read "a robot robot". The
+phrase goes from the placeholder to the end of its clause: in "a big [V] robot on the left and a small robot"
+it is "[V] robot on the left". A clause ends before "and", "next to" or "beside", at a comma, a semicolon or a
+full stop, and before the next placeholder. In a list after "with", commas and "and" do not end it; the list
+ends at "on", "in" or "at". If this rule fails, write braces: "{a [V] robot with a hat} and a robot". The
+phrase of a style is every word outside the other phrases. Read next: tokenizer.py.
 """
 
 import re
@@ -38,8 +38,8 @@ class Written(NamedTuple):
 def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...] = ()) -> Written:
     """Replaces placeholders by stand-ins, and finds the phrase of each.
 
-    A placeholder must be a word of its own: "[V]'s" has one, but "hotdog" does not contain "dog". Braces have
-    a meaning only if some placeholder in the text differs from its stand-in.
+    A placeholder must be a word of its own: "[V]'s" has [V], but "hotdog" has no "dog". Braces have a
+    meaning only in a text with a placeholder that is not its own stand-in.
 
     Args:
         stand_ins: placeholder -> the words that replace it, e.g. {"[V]": "teddy bear"}.

@@ -5,8 +5,8 @@
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
     sample          texts -> x_0, from noise
 
-The model works on latents, which the codec encodes pictures as: x is always latents. Pipelines are made in
-picturebook/model.py (tiny) and sd3/load.py (public weights). Read next: picturebook/model.py.
+The codec encodes pictures as latents. The model sees only latents: x is always latents. Pipelines are made
+in picturebook/model.py (tiny) and sd3/load.py (public weights). Read next: picturebook/model.py.
 """
 
 from dataclasses import dataclass, fields

@@ -1,6 +1,6 @@
 """SD3's autoencoder: it encodes pictures as latents with sides `factor` times shorter, and decodes them.
 
-Each level of the encoder halves the resolution, and each level of the decoder doubles it (but for the last).
+Each level of the encoder halves the resolution, and each level of the decoder doubles it (not the last one).
 At the coarsest resolution, self-attention connects all positions. The encoder outputs a mean and a
 log-variance per latent value; we use the mean. The MMDiT gets latents that are shifted and scaled to about
 unit variance. In shapes, f is the factor and L the latent channels. Read next: pipeline.py.
@@ -145,7 +145,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]. Raises ValueError for other sides."""
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]. ValueError unless f divides H, W."""
         height, width = pictures.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"sides must be multiples of {self.factor} pixels, not {width} x {height}")

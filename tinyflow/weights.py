@@ -68,7 +68,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
                          "copy or make it again") from None
     found = about.get("kind", "nothing of ours")
     if found != kind:
-        raise InputError(f"{path}: this is not a {kind} file of purecc-min; it says it is {found}")
+        raise InputError(f"{path}: not a purecc-min file of kind {kind}; its kind is: {found}")
     if not isinstance(about.get("facts"), dict):
         raise InputError(f"{path}: the file's metadata have no facts; make it again")
     if about.get("sha256") != seal(kind, tensors, about["facts"]):
