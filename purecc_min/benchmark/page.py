@@ -28,8 +28,7 @@ OF_PHRASE = {"switched-off learning_rate=0.002 rank=4": "LoRA, switched off",
              "token, word kept learning_rate=0.004": "token, word kept",
              "bound, Y replaces learning_rate=0.004 rank=4": "phrase, Y in the word's place",
              "bound learning_rate=0.004 rank=4": "**phrase, word kept: `bound`**",
-             "bound, Y added learning_rate=0.004 rank=4": "phrase, Y added to the word",
-             "bound, values alone learning_rate=0.004 rank=4": "phrase, adapters on values alone"}
+             "bound, Y added learning_rate=0.004 rank=4": "phrase, Y added to the word"}
 LEARNED = ("fidelity", "sees concept", "beside, first", "beside, second", "confounder unsaid", "mask IoU",
            "outside change")
 KEPT = ("class leak", "drift", "neighbour leak", "neighbour change", "another kind: leak", "no places: leak",
@@ -40,7 +39,7 @@ OF_STYLES = ("lora", "switched-off", "anchor", "embeddings", "paper", "token", "
 AT_EQUAL = ("neighbour leak", "class leak", "drift", "confounder unsaid", "outside change")
 AT_THE_END = (("bound", "switched-off"), ("bound", "token"), ("bound-half", "bound"),
               ("bound-pairs", "bound-half"), ("bound-pairs", "bound"), ("bound-pairs", "bound, longer"),
-              ("bound-paper", "bound"), ("paper", "lora"), ("paper, v_0", "paper"))
+              ("paper", "lora"))
 
 
 def headline(results: tables.Results, pairs: list[dict]) -> str:
