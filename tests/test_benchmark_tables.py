@@ -161,6 +161,8 @@ def test_a_run_with_fewer_steps_lacks_what_it_did_not_record():
 
 
 def test_the_pages_hold_the_tables_of_the_shipped_results(monkeypatch):
+    for file, text in page.part_pages().items():
+        assert file.read_text(encoding="utf-8") == text, file
     monkeypatch.setattr(tables, "WIDE", page.WIDE)
     known = page.all_tables()
     for file in page.PAGES:

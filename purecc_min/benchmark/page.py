@@ -1,7 +1,7 @@
-"""The tables that stand in README.md and in the report, from the results that came with this repository.
+"""The tables of README.md, of the report and of its pages, from the results that came with this repository.
 
-`python -m purecc_min.benchmark.page` writes each between the two marks of its name in these pages, so that no
-number there was typed by hand. Read next: README.md, the report.
+`python -m purecc_min.benchmark.page` writes each between the two marks of its name, and a page of all tables
+for each part, so that no number there was typed by hand. Read next: README.md, the report.
 """
 
 import re
@@ -9,13 +9,14 @@ from pathlib import Path
 
 from purecc_min.benchmark import tables
 from purecc_min.benchmark.claims import claims
-from purecc_min.benchmark.plans import plan
-from purecc_min.benchmark.report import COMPARED, gather
+from purecc_min.benchmark.plans import SEEDS, plan
+from purecc_min.benchmark.report import COMPARED, gather, text_of
 from purecc_min.benchmark.two import of_pairs, plan_two, two_table
 from purecc_min.measure.toy import CONCEPTS, HELD_OUT
 from tinyflow.files import write_whole
 
 HERE = Path(__file__).parent
+NOWHERE = Path("nowhere")                        # no folder: results that came with this repository
 WIDE = 300                                       # columns: pages are rendered, so no table is cut in two
 VERDICTS = ("holds", "does not hold", "depends")
 PAGES = (HERE.parents[1] / "README.md", HERE / "README.md", HERE / "report_pages" / "methods.md")
@@ -68,9 +69,9 @@ def of_styles(results: tables.Results) -> str:
     return tables.markdown(["method", *(f"{style}: fidelity ↑" for style in styles), "drift ↓"], rows)
 
 
-def of_phrase(nowhere: Path) -> str:
+def of_phrase() -> str:
     """The phrase taken apart, on the individuals among the tuning concepts."""
-    rows = [row for row in gather(plan("phrase"), nowhere, shipped=True) if "braces" not in row["concept"]]
+    rows = [row for row in gather(plan("phrase"), NOWHERE, shipped=True) if "braces" not in row["concept"]]
     groups, names = tables.grouped(rows), ("fidelity", "beside, first", "beside, second", "neighbour leak")
     return tables.methods_table({(title,): groups[name,] for name, title in OF_PHRASE.items()}, names)
 
@@ -86,9 +87,8 @@ def verdicts(results: tables.Results) -> str:
 
 def all_tables() -> dict[str, str]:
     """Name of a table -> the table."""
-    nowhere = Path("nowhere")                    # no folder: what came with this repository
-    results = gather(plan("main"), nowhere, shipped=True)
-    pairs = [pair.result(nowhere, shipped=True) for pair in plan_two()]
+    results = gather(plan("main"), NOWHERE, shipped=True)
+    pairs = [pair.result(NOWHERE, shipped=True) for pair in plan_two()]
     individuals = [row for row in results if row["concept"] in INDIVIDUALS]
     groups = tables.grouped(individuals)
     trained = {row: group for row, group in groups.items() if row[0] not in tables.ENDS}
@@ -98,8 +98,8 @@ def all_tables() -> dict[str, str]:
             "differences": tables.differences_table("at the end of training", results, AT_THE_END, CHANGED,
                                                     INDIVIDUALS),
             "fronts": tables.equal_fidelity(results, COMPARED, AT_EQUAL),
-            "two": two_table(pairs), "claims": verdicts(gather(plan("claims"), nowhere, shipped=True)),
-            "phrase": of_phrase(nowhere)}
+            "two": two_table(pairs), "claims": verdicts(gather(plan("claims"), NOWHERE, shipped=True)),
+            "phrase": of_phrase()}
 
 
 def filled(text: str, known: dict[str, str]) -> str:
@@ -109,7 +109,15 @@ def filled(text: str, known: dict[str, str]) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
+def part_pages() -> dict[Path, str]:
+    """Of each part that has results here, the page of its tables."""
+    return {HERE / "report_pages" / f"{part}.md":
+            text_of(part, gather(plan(part), NOWHERE, shipped=True)) + "\n" for part in SEEDS}
+
+
 if __name__ == "__main__":
+    for page, text in part_pages().items():
+        write_whole(page, text.encode())
     tables.WIDE = WIDE
     known = all_tables()
     for page in PAGES:

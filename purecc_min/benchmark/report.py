@@ -108,6 +108,15 @@ def phrase_text(results: tables.Results) -> str:
     return "\n\n".join([*texts, tables.equal_fidelity(plain, [("bound-paper rank=4", AT_RANK_4)])])
 
 
+def text_of(part: str, results: tables.Results) -> str:
+    """A part's tables."""
+    text = {"tuning": tables.tuning_table, "main": main_text, "claims": claims_table,
+            "further": further_text, "phrase": phrase_text}.get(part, by_concept)(results)
+    if part in ON_EARLIER:
+        return f"Measured on earlier concepts, chosen by hand, which trials have looked at.\n\n{text}"
+    return text
+
+
 def report(part: str, cells: list[Cell], pairs: list[Two], folder: Path, shipped: bool = False) -> str:
     """Writes a part's tables, data and pictures into folder/part; returns the tables.
 
@@ -116,11 +125,7 @@ def report(part: str, cells: list[Cell], pairs: list[Two], folder: Path, shipped
     """
     results, out = gather(cells, folder, shipped), folder / part
     write_data(results, part, folder)
-    text_of = {"tuning": tables.tuning_table, "main": main_text, "claims": claims_table,
-               "further": further_text, "phrase": phrase_text}.get(part, by_concept)
-    text = text_of(results)
-    if part in ON_EARLIER:
-        text = f"Measured on earlier concepts, chosen by hand, which trials have looked at.\n\n{text}"
+    text = text_of(part, results)
     if pairs:
         rows = [pair.result(folder, shipped) for pair in pairs]
         text += f"\n\n{two_table(rows)}"
