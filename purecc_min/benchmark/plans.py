@@ -82,7 +82,7 @@ def plan(part: str, quick: bool = False, methods: Iterable[str] = (),
         return phrase_cells(seeds)
     if part == "factors":
         cells = ends((ABLATED, *VARIANTS))
-        for seed, name in itertools.product(seeds, ("lora", "paper", "bound", "bound-half")):
+        for seed, name in itertools.product(seeds, ("lora", "paper", "bound")):
             cells += [Cell(concept, name, seed, on_the_way=False) for concept in (ABLATED, *VARIANTS)]
             cells += [Cell(ABLATED, name, seed, (("rank", rank),), on_the_way=False)
                       for rank in (1, 4, 16) if rank != cells[-1].config().rank]
