@@ -28,7 +28,7 @@ from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import HEADS
 from tinyflow.picturebook.render import render
 from tinyflow.picturebook.world import PLAIN_PARTS, Identity
-from tinyflow.terminal import Parser
+from tinyflow.terminal import Parser, report_errors
 
 FOLDER = Path(__file__).parent / "references"
 BARE = frozenset()                               # no parts: the caption is only the noun
@@ -276,5 +276,6 @@ if __name__ == "__main__":
 
     parser = Parser(prog="python -m purecc_min.measure.toy", description="Writes references as a folder.")
     parser.add_argument("names", nargs="+", choices=tuple(toy.CONCEPTS), metavar="NAME", help="of concepts")
-    for name in parser.parse_args().names:
-        toy.write_references(name, FOLDER / name)
+    with report_errors():
+        for name in parser.parse_args().names:
+            toy.write_references(name, FOLDER / name)
