@@ -23,6 +23,7 @@ from purecc_min.commands.demo import ROWS
 from purecc_min.commands.options import build_parser
 from purecc_min.measure.measures import MEASURES, in_words
 from purecc_min.measure.toy import FOLDER, write_references
+from tinyflow.device import choose_device
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.pipeline import Pipeline
 from tinyflow.weights import load_tensors, save_tensors
@@ -322,8 +323,18 @@ def test_stopping_while_torch_is_loaded_leaves_no_traceback():
 @pytest.mark.parametrize("package", ["tinyflow", "purecc_min"])
 def test_threads_sleep_while_they_wait(package):
     """They spun, and beside two busy processes on two cores a step took 60 times as long."""
-    code = f"import os, sys, {package}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = f"import os, sys, {package}; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
                          cwd=Path(__file__).parent.parent)
-    assert run.stdout.split() == ["PASSIVE", "False"], run.stderr
+    assert run.stdout.split() == ["3000", "False"], run.stderr
+
+
+@pytest.mark.parametrize("load, threads", [(0.3, 4), (1.2, 3), (9.0, 1)])
+def test_busy_cores_are_left_to_others(monkeypatch, load, threads):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    choose_device("cpu")
+    assert chosen == [threads]

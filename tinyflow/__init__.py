@@ -7,6 +7,7 @@ on it; sd3/ loads the public weights of Stable Diffusion 3 and 3.5 into the same
 
 import os
 
-# Torch's threads sleep while they wait for each other. Otherwise they spin, and beside programs that keep all
-# cores busy a training step takes 60 times as long. It must be set before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Torch's threads spin while they wait for each other. Where other programs keep the cores busy, that can make a
+# training step take 60 times as long; so they spin a few microseconds and then sleep. Sleeping at once would cost
+# half the speed of an idle machine. It must be set before torch is loaded (GNU's OpenMP reads it, on Linux).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
