@@ -7,7 +7,7 @@ on it; sd3/ loads the public weights of Stable Diffusion 3 and 3.5 into the same
 
 import os
 
-# Torch's threads spin while they wait for each other. Where other programs keep the cores busy, a training step
-# can then take 60 times as long; so they spin for a few microseconds and then sleep. Sleeping at once would cost
-# half the speed of an idle machine. It must be set before torch is loaded (on Linux, GNU's OpenMP reads it).
+# Torch's threads spin while they wait for each other. Where other programs keep the cores busy, a training
+# step can then take 60 times as long; so they spin for a few microseconds and then sleep. Sleeping at once
+# would halve the speed on an idle machine. It must be set before torch is loaded (GNU's OpenMP, on Linux).
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
