@@ -160,6 +160,16 @@ def test_half_a_t5_is_no_absent_t5(sd3, tmp_path):
         load_sd3(folder, size=64)
 
 
+def test_exchanged_text_encoders_are_named(sd3, tmp_path):
+    """They have the same tensors in other sizes, so that the exchanged model loaded and learned."""
+    folder = shutil.copytree(sd3[0], tmp_path / "exchanged")
+    (folder / "text_encoder").rename(folder / "other")
+    (folder / "text_encoder_2").rename(folder / "text_encoder")
+    (folder / "other").rename(folder / "text_encoder_2")
+    with pytest.raises(InputError, match="are text_encoder/ and text_encoder_2/ exchanged"):
+        load_sd3(folder, size=64)
+
+
 @pytest.mark.parametrize("size", [-16, 65])
 def test_a_size_that_makes_no_whole_patches_is_refused_at_once(sd3, size):
     """It was once a bare ValueError, after everything had been loaded."""
