@@ -75,8 +75,8 @@ def load_clip(part: Part, activation: str) -> TextEncoder:
     """CLIP-L (activation "quick_gelu") or CLIP-G ("gelu"). The weights stay in the file: see offload.py."""
     depth, projection = part.count("text_model.encoder.layers."), "text_projection.weight"
     if (found := part.config.get("hidden_act", activation)) != activation:
-        raise InputError(f"{part.checkpoint.where}: its config.json names the activation {shown(str(found))}, "
-                         f"and {activation} is expected; are text_encoder/ and text_encoder_2/ exchanged?")
+        raise InputError(f"{part.checkpoint.where}: its config.json names the activation {shown(str(found))} "
+                         f"in place of {activation}; are text_encoder/ and text_encoder_2/ exchanged?")
     with part.building():
         vocabulary_size, width = part.shape("text_model.embeddings.token_embedding.weight")
         length, _ = part.shape("text_model.embeddings.position_embedding.weight")
