@@ -80,7 +80,7 @@ def test_bound_pairs_that_was_stopped_twice_ends_bitwise_where_a_whole_run_does(
     main(whole)
     for stage in (1, 2):
         def stop(pipe, concept, drawn, texts, file, *others):
-            if list(drawn) == [f"stage {stage}, step 1"]:
+            if list(drawn) == [f"stage {stage}, step 2"]:
                 raise KeyboardInterrupt
             draw_sheet(pipe, concept, drawn, texts, file, *others)
 

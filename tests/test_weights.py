@@ -35,7 +35,7 @@ def test_round_trip(file):
 
 def test_missing_foreign_and_misused_files(file, tmp_path):
     refused(tmp_path / "none.safetensors", "no such file")
-    refused(file, "not a tinyflow base file", kind="tinyflow base")
+    refused(file, "file of kind tinyflow base; its kind is: concept", kind="tinyflow base")
     save_file(TENSORS, tmp_path / "foreign.safetensors", metadata={"format": "pt"})
     refused(tmp_path / "foreign.safetensors", "nothing of ours")
     (tmp_path / "page.safetensors").write_text("<!doctype html><html>")
