@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")   # before torch is loaded: see tinyflow/__init__.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # before torch is loaded: a test process a core (-n auto)
 
 import pytest
 import torch
