@@ -303,7 +303,7 @@ RUNS = ("[1, 2", "[]", "null", "3", "{}", '{"config": 3}', '{"config": {}}', '{"
         '{"config": {"steps": null}}', "\0", "[" * 10**5, "")
 LOGS = ("not json", "[]", "3", "{}", '{"step": "1"}', '{"step": true}', '{"step": 1, "loss": "x"}',
         '{"step": 1, "loss": null}', '{"step": 1, "loss": []}', '{"step": 1.5}', "\0", "[" * 10**5)
-OTHERS = ("--seed 1", "--batch 2", "--rank 2", "--eta 2", "--method paper", "--learning-rate .01",
+OTHERS = ("--seed 1", "--batch 2", "--rank 2", "--method paper", "--learning-rate .01",
           "--steps 1", "--class-word ROBOT")
 
 

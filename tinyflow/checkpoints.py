@@ -88,7 +88,7 @@ def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fact
     longer = there["steps"] < here["steps"]
     wrong = [f"{name} is {there.get(name)} there and {here[name]} here" for name in here
              if there.get(name) != here[name] and not (longer and name == "steps")]
-    others = {name for name in facts if name != "config" and saved.get(name) != facts[name]}
+    others = {name for name in facts if name != "config" and repr(saved.get(name)) != repr(facts[name])}
     if longer and facts["stage"] == 2 and others == {"origin"} and not wrong:
         return 0
     if others:
