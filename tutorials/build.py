@@ -9,19 +9,25 @@ say what a cell is:
 
     exercise    what stands between "# BEGIN SOLUTION 2.1" and "# END SOLUTION" is for the learner to write
     check       tests the exercise before it
-    wrong       a wrong answer that this check has to refuse; it comes into neither notebook
+    wrong       a wrong answer that this check has to refuse; it comes into neither notebook. Where its first
+                line is "# says: words", the check's message has to contain these words
     slide       comes into the slides only (slides.py)
 """
 
+import ast
 import os
+import re
+import textwrap
 import time
 from copy import deepcopy
 from pathlib import Path
 
 from tinyflow.errors import InputError
 from tinyflow.terminal import Parser, report_errors
+from tutorials.course import CHECK, EXERCISE, GIVEN, PACKAGES
 
 FOLDER = Path(__file__).parent
+HELPERS = {"expand", "noise_for", "squared_error"}                  # whoever likes may call these
 LONGEST = 48                                     # lines of text that a cell may print: a screen
 
 
@@ -31,14 +37,16 @@ def tags(cell) -> list[str]:
 
 def blank(source: str) -> str:
     """An exercise without its solution. It raises YourTurn where the solution was."""
-    lines, inside = [], False
+    lines, inside, indent = [], False, ""
     for line in source.splitlines():
         if line.lstrip().startswith("# BEGIN SOLUTION"):
-            inside, exercise = True, line.split()[-1]
-            lines.append(f'{line[:len(line) - len(line.lstrip())]}raise YourTurn("{exercise}")')
+            inside, indent, exercise = True, line[:len(line) - len(line.lstrip())], line.split()[-1]
+            lines.append(f'{indent}raise YourTurn("{exercise}")')
         elif line.lstrip() == "# END SOLUTION":
             inside = False
         elif not inside:
+            if indent and lines[-1].lstrip().startswith("raise YourTurn") and line.startswith(indent):
+                lines.append(indent + GIVEN)     # so that it is not taken for the learner's
             lines.append(line)
     return "\n".join(lines)
 
@@ -46,6 +54,56 @@ def blank(source: str) -> str:
 def solution(source: str) -> str:
     marks = ("# BEGIN SOLUTION", "# END SOLUTION")
     return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(marks))
+
+
+def number_of(source: str) -> str:
+    """The number of an exercise, such as 6.2."""
+    return re.search(r"# BEGIN SOLUTION (\S+)", source)[1]
+
+
+def names_of(source: str, packages: set[str], called: bool = False) -> set[str]:
+    """The dotted names in a cell that begin with what was imported from the packages, such as flow.path."""
+    nodes = list(ast.walk(ast.parse(source)))
+    nodes = [node.func for node in nodes if isinstance(node, ast.Call)] if called else nodes
+    names = {ast.unparse(node) for node in nodes if isinstance(node, (ast.Attribute, ast.Name))}
+    return {name for name in names if name.split(".")[0] in packages and re.fullmatch(r"[\w.]+", name)}
+
+
+def packages_in(lesson) -> set[str]:
+    """What a lesson imports from the packages, by the names that its cells know it by."""
+    code = "\n".join(cell.source for cell in lesson.cells if cell.cell_type == "code")
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports for alias in node.names
+            if node.module.split(".")[0] in PACKAGES}
+
+
+def guarded(check: str, answer: str, given: set[str], packages: set[str]) -> tuple[str, str]:
+    """A check that first refuses the package's own functions, and a cell that gives such a one as the answer.
+
+    The check may call functions of the package that neither the answer nor the cells before it (`given`) use:
+    it compares with them.
+    """
+    own = [node.name for node in ast.parse(answer).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    theirs = names_of(check, packages, called=True) - names_of(answer, packages) - given
+    theirs = sorted(name for name in theirs if name.split(".")[-1] not in HELPERS)
+    if not own or not theirs:
+        return check, ""
+    lines = textwrap.wrap(", ".join(theirs), 80, drop_whitespace=False)
+    line = f'own_work({", ".join(own)}, without="{lines[0]}"'
+    line += "".join(f'\n         "{more}"' for more in lines[1:]) + ")"
+    return f"{line}\n{check}", f"# says: package's own\n{own[0]} = {theirs[0]}"
+
+
+def started(lesson) -> list:
+    """The cells of a lesson, with first_cell.py before its first code; its own search for the folder goes."""
+    from nbformat.v4 import new_code_cell
+
+    start = (FOLDER / "first_cell.py").read_text(encoding="utf-8")
+    cells = list(lesson.cells)
+    first = next(n for n, cell in enumerate(cells) if cell.cell_type == "code")
+    lines = [line for line in cells[first].source.splitlines() if not line.startswith("sys.path.insert")]
+    cells[first] = new_code_cell(re.sub("\n{3,}", "\n\n", "\n".join(lines)), metadata=cells[first].metadata)
+    return [*cells[:first], new_code_cell(start.replace("  # noqa: E402, F401", "").strip()), *cells[first:]]
 
 
 def versions(lesson) -> dict:
@@ -56,32 +114,46 @@ def versions(lesson) -> dict:
     from nbformat.v4 import new_notebook
 
     cells = {"learner": [], "solved": [], "check": []}
-    tries = []                                   # (source, the error that the check should then raise)
-    for cell in lesson.cells:
+    packages, given = packages_in(lesson), set()
+    tries = []                                   # (source, the error that the check should raise, its words)
+    for cell in started(lesson):
         kind = next((tag for tag in tags(cell) if tag in ("exercise", "check", "wrong")), "")
         if kind == "wrong":
-            tries.append((cell.source, "NotYet"))
+            says = re.match("# says: (.*)", cell.source)
+            tries.append((cell.source, "NotYet", says[1].strip() if says else ""))
             continue
         if kind == "exercise":
-            answer = solution(cell.source)
-            tries = [(blank(cell.source), "YourTurn")]
-            cells["learner"].append(code(blank(cell.source)))
-            cells["solved"].append(code(answer))
+            number, answer = number_of(cell.source), solution(cell.source)
+            tries = [(blank(cell.source), "YourTurn", "still blank")]
+            cells["learner"].append(code(f"{EXERCISE}{number}\n{blank(cell.source)}"))
+            cells["solved"].append(code(f"{EXERCISE}{number}\n{answer}"))
             continue
         if "slide" in tags(cell):
             cells["solved"].append(cell)         # so that the deck knows which picture came before
             continue
         if kind == "check":
-            for source, error in tries:
-                cells["check"] += [code(source), code(cell.source, metadata={"tags": ["raises-exception"],
-                                                                             "error": error})]
-            cells["check"].append(code(answer))
+            text, alias = guarded(cell.source, answer, given, packages)
+            cell = code(f"{CHECK}{number}\n{text}", metadata=cell.metadata)
+            tries += [(alias, "NotYet", "package's own")] if alias else []
+            for source, error, words in tries:
+                expected = {"tags": ["raises-exception"], "error": error, "says": words}
+                cells["check"] += [code(f"{EXERCISE}{number}\n{source}"),
+                                   code(cell.source, metadata=expected)]
+            cells["check"].append(code(f"{EXERCISE}{number}\n{answer}"))
+        elif cell.cell_type == "code":
+            given |= names_of(cell.source, packages)
         for name in cells:
             cells[name].append(deepcopy(cell))   # running a notebook fills its cells with outputs
     for own in cells.values():
         for n, cell in enumerate(own):
             cell.id = f"cell-{n}"                # not a random one: a new build shows in a diff what is new
     return {name: new_notebook(cells=own, metadata=lesson.metadata) for name, own in cells.items()}
+
+
+def tried(notebook, check) -> str:
+    """The first lines of the answer that a check was tried on."""
+    before = notebook.cells[notebook.cells.index(check) - 1].source
+    return repr("\n".join(before.splitlines()[:3]))
 
 
 def execute(notebook, name: str) -> float:
@@ -98,10 +170,15 @@ def execute(notebook, name: str) -> float:
                    resources={"metadata": {"path": str(FOLDER / "lessons")}}).execute()
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
-        wanted, errors = cell.metadata.get("error"), [o.ename for o in outputs if o.output_type == "error"]
+        wanted, errors = cell.metadata.get("error"), [o for o in outputs if o.output_type == "error"]
         where = f"{name}, in the cell that begins {cell.source.splitlines()[0]!r}" if cell.source else name
-        if wanted and errors != [wanted]:
-            raise InputError(f"{where}: the check should raise {wanted}, and raised {errors or 'nothing'}")
+        if wanted and [error.ename for error in errors] != [wanted]:
+            said = [f"{error.ename}: {error.evalue}" for error in errors]
+            raise InputError(f"{where}, after {tried(notebook, cell)}: the check should raise {wanted}, and "
+                             f"raised {said or 'nothing'}")
+        if wanted and (words := cell.metadata["says"]) not in (said := " ".join(errors[0].evalue.split())):
+            raise InputError(f"{where}, after {tried(notebook, cell)}: the check should say {words!r}, and "
+                             f"said {said!r}")
         if any(o.get("name") == "stderr" for o in outputs):
             raise InputError(f"{where}: there is a warning in the output")
         if sum(o.get("text", "").count("\n") for o in outputs) > LONGEST:
@@ -116,9 +193,9 @@ def build(source: Path, check: bool) -> str:
 
     made = versions(jupytext.read(source))
     if check:
-        tried = sum("error" in cell.metadata for cell in made["check"].cells)
+        refused = sum("error" in cell.metadata for cell in made["check"].cells)
         seconds = execute(made["check"], source.name)
-        return f"{source.name}: {seconds:.0f} s, {tried} answers refused"
+        return f"{source.name}: {seconds:.0f} s, {refused} answers refused"
     from tutorials.slides import deck
 
     seconds, solved = execute(made["solved"], source.name), made["solved"]
