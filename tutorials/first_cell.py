@@ -14,8 +14,8 @@ here, mark = Path.cwd(), "tutorials/first_cell.py"
 places = [here, *here.parents, *here.glob("*"), *map(Path, sys.path)]
 root = next((str(place) for place in places if os.path.exists(place / mark)), None)
 if root is None:
-    raise Stop(f"The folder of the course is not found from {here}: start Jupyter in that folder, or put this "
-               "notebook into its tutorials/notebooks; on Colab, clone or unzip the course in a first cell.")
+    raise Stop(f"The folder of the course is not found from {here}: start Jupyter in that folder, or put "
+               "this notebook into its tutorials/notebooks; on Colab, clone or unzip the course first.")
 needed = ("einops", "matplotlib", "safetensors", "tokenizers", "torch", "tqdm")
 if missing := [name for name in needed if not find_spec(name)]:
     raise Stop(f"{', '.join(missing)} is not installed. Run this in a cell, then restart and run this one: "
