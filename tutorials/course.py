@@ -165,10 +165,10 @@ def stopped(error: BaseException, cells: dict) -> str | None:
     code, line, mark = (exercise or check)[-1]   # the innermost
     said = " ".join(str(error).split())
     hint = next((hint for words, hint in HINTS.items() if words in said), "")
-    place = f"the check {mark.removeprefix(CHECK)}stops in its line {line}"
+    place = f"the check {mark.removeprefix(CHECK)} stops in its line {line}"
     if exercise:
         inside = "its cell" if code.co_name == "<module>" else f"your `{code.co_name}`"
-        place = f"exercise {mark.removeprefix(EXERCISE)}stops in {inside}, line {line} of the cell"
+        place = f"exercise {mark.removeprefix(EXERCISE)} stops in {inside}, line {line} of the cell"
     text = linecache.getline(code.co_filename, line).split("  #")[0].strip()
     return f"Not yet: {place}, `{text[:90]}`, with {type(error).__name__}: {said[:200].rstrip('.')}.{hint}"
 
