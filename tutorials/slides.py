@@ -28,7 +28,7 @@ from PIL import Image
 
 PAGE = Path(__file__).with_suffix(".html")
 CONCEPT = "checked_robot"                        # the course's [V]
-WIDE, HIGH, LETTERS = 1130, 372, 15              # px: room for a picture at 1280 x 720, and its least letters
+WIDE, HIGH, LETTERS = 1130, 430, 15              # px: room for a picture at 1280 x 720, and its least letters
 IN_KERNEL = ["--IPKernelApp.exec_lines=import sys; sys.path.insert(0, '../..')",      # of a lesson's kernel
              "--IPKernelApp.exec_lines=from tutorials import slides; slides.draw_twice()"]
 
@@ -57,7 +57,7 @@ def enlarged(figure) -> str:
         figure.draw_without_rendering()
         if len(figure.axes) > 8:                 # a sheet of pictures keeps its layout, which takes long
             figure.set_layout_engine("none")
-        for wider in (1, 1.3, 1.7, 2.2, 2.8):    # until the texts have room
+        for wider in (1, 1.3, 1.7, 2.2, 3, 4):    # until the texts have room
             width = min(size[0] * wider, max(size[0], size[1] * WIDE / HIGH))
             figure.set_size_inches(width, size[1])
             for _ in range(2):                   # larger letters take room, so that all becomes smaller
@@ -68,7 +68,7 @@ def enlarged(figure) -> str:
             if width < size[0] * wider or not overlapping(figure):
                 break
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "slides"}):
-            figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=.05, metadata={"Date": None})
+            figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=.05, facecolor="none", metadata={"Date": None})
         return file.getvalue()
     finally:
         figure.set_size_inches(size)
