@@ -58,10 +58,10 @@ def concept_data(results: Results, folder: Path, concept: str) -> dict:
 def reading_data() -> dict:
     """The words of a text, and for each model its picture and which patch reads which word, in .01 %."""
     seen = {name: hover(name) for name in READERS}
-    return {"words": seen[READERS[0]]["words"],
-            "models": {name: {"picture": packed([one["picture"]]),
-                              "grid": [np.rint(1e4 * np.ravel(word)).astype(int).tolist() for word in one["grid"]]}
-                       for name, one in seen.items()}}
+    models = {name: {"picture": packed([one["picture"]]),
+                     "grid": [np.rint(1e4 * np.ravel(word)).astype(int).tolist() for word in one["grid"]]}
+              for name, one in seen.items()}
+    return {"words": seen[READERS[0]]["words"], "models": models}
 
 
 def put(data: dict) -> None:

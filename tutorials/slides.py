@@ -7,8 +7,9 @@ A slide is a Markdown cell with the tag "slide" in the lesson's source; it comes
     ???                                         what stands below it are the speaker's notes
 
 So a deck never shows a plot that the lesson does not compute. Without notes of its own a slide has the
-lesson's paragraphs since the slide before. A slide that names [V] shows the references of the concept that its
-tags name, by default those of the course's robot; the tag "no-references" says that its picture shows them.
+lesson's paragraphs since the slide before. A slide that names [V], as its picture may, shows the references
+of the concepts that its tags name, by default those of the course's robot; the tag "no-references" says that
+its picture shows them.
 `python -m tutorials.build` writes the decks; slides.html is the empty one.
 
 A lesson's plots are drawn twice: for the notebook, and by `enlarged` for the slide, with large letters.
@@ -35,7 +36,7 @@ IN_KERNEL = ["--IPKernelApp.exec_lines=import sys; sys.path.insert(0, '../..')",
 
 def draw_twice() -> None:
     """From now on figures come as SVG, too. It runs in the kernel of a lesson."""
-    import matplotlib_inline.backend_inline      # noqa: F401  (it removes other formatters when it is imported)
+    import matplotlib_inline.backend_inline      # noqa: F401, I001  (it removes formatters when it is imported)
     from IPython import get_ipython
     from matplotlib.figure import Figure
 
@@ -68,7 +69,8 @@ def enlarged(figure) -> str:
             if width < size[0] * wider or not overlapping(figure):
                 break
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "slides"}):
-            figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=.05, facecolor="none", metadata={"Date": None})
+            figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=.05, facecolor="none",
+                           metadata={"Date": None})
         return file.getvalue()
     finally:
         figure.set_size_inches(size)
@@ -82,7 +84,8 @@ def enlarged(figure) -> str:
 def overlapping(figure) -> bool:
     """Whether two texts of a figure stand on one another."""
     from matplotlib.text import Text
-    boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    boxes = [text.get_window_extent() for text in figure.findobj(Text)
+             if text.get_visible() and text.get_text()]
     return any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 
 
@@ -166,6 +169,6 @@ def slide(text: str, notes: str, tags: list[str], last: tuple[str | None, str] |
 
     made = re.sub(r'<img src="(last|[^"]*\.svg)" alt="([^"]*)" />', picture, MARKDOWN.render(text))
     made = re.sub(r"<p>(<svg.*?</svg>|<img [^>]*>)</p>", r"<figure>\1</figure>", made, flags=re.DOTALL)
-    if re.search(r"\[V\d?\]", text) and "no-references" not in tags:
+    if re.search(r"\[V\d?\]", made) and "no-references" not in tags:
         made += "".join(references(name) for name in [tag for tag in tags if tag != "slide"] or [CONCEPT])
     return f"<section>\n{made}<aside>{MARKDOWN.render(notes)}</aside></section>"
