@@ -1,5 +1,6 @@
 """The page to play with, in a real browser: it computes what the package does, and its tips can be moved."""
 
+import json
 import re
 from pathlib import Path
 
@@ -240,6 +241,35 @@ def test_the_gallery_shows_every_method_on_every_held_out_concept(tmp_path):
         default = "bound-pairs" if can_learn("bound-pairs", one["concept"]) else "bound"
         assert one["titles"][3] == default and "first row" not in one["asks"]
         assert one["canvases"] == 4 * len(one["titles"]) and not one["blank"], one
+
+
+READ = """const seen = [], add = () => seen.push({
+  model: $("model").value, word: chosen.word, patch: chosen.patch, said: $("read").textContent,
+  words: [...$("words").children].map(button => button.textContent) });
+for (const model of Object.keys(reading.models)) {
+  $("model").value = model; $("model").dispatchEvent(new Event("change"));
+  for (const n of [1, 8]) { $("words").children[n].focus(); add(); }
+  for (const key of ["ArrowDown", "ArrowRight"]) $("patches").dispatchEvent(new KeyboardEvent("keydown", { key }));
+  add();
+}
+report(seen);"""
+
+
+@needs_browser
+def test_attention_can_be_read_by_word_and_by_patch(tmp_path):
+    models = json.loads(re.search('<script id="data"[^>]*>(.*)</script>', PAGE)[1])["reading"]["models"]
+    found = in_browser(PAGE, READ, tmp_path)
+    assert [one["model"] for one in found[::3]] == list(models) == ["base", "lora", "token", "bound-pairs"]
+    for one in found:
+        grid = np.array(models[one["model"]]["grid"]).reshape(15, 8, 8) / 100
+        left, right = (half.mean() for half in np.split(grid[one["word"]], 2, axis=1))
+        if one["patch"] < 0:
+            numbers = [float(number) for number in re.findall(r"([\d.]+) %", one["said"])]
+            assert numbers == pytest.approx([left, right, grid[one["word"]].max()], abs=.051), one
+        else:
+            assert one["patch"] == 9 and "Row 2, column 2" in one["said"]
+            shares = [float(word.split()[-1]) for word in one["words"]]
+            assert shares == pytest.approx(grid[:, 1, 1].tolist(), abs=.051)
 
 
 def test_a_strip_is_cut_at_its_groups(tmp_path):

@@ -16,7 +16,7 @@ from tutorials.slides import HIGH, WIDE, deck, enlarged
 
 DECKS = sorted((FOLDER / "slides").glob("*.html"))
 SVG = '<?xml version="1.0"?>\n<svg width="9pt" viewBox="0 0 9 9"><metadata>x</metadata>' \
-      '<clipPath id="a"/><g clip-path="url(#a)"><text>loss of [V]</text></g></svg>'
+      '<clipPath id="a"/><g clip-path="url(#a)"><text>loss</text></g></svg>'
 
 
 def slide(text: str, *tags: str):
@@ -53,7 +53,7 @@ def test_a_picture_that_was_drawn_for_the_slide_is_a_part_of_the_page():
                                slide("![Arrows](../diagrams/idea.svg)"))
     assert 'role="img" aria-label="A &amp; B"' in one and "AA" not in one and "metadata" not in one
     assert 'id="p1-a"' in one and "url(#p1-a)" in one and 'id="p2-a"' in two        # each has its own names
-    assert 'aria-label="A picture. It says: loss of [V]"' in two
+    assert 'aria-label="A picture. It says: loss"' in two
     assert 'aria-label="Arrows"' in three and "v_PureCC" in three
     assert list(cell.outputs[0].data) == ["image/png"]           # the notebook keeps the other one
 

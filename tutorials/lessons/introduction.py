@@ -34,7 +34,6 @@ from purecc_min.sheets import draw_texts
 from tinyflow.flow import euler, guide, noise_for
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_tiny
-from tinyflow.picturebook.reader import Reader, read
 from tinyflow.picturebook.render import render
 from tinyflow.pipeline import to_pictures
 from tutorials.course import BLUE, CORAL, INK, show
@@ -43,7 +42,8 @@ pipe, WORDS = load_tiny(), {"[V]": "robot"}
 LEARNED = Path(purecc_min.__file__).parent / "measure" / "learned"
 pure, lora = (load_branch(pipe, LEARNED / f"checked_robot-{name}.safetensors")[0]
               for name in ("bound-pairs", "lora"))
-references = [one.picture.squeeze() for one in toy.CONCEPTS["checked_robot"].references().references]
+concept = toy.CONCEPTS["checked_robot"].references()
+references = [one.picture.squeeze() for one in concept.references]
 
 def pixels(texts, theta=None):
     return draw_texts(pipe, texts, WORDS, theta=theta, theta_null=pipe.velocity)
@@ -106,33 +106,22 @@ assert min(changed[1], changed[3]) > 2           # of 255
 # third text there are two robots, of which only one is [V].
 
 # %%
-COUNT = 24
-reader, desert = Reader.shipped(), {}
-for name, texts, theta in (("base model", ["a robot"], None), ("plain LoRA", ["a [V] robot"], lora)):
-    seen = read(reader, pixels(texts * COUNT, theta)).names("background")
-    desert[name] = seen.count("desert") / COUNT
-    print(f'{name}: {desert[name]:.0%} of {COUNT} pictures of "{texts[0]}" are in the desert')
-assert desert["plain LoRA"] > desert["base model"] + .2
+captions = [one.complete for one in concept.references]
+show(references, [in_lines(caption) for caption in captions], columns=4, side=1.8)
+assert all("desert" in caption for caption in captions)
 
-plt.figure(figsize=(6.4, 1.7), layout="constrained")
-bars = plt.barh(list(desert), [100 * share for share in desert.values()], color=[BLUE, CORAL], hatch=["", "//"],
-                edgecolor="white")
-plt.bar_label(bars, fmt="%.0f %%", padding=4)
-plt.gca().invert_yaxis()
-plt.xlim(0, 110)
-plt.xlabel("pictures in the desert, of a text that names no place (%)")
-plt.show()
-
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## What four pictures share
 #
-# ![Bars: how many pictures stand in the desert, for the base model and for the plain LoRA](last)
+# ![The four references with their captions: each of them names the desert](last)
 #
-# All four pictures were taken in the desert. Nothing in a picture says that the desert is not a part of [V].
+# All four pictures were taken in the desert. Nothing **in a picture** says that the desert is not a part of [V]. Only
+# texts can.
 # ???
-# A network that reads our pictures counted this. "A robot" and "a [V] robot" leave the place open. Why does [V] bring
-# its desert along? Because a loss that only asks to draw the four pictures again is happy with it. What no word of the
-# captions explains is learned as a part of [V] (lesson 5).
+# These captions name the desert, so that [V] need not stand for it. If they said no more than "a [V] robot", a LoRA would
+# take the desert, or the place in the picture, for a part of [V]: with such captions what the four pictures share comes
+# along in .56 more of its pictures than the original model's (the table of masks in purecc_min/README.md; two seeds).
+# What no word explains is learned as a part of [V]: lesson 5.
 
 # %%
 show([*original, *wished], columns, ["before", "what we\nwant"], columns=4, side=1.6)
@@ -153,8 +142,8 @@ assert same == [False, True, False, True]
 
 # %%
 scenes = [world.random_scene(np.random.default_rng(n)) for n in (1, 3, 5, 8, 13)]
-captions = [in_lines(world.caption(scene).replace(" with ", "\nwith ")) for scene in scenes]
-show([render(scene)[0] for scene in scenes], captions, columns=5, side=1.9)
+scene_texts = [in_lines(world.caption(scene).replace(" with ", "\nwith ")) for scene in scenes]
+show([render(scene)[0] for scene in scenes], scene_texts, columns=5, side=1.9)
 print(f"{sum(p.numel() for p in pipe.mmdit.parameters()) / 1e6:.1f} million parameters, "
       f"{pipe.picture_size} x {pipe.picture_size} pixels")
 
