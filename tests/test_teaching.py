@@ -24,7 +24,7 @@ from tutorials import kit
 from tutorials.build import FOLDER, chosen_notebooks, main, tags, versions
 from tutorials.minutes import HOURS, README, WORDS, minutes, with_table
 
-LESSONS = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob("*.py"))}
+LESSONS = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob("[0-9]*.py"))}
 TEACHING = FOLDER / "teaching"
 EXAMS = ("exam", "exam_second")
 

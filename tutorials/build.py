@@ -33,6 +33,7 @@ from tutorials.course import CHECK, EXERCISE, GIVEN, PACKAGES
 from tutorials.minutes import README, WORDS, minutes, stars_of, with_table
 
 FOLDER = Path(__file__).parent
+DECK_0 = FOLDER / "lessons" / "introduction.py"  # slides without a notebook; `build 0` makes them
 OUTPUT = Path("output")
 HELPERS = {"expand", "noise_for", "squared_error"}                  # whoever likes may call these
 LONGEST = 48                                     # lines of text that a cell may print: a screen
@@ -174,7 +175,7 @@ def tried(notebook, check) -> str:
     return repr("\n".join(before.splitlines()[:3]))
 
 
-def execute(notebook, name: str) -> float:
+def execute(notebook, name: str, kernel: list[str] | None = None) -> float:
     """Runs a notebook beside its source; returns the seconds it took.
 
     Raises: CellExecutionError where a cell fails. InputError where one warns or prints more than a screen,
@@ -185,6 +186,7 @@ def execute(notebook, name: str) -> float:
     os.environ["TQDM_DISABLE"] = "1"             # on a slow machine a progress bar would look like a warning
     begun = time.time()
     NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                   extra_arguments=kernel or [],
                    resources={"metadata": {"path": str(FOLDER / "lessons")}}).execute()
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
@@ -218,15 +220,16 @@ def build(source: Path, check: bool) -> str:
             raise InputError(f"{source.name} has {took.words} words of text, and {WORDS} are the most: cut "
                              f"what repeats. Everything else is right: {refused} answers were refused")
         return f"{source.name}: {seconds:.0f} s, {refused} answers refused"
-    from tutorials.slides import deck
+    from tutorials.slides import IN_KERNEL, deck
 
-    seconds, solved = execute(made["solved"], source.name), made["solved"]
+    seconds, solved = execute(made["solved"], source.name, IN_KERNEL), made["solved"]
     page, slides = deck(solved, solved.cells[0].source.splitlines()[0].lstrip("# "))
     solved.cells = [cell for cell in solved.cells if "slide" not in tags(cell)]
     for folder in ("notebooks", "solved", "slides"):
         (FOLDER / folder).mkdir(exist_ok=True)
-    nbformat.write(made["learner"], FOLDER / "notebooks" / f"{source.stem}.ipynb")
-    nbformat.write(solved, FOLDER / "solved" / f"{source.stem}.ipynb")
+    if source != DECK_0:
+        nbformat.write(made["learner"], FOLDER / "notebooks" / f"{source.stem}.ipynb")
+        nbformat.write(solved, FOLDER / "solved" / f"{source.stem}.ipynb")
     (FOLDER / "slides" / f"{source.stem}.html").write_text(page, encoding="utf-8")
     return f"{source.name}: {seconds:.0f} s, {slides} slides"
 
@@ -301,15 +304,15 @@ def parse(arguments: list[str] | None):
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     with report_errors():
-        sources = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob("*.py"))}
-        if unknown := set(options.lessons) - set(sources):
+        sources = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob("[0-9]*.py"))}
+        if unknown := set(options.lessons) - {0, *sources}:
             raise InputError(f"there is no lesson {min(unknown)}; there are {', '.join(map(str, sources))}")
         try:
             if options.blank or options.recipe or options.student or options.teacher:
                 print(hand_out(options, sources))
                 return
-            for number in () if options.minutes else options.lessons or sources:
-                print(build(sources[number], options.check), flush=True)
+            for number in () if options.minutes else options.lessons or [0, *sources]:
+                print(build(sources.get(number, DECK_0), options.check), flush=True)
             if options.minutes or not options.lessons:
                 print(write_minutes(sources, options.check))
         except ModuleNotFoundError as error:
