@@ -355,7 +355,7 @@ average = velocity_target(x_0, x_1)[near].mean(0)                              #
 v = exact_velocity(places, late, data)                                         # [2, 2]
 rule_out(v, {"v* points away from the data: check the sign.": (w @ data - places) / late[:, None],
              "v*: divide by t.": places - w @ data})
-expect_close(v[0], average, "v*, beside the average of the lines,", tolerance=0.08)
+expect_close(v[0], average, "v*, compared with the average of the lines,", tolerance=0.08)
 print(f"1.2 right. Average over {near.sum()} lines: ({average[0]:+.2f}, {average[1]:+.2f})")
 print(f"           closed form:             ({v[0, 0]:+.2f}, {v[0, 1]:+.2f})")
 
@@ -395,7 +395,7 @@ assert candidates == sorted(candidates, reverse=True) and candidates[0] > 30 and
 # ### The velocity field
 #
 # The arrows show $-v^*$, because sampling goes from $t=1$ **down** to 0 and so moves *against* the velocity.
-# The grey dots are random $x_t$. The arrows' length follows the speed up to 1.5 only.
+# The grey dots are random $x_t$.
 
 # %%
 ticks = torch.linspace(-2.4, 2.4, 12)
@@ -439,14 +439,14 @@ plt.colorbar(drawn, ax=axes, label="speed", shrink=0.8, extend="max");
 
 # %% [markdown]
 # At $t=0.9$ all samples aim at almost the same place, the mean. At $t=0.1$ every data point owns the places
-# whose view $z$ is nearest to it, and draws the samples there to itself.
+# whose $z$ it is nearest to, and draws the samples there to itself.
 #
 # ## 3 · Sampling
 #
 # Start at noise and integrate $\mathrm dx/\mathrm dt = v^*(x,t)$ from $t=1$ down to $t=0$. Does this arrive at
-# data, although $v^*$ is only an *average*? Yes. Let $p_t(x)$ be the density of $x_t$ under Eq. 1. Mass is not
-# made or lost, it only moves. What flows through a place, summed over all lines that pass, is the density
-# times the **mean** velocity:
+# data, although $v^*$ is only an *average*? Yes. Let $p_t(x)$ be the density of $x_t$ under Eq. 1. At each
+# place it changes by what flows in minus what flows out. What flows through a place, summed over all lines
+# that pass, is the density times the **mean** velocity:
 #
 # $$\frac{\partial p_t(x)}{\partial t} = -\nabla\!\cdot\big(p_t(x)\,\mathbb E[v\mid x_t=x]\big) = -\nabla\!\cdot\big(p_t(x)\,v^*(x,t)\big).$$
 #

@@ -686,7 +686,7 @@ print(f"2.5 right, in all {len(model.blocks)} blocks")
 # What a block should do at $t = 0.9$, where almost everything is noise, is not what it should do at
 # $t = 0.1$. So the time, and one vector for the whole text (`pooled`), are turned into a single vector `vec`
 # $[B, D]$, and in every block one linear layer makes of it three vectors for each sublayer: a **shift** and a
-# **scale** before it, and a **gate** behind it.
+# **scale** before it, and a **gate** after it.
 #
 # $$\text{modulate}(x) = \text{LayerNorm}(x) \cdot (1 + \text{scale}) + \text{shift}, \qquad x \leftarrow x + \text{gate} \cdot f(\text{modulate}(x))$$
 #
@@ -1038,7 +1038,7 @@ assert torch.allclose(swapped, yours, atol=1e-3)
 
 # %% [markdown]
 # That was a diffusion transformer. Let it draw: the four sentences below go through *your* network, 16 Euler
-# steps with guidance 3, and beside them is what the package makes of the same noise.
+# steps with guidance 3, and the second row is what the package makes of the same noise.
 
 # %%
 asked = ["a big red cat on the left in the snow", "a small yellow fish in the room",
@@ -1067,7 +1067,7 @@ assert torch.allclose(mine, theirs, atol=1e-2)
 # Above, functions of ten lines and the trained weights. Below, the package.
 
 # %% [markdown]
-# ## 6 · Why the gates begin at zero, and one layer besides
+# ## 6 · Why the gates begin at zero, and the last layer, too
 #
 # How should such a network begin? `MMDiT.initialise` sets every adaLN and the last layer to **zero**. So all
 # gates are closed, each block is the identity, and $v = 0$ for every input. It sounds as if nothing could be

@@ -898,7 +898,7 @@ assert doubtful == sorted(doubtful, reverse=True) and deviation == sorted(deviat
 #
 # ### Measured on pictures
 #
-# Now the real model: four captions, six seeds each, at five values of $g$.
+# The real model: four captions, six seeds each, at five values of $g$.
 #
 # * **Fidelity**: of everything that the captions say, the share that the reader network sees in the picture.
 # * **Diversity**: of the numbers that no caption can say (exact hue, width, size of the eyes, ...), the
@@ -976,7 +976,7 @@ show([p for g in guidances for p in to_pictures(pictures[g][first])], [in_lines(
 #
 # ## 5 · Eight words, learned from nothing (optional)
 #
-# Now you train a model that has never seen a word. Its world is small: a ball or a robot in the snow, in eight
+# You train a model that has never seen a word. Its world is small: a ball or a robot in the snow, in eight
 # colours, looked at from near by. The classes are the real ones, in a smaller size, and the codec is the one
 # that is there. Everything else begins at random: `red` and `blue` are two numbers without a meaning.
 
@@ -1077,12 +1077,6 @@ def drop_captions(captions, share, generator):   # thrown out, not replaced
     coins = torch.rand(len(captions), generator=generator)
     return [caption for coin, caption in zip(coins, captions) if coin > share]
 
-# %% [markdown]
-# <details><summary>Hint</summary>
-#
-# `torch.rand(B, generator=generator)` throws a coin for each caption.
-# </details>
-
 # %% tags=["check"]
 random, again = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
 dropped = [drop_captions(texts, 0.1, random) for _ in range(8)]
@@ -1182,7 +1176,7 @@ show([p for x in looked.values() for p in to_pictures(x[some])], names, [f"step 
 # The same noise and the same texts, before, during and after the training.
 
 # %% [markdown]
-# At step 0 the model answers $v=0$, so the noise stays noise, decoded. After 300 steps it draws the colour that
+# At step 0 the model answers $v=0$, so the noise stays noise. After 300 steps it draws the colour that
 # was asked for. The loss still falls when the words are long known.
 #
 # ### And without caption dropout?
@@ -1352,12 +1346,10 @@ assert right >= 0.75 and wrong / own > 1.1 and by_noise < 0.25
 #
 # * A causal encoder makes of each word "the text up to here": a word can reach every token at it and after it,
 # and the pooled text, and none before it.
-# * The text enters the picture on two ways, token by token through the attention, and as a whole through
+# * The text enters the picture in two ways, token by token through the attention, and as a whole through
 # shift, scale and gate. Here the first one carries almost everything.
 # * The null text is trained, by caption dropout. It stands for the mean of all texts.
 # * $v_y-v_\varnothing$ is, up to a factor, the gradient of a classifier. Guidance gives it $g$ votes.
-#
-# In the package: `WordTokenizer`, `TextEncoder`, `Pipeline.sample`, `worth_of_words` (in `check.py`).
 #
 # ## Three questions
 #
