@@ -1201,14 +1201,16 @@ for name, found in of_empty.items():
     shares = ", ".join(f"g = {g}: {readback[name, g]:.0%}" for g in (1, 3, 6))
     print(f"{name:13s}colours read back at {shares}")
     print(" " * 13 + "the empty text draws " + ", ".join(f"{n} {colour}" for colour, n in counts.items()))
-assert min(readback["no dropout", 1], readback["dropout 10 %", 1]) >= 0.9
-assert readback["no dropout", 3] < readback["dropout 10 %", 3] >= 0.9
+assert min(readback["no dropout", 1], readback["dropout 10 %", 1]) > 0.8
+guided_right = {name: readback[name, 3] + readback[name, 6] for name in of_empty}
+assert guided_right["no dropout"] < guided_right["dropout 10 %"]
 assert len(set(of_empty["no dropout"])) < len(set(of_empty["dropout 10 %"]))
 
 # %% [markdown]
-# With $g=1$ the two models are equals: the null text is not asked. But one of them never met an empty text.
-# Look at its answer: a few colours, from all noises. Guidance goes *away* from $v_\varnothing$, here away from
-# these accidental colours, and in this training fewer of the asked ones come out at $g=3$ than with dropout.
+# With $g=1$ both models draw the colours: the null text is not needed. But one of them never met an empty
+# text. Look at its answer: a few colours, from all noises. Guidance goes *away* from $v_\varnothing$, here away
+# from these accidental colours, and with it fewer colours come out right than with dropout. (Two trainings,
+# 16 pictures each: a hint.)
 #
 # ## 6 · The model reads (optional)
 #
