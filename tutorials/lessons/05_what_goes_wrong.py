@@ -25,8 +25,6 @@
 # | Optional | section 5 (it needs stochastic calculus) and section 6 |
 # | Keep open | [`measures.py`](../../purecc_min/measure/measures.py), **after** you have tried |
 # | Read after | lessons 6 and 7: a loss against these failures, and what it cannot hold |
-#
-# Hints are folded; the solved notebook is in [`../solved`](../solved).
 
 # %% [markdown] tags=["slide"]
 # # 5 · What goes wrong
@@ -108,8 +106,8 @@ print("the confounder", ", ".join(f"{head} {value}" for head, value in toy.confo
 #
 # ### Exercise 5.1 ★★ · The loop
 #
-# `draw_batch` gives `batch.x_t`, `batch.t`, `batch.v` and the texts. Write one step: the loss, its gradient,
-# the gradient's norm clipped to 1 (`torch.nn.utils.clip_grad_norm_`), the optimiser's step.
+# `draw_batch` gives `batch.x_t`, `batch.t`, `batch.v` and the texts. Write one step: loss, gradient, its
+# norm clipped to 1 (`torch.nn.utils.clip_grad_norm_`), the optimiser's step.
 
 # %% tags=["exercise"]
 def train(theta, weights, data, rate, steps, keep=(), seed=0):
@@ -280,8 +278,8 @@ for name, method, pictures in (("DreamBooth", "DreamBooth", data), ("LoRA", "LoR
     assert last < 0.9 * first
 
 # %% [markdown]
-# The loss has fallen in all three. By this number, everything went well. Now let them draw. We ask for five
-# **groups** of pictures, with four texts in each:
+# The loss has fallen in all three. By this number, everything went well. Now let them draw five **groups**
+# of four pictures:
 #
 # | group | an example | asks |
 # |---|---|---|
@@ -367,8 +365,8 @@ print("in the middle, in the desert:  " + "   ".join(f"{name} {share:.2f}" for n
 assert shared["bare captions"] > max(shared["base model"], shared["DreamBooth"]) + 0.1
 
 # %% [markdown]
-# One can see it in *one* picture: at $t=1$ there is only noise, so the best prediction of $x_0=x_1-v$
-# is the **mean of all pictures** that the text stands for (lesson 1).
+# One can see it in *one* picture: at $t=1$ there is only noise, so the best prediction of $x_0=x_1-v$ is the
+# **mean of all pictures** that the text stands for (lesson 1).
 
 # %%
 @torch.no_grad()
@@ -427,11 +425,11 @@ for on_V, on_other in (beside["DreamBooth"], beside["LoRA"]):
 
 # %% [markdown]
 # No: the other robot gets the traits nearly as often as the one that is [V]. A loss on pictures of *one*
-# robot never asked the model to tell two apart. This failure resists longest. Lesson 9 looks into the
-# attention for the reason, and finds a remedy.
+# robot never asked the model to tell two apart. Lesson 9 looks into the attention for the reason, and finds
+# a remedy.
 #
 # **Diversity is lost.** A model that has seen one individual for long draws its cousins. No single picture
-# shows it. Section 4 measures whether it has come to that.
+# shows it (section 4 measures it).
 #
 # **Overfitting.** In the end the model knows four pictures, and not a robot. Our renderer can draw what it
 # was not trained on. We take three sets:
@@ -535,7 +533,7 @@ for name in asked:
 # ### Exercise 5.2 ★ · Eight guesses
 #
 # Return a dictionary, `{"similarity": ..., "mask IoU": ...}` and so on. Each guess must lie in the measure's
-# range. (A mean change of the pixels of 1 means that all black has become white, or the reverse.)
+# range. (A mean change of the pixels of 1: all black has become white.)
 
 # %% tags=["exercise"]
 def my_guesses():
@@ -590,7 +588,7 @@ assert 0.02 < covered < 0.25 and value("class drift", RUN) < 0.15 and len(traits
 
 # %% [markdown]
 # *Pixel changes are small numbers*: a robot covers only a small part of its picture. And *shares of traits
-# are coarse*: with six traits, one that is learned in every picture is a sixth. Here are all three runs.
+# are coarse*: with six traits, one that is learned in every picture is a sixth. Here are all three.
 
 # %%
 def table_of(read):
@@ -673,8 +671,8 @@ assert all(original.mean() + 0.2 < some.similarity.mean() < 0.95 for some in rea
 # [V] should change the robot. What about the meadow around it? Compare, in the concept group, each picture
 # with the original's. Leave out every pixel that belongs to the robot **in either picture**: meadow that a
 # thinner robot uncovers is no damage. All remaining pixels of all pictures count alike. The change of one
-# pixel is $\tfrac12$ of the mean absolute difference over the three channels, because pixels lie in $[-1,
-# 1]$.
+# pixel is $\tfrac12$ of the mean absolute difference over the three channels, because pixels lie in
+# $[-1,1]$.
 
 # %% tags=["exercise"]
 def change_outside(custom, original, masks):
@@ -884,10 +882,10 @@ assert max(spreads.values()) > 0 and min(spreads.values()) > -0.15
 # The table says *which* traits have leaked into the word "robot". The column *object* is near 1 in every
 # row: that is why the original's share is taken away.
 #
-# **Diversity has not been lost here.** In some runs it rose, and four pictures are few: no conclusion
-# follows from this line. With twelve pictures of each of six concepts, after 200 steps, the benchmark finds
-# −.087 ± .015 for DreamBooth and −.088 ± .008 for a LoRA ([main
-# table](../../purecc_min/benchmark/report_pages/main.md)). There the failure is real.
+# **Diversity has not been lost here.** In some runs it rose; four pictures are too few for a conclusion.
+# With twelve pictures of each of six concepts, after 200 steps, the benchmark finds −.087 ± .015 for
+# DreamBooth and −.088 ± .008 for a LoRA ([main table](../../purecc_min/benchmark/report_pages/main.md)).
+# There the failure is real.
 #
 # ## 5 · A distance between two models, in nats (optional)
 #
@@ -895,16 +893,16 @@ assert max(spreads.values()) > 0 and min(spreads.values()) > -0.15
 # skip it. Later sections call the package's own function.*
 #
 # Has **anything at all** moved? Two models are two distributions of pictures, and these have a
-# Kullback-Leibler divergence, $\mathbb E_{x\sim P}\log\frac{p(x)}{q(x)}$, in **nats**. The density of
-# what a flow draws is out of reach. But a picture is the end of a *path* of small steps, and a small step is
+# Kullback-Leibler divergence, $\mathbb E_{x\sim P}\log\frac{p(x)}{q(x)}$, in **nats**. The density of what a
+# flow draws is out of reach. But a picture is the end of a *path* of small steps, and a small step is
 # Gaussian:
 #
-# **1.** The velocity knows the noise: $x_1=x_t+(1-t)\,v$, and the score is $-\frac1t\,\mathbb E[x_1 \mid
-# x_t]$,so$\nabla \log p_t(x) = -\frac{x + (1-t)\,v}{t}$.
+# **1.** The velocity knows the noise: $x_1=x_t+(1-t)\,v$, and the score is $-\frac1t\,\mathbb E[x_1\mid
+# x_t]$, so $\nabla\log p_t(x)=-\frac{x+(1-t)\,v}{t}$.
 #
-# **2.** The diffusion $dx=-\frac{x}{1-t}\,dt+g\,dW$ has at every time the flow's distribution, if $g^2 =
-# \frac{2t}{1-t}$(thevarianceof$x_t$given$x_0$muststay$t^2$).Backwardintimeitsdriftis$f -
-# g^2\,\nabla \log p_t$;with1thatis$b = \frac{x}{1-t} + 2v$.
+# **2.** The diffusion $dx=-\frac{x}{1-t}\,dt+g\,dW$ has at every time the flow's distribution, if
+# $g^2=\frac{2t}{1-t}$ (the variance of $x_t$ given $x_0$ must stay $t^2$). Backward in time its drift is
+# $f-g^2\,\nabla\log p_t$; with 1 that is $b=\frac{x}{1-t}+2v$.
 #
 # **3.** A step of length $h$ goes to a normal with the mean $x-h\,b$ and the variance $g^2h$; the other
 # model's mean is $2h\,(v-v')$ away. Their KL is the squared distance over twice the variance,
@@ -1041,7 +1039,7 @@ def path_kl(theta, theta_other, x_0, x_1, text): # the sum over the batch, too
 
 # %% tags=["check"]
 x_0, x_1 = torch.zeros(3, 1, 1, 2), torch.ones(3, 1, 1, 2)                  # two numbers a picture
-mine = path_kl(lambda x_t, t, text: x_t, lambda x_t, t, text: 0 * x_t, x_0, x_1, None)  # v - v' is x_t, and x_t is t
+mine = path_kl(lambda x_t, t, text: x_t, lambda x_t, t, text: 0 * x_t, x_0, x_1, None)   # the velocities differ by t
 weights = [(1 - t) / t * t * t for t in TIMES]
 right = torch.tensor(2 * np.mean(weights))
 refuse(mine, 2 * np.mean([t / (1 - t) * t * t for t in TIMES]), "the weight is upside down.")
@@ -1154,7 +1152,8 @@ print("5.7 right: the benchmark's tables have the same intervals")
 
 # %% [markdown]
 # Does it keep its promise? Take 4000 experiments with a known truth, four normal values in each, and count
-# how often the truth lies inside. The same with 1.96, and with the **bootstrap**.
+# how often the truth lies inside. The same with 1.96, and with the **bootstrap**, which draws from the four
+# values again and again.
 
 # %%
 random = np.random.default_rng(1)
@@ -1279,14 +1278,13 @@ for axis, name in enumerate(("concepts", "seeds", "pictures")):
 assert right[0] / 1000 > 0.92 and right[2] / 1000 < 0.6 and right[1] / 1000 < 0.85
 
 # %% [markdown]
-# **Count what could have come out differently.**
+# The $n$ is the number of things that could have come out differently.
 #
 # ## 7 · Why the ends cannot be compared
 #
 # After forty steps, is the method that did less damage the better one? Plot what was learned against what it
 # cost, for snapshots of both trainings. This curve is a **front**. The cost is a number of the package, the
-# **path KL**: how far velocities have moved on pictures of *other* things, 0 if nothing has moved (section
-# 5).
+# **path KL**: how far velocities have moved on pictures of *other* things (section 5).
 
 # %%
 texts = [prompt.complete for prompt in groups["concept"]]
@@ -1337,9 +1335,8 @@ assert fronts["LoRA"][-1][0] < fronts["DreamBooth"][-1][0] - 0.1     # it has le
 # both models are pure and have learned nothing. So a smaller damage at the end may only mean that a method
 # learned more slowly, as the LoRA did here. Two things can be compared:
 #
-# * the **damage at equal similarity**: go up a vertical line, such as the dotted one, which is as far to the
-# right as both fronts reach, and read both heights. Here the LoRA's is the lower one, on four pictures and
-# one seed;
+# * the **damage at equal similarity**: go up a vertical line, such as the dotted one, and read both heights.
+# Here the LoRA's is the lower one, on four pictures and one seed;
 # * the **whole fronts**: one method is purer if its front lies lower everywhere. If they cross, neither is.
 #
 # ## What you can now say
@@ -1347,7 +1344,7 @@ assert fronts["LoRA"][-1][0] < fronts["DreamBooth"][-1][0] - 0.1     # it has le
 # * Four failures were seen here: language drift, a confounder that comes along, a neighbour that is hit,
 # overfitting. The fifth, lost diversity, shows in longer trainings. $L_{CC}$ sees none of them.
 # * What no word of the caption explains is learned as part of [V].
-# * A measure needs a partner picture from the same noise, a range, and a value for "nothing happened".
+# * A measure needs a partner picture from the same noise, and a value for "nothing happened".
 # * Compare at equal similarity, never at the ends.
 #
 # | you wrote | in the package |
