@@ -21,8 +21,8 @@
 # nothing is compared that has not learned. **Sections 4 and 5 are the core**; the others stand alone.
 #
 # **When you are through, you have written** the verdict on a claim, five of the paper's sentences as
-# claims, and the loss of the authors' released code; in the other sections, the winner's curse, the
-# coverage of an interval, and a comparison at equal fidelity.
+# claims, and the loss of the authors' released code; if you like, also the winner's curse, the coverage of
+# an interval, and a comparison at equal fidelity.
 #
 # | | |
 # |---|---|
@@ -1026,12 +1026,12 @@ for name, concepts in (("similarity", EARLIER), ("outside change", EARLIER), ("n
 # page](../../purecc_min/benchmark/README.md#a-method-of-your-own) has the few lines, and [the final
 # project](../teaching/project.md) asks for one. Three habits make its result worth reading.
 #
-# * **One thing at a time.** Whoever weights the rejection by $t \le 1$ also makes $\eta$ smaller. Divide
+# * **One thing at a time.** Whoever weights the rejection by $t \le 1$ also makes $\eta$ smaller: divide
 # the weights by their mean.
 # * **Test a limit, and beside it.** With the weight $t^{\,p}$, $p = 0$ has to be the paper's loss. *One*
 # weight for the whole batch passes this test as well, so test other $p$, too.
-# * **Write down what was seen when.** Sooner or later you decide something after you have seen a number.
-# That is no disgrace, if it is said. The first half of this form is filled in before the first run.
+# * **Write down what was seen when.** To decide something after seeing a number is no disgrace, if it is
+# said. The left half of this form is filled in before the first run.
 #
 # | before the first run | decided after something was seen |
 # |---|---|
@@ -1054,8 +1054,7 @@ for name, concepts in (("similarity", EARLIER), ("outside change", EARLIER), ("n
 # ## What you can now say
 #
 # * A missing difference is not equality; equality has a margin.
-# * A constant $\lambda$ adds $(\lambda - \lambda^*)^2 \lVert R_{tar} \rVert^2$ to the rejection. Trained on
-# this small model, the released objective is about equal to the paper's.
+# * A constant $\lambda$ adds $(\lambda - \lambda^*)^2 \lVert R_{tar} \rVert^2$ to the rejection.
 # * The best of $k$ scores is too good. An interval over seeds speaks of these concepts.
 #
 # In the package, `verdict` and `in_symbols` are `Claim` and `COMPARISONS` in `claims.py`, `released_loss`
