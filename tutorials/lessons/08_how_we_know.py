@@ -29,8 +29,7 @@
 # | Needs | lesson 5 (similarity, intervals), lesson 6 (Eq. 8 to 15); section 3 also lesson 7 (fronts) |
 # | Keep open | [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md), **after** you have tried |
 #
-# Hints are folded; the solved notebook is in [`../solved`](../solved). One star is a warm-up, three are
-# hard.
+# Hints are folded; the solved notebook is in [`../solved`](../solved).
 
 # %% [markdown] tags=["slide"]
 # # 8 · How we know
@@ -76,9 +75,6 @@ INDIVIDUALS = tuple(name for name in HELD_OUT if not CONCEPTS[name].is_style)
 def rows_of(part, concepts):                     # what came with the repository, a row for each cell
     return [row for row in json.loads((RESULTS / f"{part}.json").read_bytes()) if row["concept"] in concepts]
 
-def calls(answer, *names):                       # whether an answer calls what it should write
-    return bool(set(names) & set(answer.__code__.co_names))
-
 results, earlier = rows_of("main", INDIVIDUALS), rows_of("claims", EARLIER)
 for title, rows in (("results", results), ("earlier", earlier)):
     print(f"{title}: {len(rows)} rows, {len({row['seed'] for row in rows})} seeds, concepts "
@@ -88,7 +84,7 @@ individual = {name: np.mean(seed_means([row for row in results if name_of(row) =
 print("pictures that show THIS individual:", ", ".join(f"{name} {x:.2f}" for name, x in individual.items()))
 tries = {len(method.tries) for method in MAIN.values() if method.times == 1}
 assert not set(HELD_OUT) & {*TUNING, *EARLIER} and tries == {5}
-assert individual["lora"] < individual["bound"] < 0.4 < 0.8 < individual["perfect"]
+assert individual["lora"] < individual["bound"] < 1 / 3 < 0.8 < individual["perfect"]
 
 # %% [markdown]
 # A **cell** is one method, one concept and one training seed, trained and measured. `results` holds four
@@ -96,10 +92,10 @@ assert individual["lora"] < individual["bound"] < 0.4 < 0.8 < individual["perfec
 # concepts that experiments had used; on them the paper's claims were asked. **Fidelity** is the similarity
 # to the references, from the original model (0) to the perfect method (1).
 #
-# **What has the base model seen of the four?** All their parts, with words: dots, crowns, purple. But never
-# this colour, or this marking with this hat, on a thing of this kind. And never the individuals themselves:
-# no word says how wide or how pale one is. The last line asks for that: adapters seldom learn the
-# individual.
+# **What has the base model seen of the four?** All their parts, with words: markings, hats, colours. But
+# never this colour, or this marking with this hat, on a thing of this kind. And never the individuals
+# themselves: no word says how wide or how pale one is. The last line asks for that: the adapters show the
+# individual in less than a third of the pictures.
 #
 # ## 1 · What is looked at once (optional)
 #
@@ -354,9 +350,9 @@ assert abs(over_seeds[0] - over_concepts[0]) < 1e-6 and over_concepts[1] > 4 * o
 #
 # ## 3 · Methods at equal fidelity (optional)
 #
-# Whoever learns less damages less, as a rule. So a comparison after equal steps mixes how pure a method is
-# with how much it has learned. Lesson 7 read *one* front, the line through a run's measures on its way
-# (here at steps 0, 50, 100 and 200). Now do it for a table of runs.
+# Whoever learns less damages less, as a rule. So equal steps are no fair comparison. Lesson 7 read *one*
+# front, the line through a run's measures on its way (here at steps 0, 50, 100 and 200). Now do it for a
+# table of runs.
 #
 # ### Exercise 8.4 ★★★ · At equal fidelity, in pairs
 #
@@ -422,12 +418,6 @@ def at_equal_fidelity(results, method, reference, measure):
     return torch.tensor([sum(found[seed]) / len(found[seed]) for seed in sorted(found)])
 
 # %% tags=["wrong"]
-# says: write it yourself
-def at_equal_fidelity(results, method, reference, measure):                 # the package's own function
-    pairs = pairs_at_equal_fidelity(results, method, reference)
-    return torch.tensor(mean_by_seed([(run["seed"], a[measure] - b[measure]) for run, a, b in pairs]))
-
-# %% tags=["wrong"]
 # says: way of sampling
 def at_equal_fidelity(results, method, reference, measure):                 # asks for run["method"]
     start = {run["concept"]: final(run) for run in results if name_of(run) == "nothing"}
@@ -461,8 +451,6 @@ def made(concept, method, seed, *points, way=""):            # a run whose snaps
 nothing, far = made("a", "nothing", 0, (0.1, 0.0)), made("a", "lora", 0, (0.5, 0.2), (0.9, 0.6))
 near = made("a", "bound", 0, (0.3, 0.1), (0.6, 0.4))
 other_way = made("a", "lora", 0, (0.5, 0.5), (0.9, 0.9), way="own empty text")
-expect(not calls(at_equal_fidelity, "pairs_at_equal_fidelity", "equal_fidelity"),
-       "this is the package's own function: write it yourself, with at_similarity.")
 for rows, (method, reference), measure, mistake in (
         ([nothing, far, near], ("lora", "bound"), "drift",
          "these are the values at the ends of the trainings. The method got further than the reference: it "
@@ -536,8 +524,8 @@ plt.show()
 # the noise: what looked like a fault of the method was a training that got less far.
 # * What comes along unsaid, and what the neighbour takes on, is better with `bound` at equal fidelity, too.
 # * "The same" needs no statistics: no text without [V] can change under either method (lesson 7).
-# * PureCC and a LoRA differ nowhere. "Within the noise" says that twenty pairs cannot tell them apart, and
-# not that they are equal (section 4).
+# * PureCC and a LoRA differ nowhere at equal fidelity. "Within the noise" says that twenty pairs cannot
+# tell them apart, and not that they are equal (section 4).
 #
 # One more trap: if nothing differed anywhere, one of six independent rows would still say otherwise with a
 # probability of $1 - 0.95^6$, about a quarter. So name the row that decides *before* you look.
@@ -599,15 +587,19 @@ def verdict(values, equal=False):                # < in place of <=
     return "holds" if holds else "does not hold" if fails else "depends"
 
 # %% tags=["wrong"]
+# says: beyond CLOSE
+def verdict(values, equal=False):                # "equal" never fails
+    mean, half = mean_and_interval(values)
+    low, high = mean - half, mean + half
+    if equal:
+        return "holds" if -CLOSE < low and high < CLOSE else "depends"
+    return "holds" if low > 0 else "does not hold" if high <= 0 else "depends"
+
+# %% tags=["wrong"]
 # says: one of three words
 def verdict(values, equal=False):                # a bool
     mean, half = mean_and_interval(values)
     return abs(mean) + half < CLOSE if equal else mean > half
-
-# %% tags=["wrong"]
-# says: write it yourself
-def verdict(values, equal=False):                # the package's own
-    return Claim("", "", "", values, equal).verdict()
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -628,7 +620,6 @@ CASES = [("A above B", [0.05, 0.06, 0.055, 0.07, 0.05], False, "the whole interv
           "there is a difference, and it is within ± CLOSE"),
          ("A equals B", [0.05, 0.06, 0.055, 0.07, 0.05], True, "the whole interval is beyond CLOSE"),
          ("A above B, all 0", [0.0, 0.0, 0.0], False, "no part of the interval is above 0")]
-expect(not calls(verdict, "Claim"), "this is the package's own answer: write it yourself.")
 for says, values, equal, why in CASES:
     mine, theirs = verdict(values, equal), Claim("", says, "", values, equal).verdict()
     mean, half = mean_and_interval(values)
@@ -750,8 +741,8 @@ for letter, answer in answers.items():
 print("8.6 right: all five are among the", len(COMPARISONS), "rows of claims.py")
 
 # %% [markdown]
-# Now your five sentences on the results. `difference` takes the values at the ends of the trainings, since
-# the paper's tables do; section 3 has a fairer reading.
+# Now your five sentences on the results (c and d on one concept). `difference` takes the values at the ends
+# of the trainings, since the paper's tables do; section 3 has a fairer reading.
 
 # %%
 verdicts = {}
@@ -889,6 +880,17 @@ def released_loss(thetas, batch, eta):
     return (v_complete - batch.v).square().mean() + eta * loss_purecc, {"loss_purecc": loss_purecc}
 
 # %% tags=["wrong"]
+# says: is the return missing
+def released_loss(thetas, batch, eta):
+    x_t, t, texts = batch.x_t, batch.t, batch.texts
+    Y_alone = Branch(thetas.theta_1.pipe, NoAdapters(), thetas.theta_1.embeddings)
+    with torch.no_grad():
+        R_target = Y_alone(x_t, t, texts.target) - Y_alone(x_t, t, texts.null)
+    v_complete, v_original = thetas.theta(x_t, t, texts.complete), thetas.theta(x_t, t, texts.base)
+    loss_purecc = (v_original + R_target - v_complete).square().mean()
+    loss = (v_complete - batch.v).square().mean() + eta * loss_purecc
+
+# %% tags=["wrong"]
 # says: eta multiplies
 def released_loss(thetas, batch, eta):           # eta is forgotten
     x_t, t, texts = batch.x_t, batch.t, batch.texts
@@ -898,11 +900,6 @@ def released_loss(thetas, batch, eta):           # eta is forgotten
     v_complete, v_original = thetas.theta(x_t, t, texts.complete), thetas.theta(x_t, t, texts.base)
     loss_purecc = (v_original + R_target - v_complete).square().mean()
     return (v_complete - batch.v).square().mean() + loss_purecc, {"loss_purecc": loss_purecc}
-
-# %% tags=["wrong"]
-# says: write it yourself
-def released_loss(thetas, batch, eta):           # the package's own
-    return entries.released(thetas, batch, eta)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -924,8 +921,8 @@ some = noised(data.x_0[rows[::5]], flow.noise_for([0, 1, 2, 3], data.x_0.shape[1
               data.texts.rows(rows[::5]))                                   # four samples at different times
 
 # %% tags=["check"]
-expect(not calls(released_loss, "released"), "this is the package's own function: write it yourself.")
 mine, theirs = released_loss(thetas, some, 2.0), entries.released(thetas, some, 2.0)
+expect(mine is not None, "it returned None: is the return missing?")
 expect(isinstance(mine, tuple) and len(mine) == 2 and "loss_purecc" in mine[1],
        'return the loss and a dictionary with "loss_purecc".')
 second, right = mine[1]["loss_purecc"], theirs[1]["loss_purecc"]
@@ -1054,13 +1051,12 @@ for name, concepts in (("similarity", EARLIER), ("outside change", EARLIER), ("n
 # ## What you can now say
 #
 # * A missing difference is not equality; equality has a margin.
-# * A constant $\lambda$ adds $(\lambda - \lambda^*)^2 \lVert R_{tar} \rVert^2$ to the rejection.
 # * The best of $k$ scores is too good. An interval over seeds speaks of these concepts.
 #
 # In the package, `verdict` and `in_symbols` are `Claim` and `COMPARISONS` in `claims.py`, `released_loss`
 # is `released` in `entries.py`, and the rest is in `tables.py`.
 #
-# ## Three questions
+# ## Two questions
 #
 # **1.** "PureCC minus LoRA, outside change: $-0.001 \pm 0.004$. So they are equal." With `CLOSE` $= 0.02$,
 # is the speaker right? And would they be with $-0.001 \pm 0.04$?
@@ -1076,19 +1072,10 @@ for name, concepts in (("similarity", EARLIER), ("outside change", EARLIER), ("n
 # No. What was tested is the release, whose objective is another one. (Nor has the paper been confirmed.)
 # </details>
 #
-# **3.** You have run the held-out part once. Then you see that another learning rate would have been better
-# there. What may you report?
-# <details><summary>Answer</summary>
-#
-# The result as it came out. The other rate too, if you say that it was chosen after the held-out concepts
-# had been seen: for that rate they are tuning concepts.
-# </details>
-#
 # **Next:** lesson 9 puts [V] into its sentence; lesson 10 leaves the picture book for photographs.
 
 # %% [markdown] tags=["slide"]
-# ## Three questions
+# ## Two questions
 #
 # 1. $-0.001 \pm 0.004$: are they equal? And $-0.001 \pm 0.04$?
 # 2. The released code shows no advantage. Has the paper been refuted?
-# 3. Held out, another learning rate would have been better. What may you report?

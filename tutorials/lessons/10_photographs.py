@@ -89,9 +89,6 @@ def seeded(seed):
 def values(module):
     return sum(p.numel() for p in module.parameters())
 
-def calls(answer, *names):                       # whether an answer calls what it should write
-    return bool(set(names) & set(answer.__code__.co_names))
-
 # %% [markdown]
 # ## 1 · The weights
 #
@@ -403,7 +400,7 @@ def decode(codec, x_0):
     return codec.decoder(x_0 / codec.config.scale + codec.config.shift)
 
 # %% tags=["wrong"]
-# says: write it yourself
+# says: the package's own answer
 def encode(codec, pictures):                     # the package's own
     return codec.encode(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
 
@@ -419,8 +416,8 @@ def decode(codec, x_0):
 # %% tags=["check"]
 pictures = torch.tensor([r.picture.tolist() for r in concept.references], dtype=torch.uint8).numpy()
 shift, scale = pipe.codec.config.shift, pipe.codec.config.scale
-expect(not calls(encode, "encode", "encode_images") and not calls(decode, "decode"),
-       "this is the package's own function: write it yourself.")
+expect(not {"encode", "encode_images", "decode"} & {*encode.__code__.co_names, *decode.__code__.co_names},
+       "this is the package's own answer: write it out yourself.")
 with torch.no_grad():
     yours, ours = encode(pipe.codec, pictures), pipe.encode_images(pictures)
     expect(isinstance(yours, torch.Tensor) and yours.shape == ours.shape,
@@ -469,8 +466,7 @@ show([pictures[0], *(grey(x_0[0, k]) for k in (0, 5, 10, 15)), back],
 # %% [markdown]
 # ## 4 · A cache, and a bug that never raises an error
 #
-# The text encoders weigh 11 GB, and they say the same in every step. So we encode every text and every
-# picture
+# The text encoders weigh 11 GB, and they say the same in every step. So we encode every text and picture
 # **once**, before training. (The authors' released code encodes everything anew in each step.) A cache has
 # one duty: **row $i$ of everything belongs to reference $i$.** Below is a cache as one writes it. It runs,
 # and the loss falls. Read it before you look at what it does.
