@@ -101,8 +101,8 @@ assert individual["lora"] < individual["bound"] < 1 / 3 < 0.8 < individual["perf
 #
 # Somebody has to choose a method's learning rate, on **tuning** concepts: try $k$ rates, keep the one with
 # the best score. A score is a quality plus luck, $s_i = q_i + \sigma \varepsilon_i$. If all $k$ tries are
-# equally good, the best *score* is too good: by $\sigma / \sqrt\pi \approx 0.56\,\sigma$ for $k = 2$, by $3
-# \sigma / (2\sqrt\pi) \approx 0.85\,\sigma$ for $k = 3$, and more with every further try. This is the
+# equally good, the best *score* is too good: by $\sigma / \sqrt\pi \approx 0.56\,\sigma$ for $k = 2$, by
+# $3 \sigma / (2\sqrt\pi) \approx 0.85\,\sigma$ for $k = 3$, and more with every further try. This is the
 # **winner's curse**: whoever wins was good *and* lucky, and the luck does not come again.
 #
 # ### Exercise 8.1 ★ · What a project reports
@@ -161,8 +161,8 @@ expect_close(mine[1], torch.stack([row[k] for row, k in zip(held_out, which)]), 
 print("8.1 right: the tuning score chooses, the held-out score is only looked at")
 
 # %% [markdown]
-# On the left all tries are equally good. On the right they differ as much as luck does, $q_i \sim \mathcal
-# N(0, 1)$: tuning now finds better settings, and still promises more than it keeps.
+# On the left all tries are equally good. On the right they differ as much as luck does,
+# $q_i \sim \mathcal N(0, 1)$: tuning now finds better settings, and still promises more than it keeps.
 
 # %%
 counts, n = [1, 2, 3, 5, 10, 20, 50], 20_000
@@ -438,8 +438,8 @@ def at_equal_fidelity(results, method, reference, measure):                 # as
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `level = min(final(run)["similarity"], final(other)["similarity"])`; `found.setdefault(seed,
-# []).append(...)`.
+# `level = min(final(run)["similarity"], final(other)["similarity"])`;
+# `found.setdefault(seed, []).append(...)`.
 # </details>
 
 # %% tags=["check"]
@@ -604,8 +604,8 @@ def verdict(values, equal=False):                # a bool
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `low, high = mean - half, mean + half`. "Larger" holds for `low > 0`, "equal" for `-CLOSE < low and high <
-# CLOSE`.
+# `low, high = mean - half, mean + half`. "Larger" holds for `low > 0`, "equal" for
+# `-CLOSE < low and high < CLOSE`.
 # </details>
 
 # %% tags=["check"]
@@ -768,8 +768,9 @@ assert verdict(on_new) == "does not hold" and verdict(on_new, equal=True) == "ho
 # PureCC is *not* more faithful than $L_{CC}$ alone, and the difference is shown to be smaller than `CLOSE`.
 #
 # Before you believe a verdict: **the paper's own numbers deserve the same questions.** In row e they are 2
-# % apart, without an interval; in its Fig. 4 the KL of $\lambda^*$ (0.0192) is *above* that of $\lambda =
-# 1$ (0.0142). And a toy tests orders and not sizes: if an order fails here, it has failed *here*.
+# % apart, without an interval; in its Fig. 4 the KL of $\lambda^*$ (0.0192) is *above* that of
+# $\lambda = 1$ (0.0142). And a toy tests orders and not sizes: if an order fails here, it has failed
+# *here*.
 #
 # ## 5 · The released code is not the paper
 #

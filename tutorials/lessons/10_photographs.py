@@ -111,7 +111,7 @@ print(f"{'all':28s}{sum(map(values, real.values())):15,d}{sum(stored.values()):1
 plt.figure(figsize=(6.2, 1.8), layout="constrained")
 plt.barh(list(stored), list(stored.values()), color=[BLUE, GREY, GOLD, GOLD, GOLD])
 plt.gca().invert_yaxis()
-plt.xlabel("GB on the disk: blue draws, gold reads the text")
+plt.xlabel("GB on the disk; the last three read the text")
 plt.show()
 assert values(real["MMDiT"]) == 2_243_171_520 and values(real["T5-XXL"]) == 4_762_310_656
 assert 16 < sum(stored.values()) < 17 and stored["T5-XXL"] > sum(stored.values()) / 2
@@ -601,10 +601,11 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 # ## 5 · The timestep shift
 #
 # SD3.5 shifts its times toward noise (lesson 1), with $s = 3$. Why does a large picture need other times
-# than a small one? Take a picture whose side is $k$ times larger, and look from so far away that $k \times
-# k$ pixels become their mean. The picture hardly changes, as neighbouring pixels are alike. The noise does:
-# the mean of $k^2$ independent numbers has the standard deviation $1/k$. So at the same $t$ a large picture
-# is **less** destroyed. To destroy it as much as the small one at $t$, we need a time $t'$ with
+# than a small one? Take a picture whose side is $k$ times larger, and look from so far away that
+# $k \times k$ pixels become their mean. The picture hardly changes, as neighbouring pixels are alike. The
+# noise does: the mean of $k^2$ independent numbers has the standard deviation $1/k$. So at the same $t$ a
+# large picture is **less** destroyed. To destroy it as much as the small one at $t$, we need a time $t'$
+# with
 #
 # $$\frac{t'}{k\,(1 - t')} = \frac{t}{1 - t} \quad\Longrightarrow\quad t' = \frac{k\,t}{1 + (k - 1)\,t},$$
 #
@@ -806,8 +807,9 @@ parts = ("weights", "adapters", "optimizer", "activations")
 plt.figure(figsize=(7, 2), layout="constrained")
 for row, ((stage, checkpointing), ours) in enumerate(counted.items()):
     left = 0
-    for name, colour in zip(parts, (BLUE, CORAL, GOLD, GREY)):
-        plt.barh(row, getattr(ours, name) / 1e9, left=left, color=colour, label=name if row == 0 else None)
+    for name, colour, hatch in zip(parts, (BLUE, CORAL, INK, GREY), ("", "//", "", "..")):
+        plt.barh(row, getattr(ours, name) / 1e9, left=left, color=colour, hatch=hatch, edgecolor="white",
+                 label=name if row == 0 else None)
         left += getattr(ours, name) / 1e9
 plt.yticks(range(3), [f"stage {s}, checkpointing {'on' if c else 'off'}" for s, c in counted])
 plt.gca().invert_yaxis()
