@@ -15,9 +15,8 @@
 #
 # **Two robots stand in one picture, and only one of them is [V]**
 #
-# Lesson 7 ended with a question: a plain robot stands next to [V], in the same picture. A switch cannot help,
-# because the text has a [V] in it. In this lesson you find out why the plain robot turns into [V]. You look
-# at what each half of the picture reads in the text, and you write the method that keeps the two apart.
+# A plain robot stands next to [V], in one picture. No switch (lesson 7) can help there. You find out why the
+# plain robot turns into [V], and write what keeps the two apart.
 #
 # **When you are through, you have written**
 #
@@ -25,16 +24,14 @@
 # 2. the mask of [V]'s phrase, and an attention whose adapters act on this phrase only;
 # 3. the sum of two bound concepts, and Eq. 13 with a mask in space;
 #
-# **and you can say** why $Y^l$ is a word without a sentence, why the token [V] alone is not enough, and what
-# the extra passes of `bound-pairs` buy.
+# **and you can say** why $Y^l$ is a word without a sentence, and why the token alone is not enough.
 #
 # | | |
 # |---|---|
-# | Needs | lesson 4 (adapters, $Y^l$), lesson 6 (Eq. 13), lesson 7 (leaks, bound adapters); lesson 2's attention |
-# | Keep open | [`lora.py`](../../purecc_min/lora.py), [`pairs.py`](../../purecc_min/pairs.py) and [`phrase.py`](../../tinyflow/phrase.py), **after** you have tried |
-# | Read after | [the report](../../purecc_min/benchmark/README.md), "Why it works": the same with more concepts and seeds |
+# | Needs | lesson 2 (attention), 4 (adapters, $Y^l$), 6 (Eq. 13), 7 (leaks, bound adapters) |
+# | Read after | [`lora.py`](../../purecc_min/lora.py), [`pairs.py`](../../purecc_min/pairs.py), [the report](../../purecc_min/benchmark/README.md) |
 #
-# Nothing is trained in sections 1 to 7. The concepts come as files, learned in 200 steps each.
+# Sections 1 to 7 train nothing. Their concepts come as files, learned in 200 steps each.
 
 # %% [markdown] tags=["slide"]
 # # 9 · [V] in its sentence
@@ -62,7 +59,7 @@ from purecc_min.concept import encode, styles_among
 from purecc_min.concept_file import load_branch
 from purecc_min.embeddings import class_word_states
 from purecc_min.learning import train_steps
-from purecc_min.lora import LoRA, key_of
+from purecc_min.lora import key_of
 from purecc_min.measure import measures
 from purecc_min.measure.draw import in_style
 from purecc_min.measure.judge import Drawn, Judge, sees
@@ -81,7 +78,7 @@ theta_0, depth = pipe.velocity, pipe.mmdit.config.depth
 robot, house, style = (CONCEPTS[name] for name in TUNING)
 ROBOT = {"[V]": "robot"}
 
-def learned(name):                               # a concept that comes with the repository, as a frozen branch
+def learned(name):                               # a concept that comes with the repository, frozen
     return load_branch(pipe, FOLDER.parent / "learned" / f"{name}.safetensors")[0]
 
 def references(toy):
@@ -98,24 +95,22 @@ def in_lines(text):
         text = text.replace(word, f"\n{word.strip()} ")
     return text
 
-def refuse(mine, mistakes):                      # says which known mistake an answer is: sentence -> its values
+def refuse(mine, mistakes):                      # sentence -> the values that this mistake gives
     for sentence, values in mistakes.items():
         is_it = isinstance(mine, torch.Tensor) and mine.shape == values.shape
         expect(not (is_it and torch.allclose(mine.float(), values.float(), atol=1e-5)), sentence)
 
-show(list(references(robot)), ["[V]: its references"], columns=4, side=1.3)
-
 # %% [markdown]
 # ## 1 · Two robots in one picture
 #
-# These are the twelve texts on which the benchmark measures a *neighbour*: two robots, and [V] is now the
-# first and now the second. The original model draws them without "[V]". A plain LoRA draws them with it.
-# Guidance's empty text is always the base model's, and the noise is the same.
+# The benchmark has twelve texts of two robots: in six [V] is named first, in six second. The original model
+# draws them without "[V]", a LoRA with it, from the same noise. (The base model answers guidance's empty
+# text.)
 
 # %%
 asked = robot.prompts()["neighbour"]
 texts, base_texts = [prompt.complete for prompt in asked], [prompt.base for prompt in asked]
-which = torch.tensor([prompt.n for prompt in asked])     # [12]: 0 where [V] is the left robot, 1: the right one
+which = torch.tensor([prompt.n for prompt in asked])     # [12]: 0 where [V] is the left robot, else 1
 drawn = {"original": pictures(base_texts), "LoRA": pictures(texts, learned("checked_robot-lora"))}
 
 def show_pairs(names):
@@ -133,14 +128,13 @@ show_pairs(["original", "LoRA"])
 # The text calls one robot [V]. The LoRA draws two.
 
 # %% [markdown]
-# The texts tell the two robots apart. The pictures of the LoRA do not. How much of [V] is on each of them?
-# The reader network looks at both, and `sees(reading, traits, k)` says which traits it sees at thing $k$
-# (0 is the left one): bool $[B, traits]$. The traits are [V]'s colour, marking, its colour, topper and eyes.
+# How much of [V] is on each robot? The reader network looks: `sees(reading, traits, k)`, bool $[B, traits]$,
+# says which of [V]'s traits (colour, marking, its colour, topper, eyes) it sees at thing $k$, 0 for the left.
 #
 # ### Exercise 9.1 ★ · On [V], and on its neighbour
 #
-# `n` $[B]$ says for each picture which thing is [V]. Return two shares, over all pictures and traits: the
-# share that is seen on [V], and the share that is seen on the other thing.
+# `n` $[B]$ says for each picture which thing is [V]. Return two shares, over all pictures and traits: of the
+# traits seen on [V], and of those seen on the other thing.
 
 # %% tags=["exercise"]
 def beside(reading, traits, n):
@@ -174,8 +168,7 @@ def beside(reading, traits, n):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# With `rows = torch.arange(len(n))`, `seen[rows, n]` is $[B, traits]$: of picture $b$, the row of thing
-# $n_b$. The other thing is `1 - n`.
+# With `rows = torch.arange(len(n))`, `seen[rows, n]` is $[B, traits]$. The other thing is `1 - n`.
 # </details>
 
 # %% tags=["check"]
@@ -192,7 +185,7 @@ refuse(mine, {"you look always the left thing first: `n` says which one is [V]."
                   [seen_0.mean(), seen_1.mean()]),
               "the two shares are exchanged: [V]'s comes first.": theirs.flip(0)})
 every = torch.where(which[:, None] == 0, seen_0, seen_1).all(1).float().mean()
-expect(abs(mine[0] - every) > 1e-5, "a picture counts only if ALL its traits are seen; take the share of traits.")
+expect(abs(mine[0] - every) > 1e-5, "a picture counts only if all its traits are seen; count the traits.")
 expect_close(mine, theirs, "the two shares", 1e-5)
 plain = beside(package.seen_original["neighbour"], robot.traits_beside, which)[1]
 leak = theirs[1].item() - plain
@@ -202,20 +195,19 @@ print(f"9.1 right. LoRA: {mine[0]:.2f} of the traits on [V], {mine[1]:.2f} on th
 assert mine[0] > 0.65 and leak > 0.6 and abs(mine[0] - mine[1]) < 0.15
 
 # %% [markdown]
-# The plain robot has about as much of [V] as [V] itself. (The benchmark finds the same on concepts that nobody
-# chose: a leak of .66 for a LoRA, .64 for PureCC, and .73 for a LoRA that is switched off without [V].)
-#
-# Somebody has to tell the model which robot is meant. The text does. So: who reads it?
+# The plain robot has as much of [V] as [V] itself. (The report, on concepts that nobody chose: a leak of .66
+# for a LoRA, .64 for PureCC, .73 for a LoRA that is switched off without [V].) The text says which robot is
+# meant. Who reads it?
 #
 # ## 2 · What each half reads
 #
-# The text reaches the picture on two ways. The pooled vector is one for all patches, so it cannot tell the
-# left from the right. What can is the joint attention: there every patch asks all tokens.
+# The pooled vector is the same for all patches, so it cannot tell left from right. In the joint attention,
+# every patch asks all tokens.
 #
 # ### Exercise 9.2 ★★ · What a patch reads
 #
 # `q` and `k` are $[B, H, N + T, d]$, patches first. Return how much of each **patch's** attention each **text
-# token** gets, a mean over heads: $[B, N, T]$. A patch spends a part of its attention on other patches.
+# token** gets, a mean over heads: $[B, N, T]$.
 
 # %% tags=["exercise"]
 def patches_read(q, k, N):
@@ -255,8 +247,8 @@ def patches_read(q, k, N):
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# The softmax runs over all $N + T$ columns. Cut out the patches' rows `:N` and the text's columns `N:` after
-# it, and take the mean over the axis of the heads last.
+# The softmax runs over all $N + T$ columns. After it, cut out the patches' rows `:N` and the text's columns
+# `N:`, and take the mean over heads.
 # </details>
 
 # %% tags=["check"]
@@ -271,13 +263,13 @@ refuse(mine, {"the softmax runs over all tokens, patches too; cut out after it."
               "the factor 1 / sqrt(d) is missing.": (q @ k.mT).softmax(-1)[:, :, :9, 9:].mean(1),
               "the mean over heads was taken before the softmax.": scores.mean(1).softmax(-1)[:, :9, 9:]})
 eye = torch.eye(18).expand(2, 3, -1, -1)         # with these values the attention returns its weights
-expect_close(mine, tinyflow.attention.attention(q, k, eye)[:, :, :9, 9:].mean(1), "what each patch reads", 1e-5)
+theirs = tinyflow.attention.attention(q, k, eye)[:, :, :9, 9:].mean(1)
+expect_close(mine, theirs, "what each patch reads", 1e-5)
 print("9.2 right: the weights of the package's attention")
 
 # %% [markdown]
-# Now look inside the model, at two texts. In FIRST, [V] is the first thing that is named, in SECOND the
-# second. The recorder stands in the place of the package's attention, as in lesson 2. The pictures are the
-# base model's own, noised to $t = .9$ and $.6$; blocks, heads, times and pictures are averaged.
+# Now look inside the model. FIRST names [V] first, SECOND second. The pictures are the base model's own,
+# noised to $t = .9$ and $.6$. Blocks, heads, times and pictures are averaged.
 
 # %%
 FIRST = "a big [V] robot on the left and a small robot on the right"
@@ -292,7 +284,7 @@ def noised(text):                                # two times, always the same no
     return [(flow.path(x_0[text], noise, t), t) for t in (torch.full((SEEN,), t) for t in (0.9, 0.6))]
 
 @torch.no_grad()
-def reads(theta, text):                          # -> [rows, columns, words]: what each patch reads of each word
+def reads(theta, text):                          # -> what each patch reads, [rows, columns, words]
     kept, attend = [], tinyflow.attention.attention
 
     def record(q, k, v):
@@ -305,7 +297,7 @@ def reads(theta, text):                          # -> [rows, columns, words]: wh
     count = len(text.split())
     return torch.stack(kept).mean(0)[:, 1:count + 1].unflatten(0, (SIDE, SIDE))        # token 0 is the start
 
-def halves(grid):                                # [rows, columns, words] -> [2, words]: of the left, the right
+def halves(grid):                                # [rows, columns, words] -> of each half, [2, words]
     return grid.unflatten(1, (2, SIDE // 2)).mean((0, 2))
 
 base_reads = {text: reads(theta_0, text) for text in encoded}
@@ -330,31 +322,31 @@ plt.show()
 # What is named second is read behind its noun: the place, and hardly the noun itself.
 
 # %%
-noun, place, other = ({text: halves(grid)[:, words].sum(1) for text, grid in base_reads.items()}
-                      for words in (slice(2, 4), slice(4, 7), slice(9, 11)))
-noun[SECOND], place[SECOND] = (halves(base_reads[SECOND])[:, words].sum(1)
-                               for words in (slice(9, 11), slice(11, 14)))
+noun, place = {}, {}
+for text, grid in base_reads.items():
+    at = text.split().index("[V]")
+    noun[text] = halves(grid)[:, at:at + 2].sum(1)
+    place[text] = halves(grid)[:, at + 2:at + 5].sum(1)
 for text, own in ((FIRST, 0), (SECOND, 1)):
-    print(f"{text}:\n    [V]'s own half reads '[V] robot' {noun[text][own]:.1%}, its place {place[text][own]:.1%};"
-          f"  the other half reads '[V] robot' {noun[text][1 - own]:.1%}")
+    print(f"{text}:\n    '[V] robot' gets {noun[text][own]:.1%} of its own half's attention, its place "
+          f"{place[text][own]:.1%}; of the other half's, '[V] robot' gets {noun[text][1 - own]:.1%}")
 assert noun[FIRST][0] > 0.3 * place[FIRST][0] and noun[FIRST][0] > 5 * noun[FIRST][1]
 assert noun[SECOND][1] < 0.05 * place[SECOND][1] and noun[SECOND][0] > 3 * noun[SECOND][1]
 
 # %% [markdown]
-# Read the numbers of [V]. In FIRST its half reads the noun *and* the place behind it; the other half reads
-# neither. So the base model knows which robot is which. In SECOND something odd happens: the right half, where
-# [V] stands, reads the place, and hardly the words "[V] robot". The **left** half gives these two words more
-# attention than the right one. The reason is in the text encoder.
+# In FIRST, [V]'s half reads its noun *and* the place after it, and the other half hardly reads either. In
+# SECOND the right half, where [V] stands, reads the place and hardly the noun. The **left** half reads "[V]
+# robot" more than the right one does. Why?
 #
 # ## 3 · A word without a sentence
 #
-# The text encoder is *causal*: a token reads itself and the tokens before it (lesson 3). And a caption says the
+# The text encoder is *causal*: a token reads the tokens before it, and none after it. And a caption says the
 # place **after** the noun.
 #
 # ### Exercise 9.3 ★ · Who has heard it?
 #
-# Exchange word $i$ of a text for the id `other`. Which tokens' states change? `encoder(ids)` returns the
-# context $[B, T, D]$ and the pooled vector. Call a state changed if any channel moves by more than .001.
+# Exchange token $i$ for the id `other`. Which tokens' states change? `encoder(ids)` returns the context
+# $[B, T, D]$ and the pooled vector. A state has changed if any channel moves by more than .001.
 
 # %% tags=["exercise"]
 def who_heard(encoder, ids, i, other):
@@ -389,8 +381,7 @@ def who_heard(encoder, ids, i, other):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Copy first: `changed = ids.clone()`. The difference of two contexts $[1, T, D]$ has its largest channel in
-# `.abs().amax(-1)`, $[1, T]$.
+# Copy first: `changed = ids.clone()`. `.abs().amax(-1)` of the difference is its largest channel, $[1, T]$.
 # </details>
 
 # %% tags=["check"]
@@ -404,28 +395,27 @@ for i in (6, 14, 3):
         expect(not touched, "ids itself has changed, and every later use of it. Copy it with .clone().")
         expect(isinstance(mine, torch.Tensor), "return a bool tensor [T]: is the return missing?")
         expect(mine.shape != pipe.encoder(ids)[1][0].shape or mine.shape == ids[0].shape,
-               "that is the pooled vector; the states of the tokens are the first thing that the encoder returns.")
+               "that is the pooled vector; the encoder returns the states of the tokens first.")
         swapped = torch.where(torch.arange(ids.shape[1]) == i, other_id, ids)
         moved = (pipe.encoder(swapped)[0] - pipe.encoder(ids)[0])[0].abs()
         expect(mine.shape == ids[0].shape, f"the shape should be {list(ids[0].shape)}.")
         expect(torch.equal(moved.amin(-1) > 1e-3, moved.amax(-1) > 1e-3)
-               or not torch.equal(mine, moved.amin(-1) > 1e-3), "every channel had to move; one is enough: amax.")
+               or not torch.equal(mine, moved.amin(-1) > 1e-3), "every channel had to move; one is enough.")
         expect(torch.equal(mine, moved.amax(-1) > 1e-3), "other states change than you say.")
 print("9.3 right")
 for i in (6, 14):
     heard = who_heard(pipe.encoder, ids, i, other_id)
     print(f"'{words[i]}' is heard by: {' '.join(word for word, hears in zip(words, heard) if hears)}")
-    assert heard[:len(words)].tolist() == [k >= i for k in range(len(words))]
+    assert not heard[:i].any() and heard[i]
+assert who_heard(pipe.encoder, ids, 6, other_id)[[10, 11]].all()             # "[V] robot" has heard "left"
 
 # %% [markdown]
-# The second "robot" has heard "left", which is the place of the *other* robot. It has not heard "right", its
-# own. So its state is no good address for the right half, and the right half reads the words that come later,
-# which know both. That is the first lesson of the picture: **the token [V] alone cannot speak for a thing
-# that is named second.**
+# "[V] robot" has heard "left", which is the place of the *other* robot. It has not heard "right", its own. So
+# the right half reads the words that come later. **The token [V] alone cannot speak for a thing that is named
+# second.**
 #
-# The second one is about $Y^l$. In Eq. 7 it *replaces* the token's state at the input of every block. What
-# stood there is thrown away: the state of "robot" in its sentence. Compare the two at [V], in FIRST and in
-# SECOND.
+# And $Y^l$? It *replaces* the token's state at the input of every block (Eq. 7). The state of "robot" in its
+# sentence is thrown away. Compare the two at [V], in FIRST and in SECOND.
 
 # %%
 token = learned("checked_robot-token")           # lesson 7: adapters at [V] alone, with Y in the word's place
@@ -458,7 +448,7 @@ for row, text in zip(axes, encoded):
     maps = [100 * found[text][..., at] for found in (base_reads, token_reads)]
     row[0].imshow(pipe.decode_images(x_0[text][:1])[0])
     row[0].set_ylabel(in_lines(text), rotation=0, ha="right", va="center")
-    for axis, values, title in zip(row[1:], maps, ("the word, in its sentence", "$Y^l$, in the word's place")):
+    for axis, values, title in zip(row[1:], maps, ("the word, kept", "$Y^l$, in its place")):
         axis.imshow(values, cmap="magma", vmin=0, vmax=max(grid.max() for grid in maps))
         left, right = halves(values[..., None])[:, 0].tolist()
         axis.set(title=title if text == FIRST else "", xlabel=f"left {left:.2f} %, right {right:.2f} %")
@@ -478,27 +468,28 @@ assert min(ratio["word"]) > 5 and max(ratio["Y"]) < 2
 # $Y^l$ is one vector, whatever the sentence says. Both robots read it.
 
 # %% [markdown]
-# The word's state depends on its sentence. $Y^l$ is the same vector in every text: it does not know whether it
-# is the big robot or the small one, the left or the right. It is **a word without a sentence**. So both halves
-# find it alike, where they had told the word apart by more than five to one. Whatever $Y^l$ says, it says to
-# both robots.
+# The word's state depends on its sentence. $Y^l$ is one vector for every text: it does not know whether it is
+# the left robot or the right one. It is **a word without a sentence**, and both halves read it nearly alike,
+# where one had read the word over five times as much as the other. What $Y^l$ says, it says to both robots.
 #
-# Two causes, then, and two remedies: *keep the word* in place of $Y^l$, and *adapt also what follows it*.
+# Two causes, then, and two remedies: *keep the word*, and *adapt also what follows it*.
 #
 # ## 4 · The phrase
 #
-# What describes [V] and has heard of [V]? The words from [V] to the end of its clause: **[V]'s phrase**.
+# The words from [V] to the end of its clause are **[V]'s phrase**:
 #
 # ```
-#     a small robot on the left and a big [V] robot on the right        a [V] robot with a hat and one eye on the left and a robot
-#                                         '--------------------'          '------------------------------------------'
+#     a small robot on the left and a big [V] robot on the right
+#                                         '--------------------'
+#     a [V] robot with a hat and one eye on the left and a robot on the right
+#       '------------------------------------------'
 # ```
 #
 # ### Exercise 9.4 ★★ · The mask of the phrase
 #
-# The phrase begins at "[V]" and ends before "and", or with the text. But in a list that begins with "with",
-# "and" does not end it; the list itself ends at "on", "in" or "at". Return a bool mask over $T$ tokens. Word
-# $i$ of the text, counted from 0, is token $i + 1$, because token 0 is the start.
+# The phrase begins at "[V]" and ends before "and", or with the text. But "with" begins a list, in which "and"
+# does not end the phrase; the list ends at "on", "in" or "at". Return a bool mask over $T$ tokens. Word $i$,
+# counted from 0, is token $i + 1$, because token 0 is the start.
 
 # %% tags=["exercise"]
 def phrase_mask(text, T):
@@ -563,14 +554,10 @@ def phrase_mask(text, T):
     return mask
 
 # %% [markdown]
-# <details><summary>Hint 1</summary>
+# <details><summary>Hint</summary>
 #
-# Go through the words with two flags: are we in the phrase, and are we in a list?
-# </details>
-# <details><summary>Hint 2</summary>
-#
-# "[V]" sets the first flag. "with" sets the second, "on", "in" and "at" clear it. "and" clears the first flag
-# if the second is not set. Then `mask[i + 1]` is the first flag.
+# Keep two flags. "[V]" sets the first, "with" the second. "on", "in" and "at" clear the second, and "and" the first, if
+# the second is not set. Then `mask[i + 1]` is the first.
 # </details>
 
 # %% tags=["check"]
@@ -584,6 +571,7 @@ LIST = "a [V] robot with a hat and one eye on the left and a robot on the right"
 for text in (SECOND, FIRST, "a [V] robot", "a robot in the snow", LIST):
     theirs, said = package_phrase(text), text.split()
     mine = phrase_mask(text, len(theirs))
+    expect(isinstance(mine, torch.Tensor), "return the mask, a bool tensor [T]: is the return missing?")
     at = said.index("[V]") if "[V]" in said else None
     if at is not None and text != "a [V] robot":
         whole = [text.split(" and ")[0].count("[V]") == (k < len(text.split(" and ")[0].split()))
@@ -598,13 +586,12 @@ for text in (SECOND, FIRST, "a [V] robot", "a robot in the snow", LIST):
             refuse(mine, {"the words before [V] are in your mask; they have not heard of [V].":
                               tokens_of(whole)})
     if text == LIST:
-        expect(mine is None or mine.sum() >= theirs.sum(), "in a list after 'with', 'and' does not end the phrase.")
-    expect_close(mine, theirs, f"the mask of {text!r}", 0)
+        expect(mine.sum() >= theirs.sum(), "in a list after 'with', 'and' does not end the phrase.")
+    expect(mine.shape == theirs.shape and torch.equal(mine.bool(), theirs), f"the mask of {text!r} is wrong.")
 print("9.4 right")
 
 # %% [markdown]
-# Does it hold beyond five texts? The next cell writes captions of random scenes of two things, with lists and
-# without, puts [V] before one noun, and asks the package.
+# Does it hold beyond five texts? Here are captions of random scenes.
 
 # %%
 random, equal, total = np.random.default_rng(0), 0, 300
@@ -631,22 +618,27 @@ assert equal == total
 # These words describe [V], and they come after it: the causal encoder has told them.
 
 # %% [markdown]
-# (The package knows more marks, such as commas and "next to", and where a rule fails the user writes braces:
-# "{a [V] robot with a hat} and a robot".)
+# (The package knows more marks. Where the rule fails, the user writes braces: "{a [V] robot with a hat} and a
+# robot".)
 #
 # ## 5 · Adapters on the phrase
 #
-# The method `bound` follows. In every block, adapters change the text's **keys** and **values**, at the tokens
-# of the phrase. Keys decide who reads a word, values what is read. No $Y^l$: the word stays.
+# This is the method `bound`: in every block, adapters change the text's **keys** and **values** at the tokens
+# of the phrase. Keys decide who reads a word, values what is read. There is no $Y^l$: the word stays.
 #
-# $$k = W_k c + m \cdot B_k A_k c, \qquad v = W_v c + m \cdot B_v A_v c, \qquad m = 1 \text{ in the phrase, else } 0$$
+# $$k = W_k c + m \cdot B_k A_k c, \qquad v = W_v c + m \cdot B_v A_v c,$$
+#
+# where $m$ is 1 in the phrase, and 0 elsewhere.
 #
 # ### Exercise 9.5 ★★★ · The bound forward
 #
-# Lesson 7 used hooks. Now write the attention itself. `change` is $m \cdot BAc$. `bound_attention` does what
-# lesson 2's joint attention does, with `change_k` added to what `text.to_k` returns, and `change_v` to what
-# `text.to_v` returns. Queries stay as they are. `heads` splits $[B, T, D]$ to $[B, H, T, d]$. Keys are
-# normed after that, by `text.norm_k`.
+# Lesson 7 used hooks. Now write the attention itself. `change` is $m \cdot BAc$. `bound_attention` is lesson
+# 2's joint attention, with `change_k` added to what `text.to_k` returns, and `change_v` to what `text.to_v`
+# returns. Keys are then split into heads, and normed by `text.norm_k`.
+
+# %%
+def heads(y, text):                              # [B, T, D] -> [B, H, T, d]
+    return rearrange(y, "b t (h d) -> b h t d", h=text.heads)
 
 # %% tags=["exercise"]
 def change(c, A, B, mask):
@@ -658,12 +650,11 @@ def change(c, A, B, mask):
 def bound_attention(attention, x, c, change_k, change_v):
     # x [B, N, D], c [B, T, D]; change_k, change_v [B, T, D] -> new x, and new c (None in the last block)
     image, text = attention.image, attention.text
-    heads = lambda y: rearrange(y, "b t (h d) -> b h t d", h=text.heads)
     q_x, k_x, v_x = image.qkv(x)                                            # each [B, H, N, d]
     q_c = text.qkv(c)[0]                                                    # [B, H, T, d]
     # BEGIN SOLUTION 9.5
-    k_c = text.norm_k(heads(text.to_k(c) + change_k))
-    v_c = heads(text.to_v(c) + change_v)
+    k_c = text.norm_k(heads(text.to_k(c) + change_k, text))
+    v_c = heads(text.to_v(c) + change_v, text)
     q, k, v = (torch.cat(two, dim=2) for two in ((q_x, q_c), (k_x, k_c), (v_x, v_c)))
     both = rearrange(tinyflow.attention.attention(q, k, v), "b h n d -> b n (h d)")
     x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
@@ -677,10 +668,9 @@ def change(c, A, B, mask):
 
 def bound_attention(attention, x, c, change_k, change_v):
     image, text = attention.image, attention.text
-    heads = lambda y: rearrange(y, "b t (h d) -> b h t d", h=text.heads)
     (q_x, k_x, v_x), (q_c, k_c, v_c) = image.qkv(x), text.qkv(c)
-    q, k, v = (torch.cat(two, dim=2) for two in ((q_x, q_c), (k_x, k_c + heads(change_k)),
-                                                 (v_x, v_c + heads(change_v))))
+    q, k, v = (torch.cat(two, dim=2) for two in ((q_x, q_c), (k_x, k_c + heads(change_k, text)),
+                                                 (v_x, v_c + heads(change_v, text))))
     both = rearrange(tinyflow.attention.attention(q, k, v), "b h n d -> b n (h d)")
     x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
     return image.to_out(x_out), text.to_out(c_out) if attention.text_output else None
@@ -692,9 +682,8 @@ def change(c, A, B, mask):
 
 def bound_attention(attention, x, c, change_k, change_v):
     image, text = attention.image, attention.text
-    heads = lambda y: rearrange(y, "b t (h d) -> b h t d", h=text.heads)
     (q_x, k_x, v_x), (q_c, _, v_c) = image.qkv(x), text.qkv(c)
-    k_c = text.norm_k(heads(text.to_k(c) + change_k))
+    k_c = text.norm_k(heads(text.to_k(c) + change_k, text))
     q, k, v = (torch.cat(two, dim=2) for two in ((q_x, q_c), (k_x, k_c), (v_x, v_c)))
     both = rearrange(tinyflow.attention.attention(q, k, v), "b h n d -> b n (h d)")
     x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
@@ -707,9 +696,8 @@ def change(c, A, B, mask):
 
 def bound_attention(attention, x, c, change_k, change_v):
     image, text = attention.image, attention.text
-    heads = lambda y: rearrange(y, "b t (h d) -> b h t d", h=text.heads)
     (q_x, k_x, v_x), (q_c, _, _) = image.qkv(x), text.qkv(c)
-    k_c, v_c = text.norm_k(heads(text.to_k(c) + change_k)), heads(text.to_v(c) + change_v)
+    k_c, v_c = text.norm_k(heads(text.to_k(c) + change_k, text)), heads(text.to_v(c) + change_v, text)
     q, k, v = (torch.cat(two, dim=2) for two in ((q_x, q_c), (k_x, k_c), (v_x, v_c)))
     both = rearrange(tinyflow.attention.attention(q, k, v), "b h n d -> b n (h d)")
     x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
@@ -722,9 +710,8 @@ def change(c, A, B, mask):
 
 def bound_attention(attention, x, c, change_k, change_v):
     image, text = attention.image, attention.text
-    heads = lambda y: rearrange(y, "b t (h d) -> b h t d", h=text.heads)
     (q_x, k_x, v_x), (q_c, _, _) = image.qkv(x), text.qkv(c)
-    k_c, v_c = text.norm_k(heads(text.to_k(c) + change_k)), heads(text.to_v(c) + change_v)
+    k_c, v_c = text.norm_k(heads(text.to_k(c) + change_k, text)), heads(text.to_v(c) + change_v, text)
     q, k, v = (torch.cat(two, dim=2) for two in ((q_c, q_x), (k_c, k_x), (v_c, v_x)))
     both = rearrange(tinyflow.attention.attention(q, k, v), "b h n d -> b n (h d)")
     x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
@@ -737,9 +724,8 @@ def change(c, A, B, mask):
 
 def bound_attention(attention, x, c, change_k, change_v):
     image, text = attention.image, attention.text
-    heads = lambda y: rearrange(y, "b t (h d) -> b h t d", h=text.heads)
     (q_x, k_x, v_x), (q_c, _, _) = image.qkv(x), text.qkv(c)
-    k_c, v_c = text.norm_k(heads(text.to_k(c) + change_k)), heads(text.to_v(c) + change_v)
+    k_c, v_c = text.norm_k(heads(text.to_k(c) + change_k, text)), heads(text.to_v(c) + change_v, text)
     q, k, v = (torch.cat(two, dim=2) for two in ((q_x, q_c), (k_x, k_c), (v_x, v_c)))
     both = rearrange(tinyflow.attention.attention(q, k, v), "b h n d -> b n (h d)")
     x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
@@ -748,18 +734,18 @@ def bound_attention(attention, x, c, change_k, change_v):
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `text.qkv(c)` gives the unchanged keys and values. You need them changed *before* they are split and normed:
-# `text.norm_k(heads(text.to_k(c) + change_k))`; values have no norm.
+# Add the change *before* the split and the norm: `text.norm_k(heads(text.to_k(c) + change_k, text))`. Values
+# have no norm.
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Join patches and text in this order along `dim=2`, call `tinyflow.attention.attention(q, k, v)`, and bring
-# $[B, H, N + T, d]$ to $[B, N + T, D]$ with `rearrange(..., "b h n d -> b n (h d)")`.
+# Join patches and text, in this order, along `dim=2`. `tinyflow.attention.attention(q, k, v)` returns
+# $[B, H, N + T, d]$, and `rearrange(..., "b h n d -> b n (h d)")` makes it $[B, N + T, D]$.
 # </details>
 # <details><summary>Hint 3</summary>
 #
-# `both.split([x.shape[1], c.shape[1]], dim=1)` takes the streams apart. Each goes through its own `to_out`.
-# The last block's text has none: `attention.text_output` is False there, and the new c is None.
+# `both.split([x.shape[1], c.shape[1]], dim=1)`, and each stream through its own `to_out`. Where
+# `attention.text_output` is False, the text has none, and the new c is None.
 # </details>
 
 # %% tags=["check"]
@@ -773,7 +759,7 @@ expect_close(mine, mask * (c @ A.T @ B.T), "the change m B A c", 1e-4)
 for l in (0, depth - 1):
     block, moved = pipe.mmdit.blocks[l], [mask * noise(2, 9, D) for _ in range(2)]
 
-    def ours(k_more, v_more, parts=False):       # the package's attention, with hooks
+    def ours(k_more, v_more):                    # the package's attention, with hooks
         hooks = [layer.register_forward_hook(lambda _, __, out, more=more: out + more) for layer, more in
                  ((block.attention.text.to_k, k_more), (block.attention.text.to_v, v_more))]
         try:
@@ -792,8 +778,9 @@ for l in (0, depth - 1):
                                   block.attention(x, c)[0]})
         expect(torch.allclose(still[0], block.attention(x, c)[0], atol=1e-3),
                "without any change this is not the package's attention; patches come first, in q, k and v.")
-        refuse(mine[0], {"only the keys are changed; the values carry the concept.": ours(moved[0], 0 * x[:, :9])[0],
-                         "only the values are changed.": ours(0 * x[:, :9], moved[1])[0]})
+        nothing = torch.zeros(2, 9, D)
+        refuse(mine[0], {"only the keys are changed; do the values as well.": ours(moved[0], nothing)[0],
+                         "only the values are changed; do the keys as well.": ours(nothing, moved[1])[0]})
     expect((mine[1] is None) == (theirs[1] is None), "the last block has no new c: return None for it.")
     expect(torch.allclose(mine[0], theirs[0], atol=1e-3),
            "v is right without a change, and not with one. Add change_k before norm_k and `heads`.")
@@ -803,19 +790,20 @@ for l in (0, depth - 1):
 print("9.5 right: the package's attention with adapters on keys and values, in the first and the last block")
 
 # %% [markdown]
-# Now the model. `theta_with` puts your attention into every block, and gives it what the adapters of a learned
-# branch add. Without a phrase, the mask is 0 everywhere: nothing can change. Exactly nothing?
+# `theta_with` puts your attention into every block, with the adapters of a learned branch. In a text without
+# a phrase the mask is 0 everywhere, so nothing should change. Exactly nothing?
 
 # %%
-def theta_with(branches, total):                 # total(c, sets) -> what all sets add; sets: (A, B, mask) each
+def theta_with(branches, total):                 # total(c, sets) -> what all sets (A, B, mask) add
     def theta(x_t, t, text):
         masks = [(text.phrases == n)[..., None] for n in range(1, len(branches) + 1)]
 
         def visit(l, block, x, c, vec):
             keys = [key_of(l, f"attention.text.{name}") for name in ("to_k", "to_v")]
-            sets = [[(b.lora.A[key], b.lora.B[key], mask) for b, mask in zip(branches, masks)] for key in keys]
 
             def attend(x, c):
+                sets = [[(branch.lora.A[key], branch.lora.B[key], mask)
+                         for branch, mask in zip(branches, masks)] for key in keys]
                 return bound_attention(block.attention, x, c, *(total(c, own) for own in sets))
             with mock.patch.object(block.attention, "forward", attend):
                 return block(x, c, vec)
@@ -842,7 +830,7 @@ def print_table(names):
     print(f"{'':14s}{'on [V]:   all':>14s}{'named first':>14s}{'named second':>14s}{'neighbour leak':>18s}")
     table = {}
     for name in names:
-        reading, parts = reader(drawn[name]), []
+        reading = reader(drawn[name])
         seen = torch.stack([sees(reading, robot.traits_beside, k) for k in (0, 1)], dim=1).float()
         own = seen[torch.arange(len(which)), which].mean(1)                 # [12]
         leak = beside(reading, robot.traits_beside, which)[1] - plain
@@ -864,11 +852,11 @@ assert min(table["bound"][1:3]) > 0.6
 # *token*: $Y^l$ in the word's place. *bound*: the word kept, adapters on the phrase.
 
 # %% [markdown]
-# Look at the last row: there is one [V], and it is where the text says, first or second. The neighbour is
-# nearly the original's. And without [V] the difference is 0, no small number.
+# In the last row [V] is where the text says, and the neighbour keeps its looks. Without [V] the difference is
+# exactly 0. (But the beach turns lilac: "on the beach" stands in [V]'s phrase. See the first question.)
 #
-# Which of the two remedies did it? Both are needed. The same adapters can act at a part of the phrase alone:
-# we cut the mask. And *token* can do without $Y^l$. How far does each move the velocity, in each half?
+# Which remedy did it? Take them apart: *token* without its $Y^l$, and *bound* with its mask cut to a part of
+# the phrase. How far does each move the velocity, in each half?
 
 # %%
 def part_of_phrase(text, noun):                  # the mask, cut to "[V] robot", or to what follows it
@@ -881,11 +869,11 @@ def moves(theta, text, asked):                   # -> |v - v_0| / |v_0| in the l
     rows = []
     for x_t, t in noised(text):
         v_0, v = theta_0(x_t, t, asked), theta(x_t, t, asked)
-        size = lambda v: v.unflatten(-1, (2, -1)).square().mean((0, 1, 2, 4)).sqrt()
-        rows.append(size(v - v_0) / size(v_0))
+        squares = [w.unflatten(-1, (2, -1)).square().mean((0, 1, 2, 4)) for w in (v - v_0, v_0)]
+        rows.append((squares[0] / squares[1]).sqrt())
     return torch.stack(rows).mean(0)
 
-print(f"{'how far v moves':32s}{'FIRST: [V] half':>18s}{'other half':>12s}{'SECOND: [V] half':>20s}{'other half':>12s}")
+print(f"{'how far v moves':32s}{'FIRST:  [V]':>14s}{'neighbour':>12s}{'SECOND:  [V]':>16s}{'neighbour':>12s}")
 far = {}
 for name, theta, cut in (("token, Y in the word's place", token, None),
                          ("token, word kept", Branch(pipe, token.lora, None), None),
@@ -896,7 +884,7 @@ for name, theta, cut in (("token, Y in the word's place", token, None),
         pair = moves(theta, text, asked_text).tolist()
         far[name.strip(), text] = pair[own], pair[1 - own]
     (a, b), (c, d) = far[name.strip(), FIRST], far[name.strip(), SECOND]
-    print(f"{name:32s}{a:18.1%}{b:12.1%}{c:20.1%}{d:12.1%}")
+    print(f"{name:32s}{a:14.1%}{b:12.1%}{c:16.1%}{d:12.1%}")
 for text in (FIRST, SECOND):
     own, other = far["token, Y in the word's place", text]
     assert other > 0.5 * own
@@ -919,23 +907,26 @@ assert far["only at '[V] robot'", FIRST][0] > 0.3 * far["only at what follows", 
 # From the report: two individuals, three seeds each, rank 4.
 
 # %% [markdown]
-# In the first row $Y^l$ moves both halves. In the second the neighbour is left alone, but so is [V] where it is
-# named second: its half does not read the token. The third row does both. And its last two lines say where:
-# where [V] is named second, all of it comes through the words that follow.
+# $Y^l$ moves both halves. Without it (second row) the neighbour is left alone, and so is [V] where it is
+# named second. The phrase moves [V]'s half in both texts; where [V] is named second, through the words that
+# follow. The report has trained all four combinations, on two individuals with three seeds each:
 #
-# The report has trained all four combinations, three seeds each on two individuals ("Why it works"). Leak, and
-# [V]'s traits where it is named second: token with $Y^l$ .41 and .58; token with the word .04 and .13; phrase
-# with $Y^l$ .14 and .88; phrase with the word .05 and .87.
+# | | neighbour leak | on [V], named first | named second |
+# |---|---|---|---|
+# | token, $Y^l$ in the word's place | .41 | .52 | .58 |
+# | token, word kept | .04 | .63 | .13 |
+# | phrase, $Y^l$ in the word's place | .14 | .81 | .88 |
+# | phrase, word kept: `bound` | .05 | .78 | .87 |
 #
 # ## 6 · Two learned concepts in one text
 #
-# A phrase is a part of a sentence. So two concepts in one text have two phrases, and each acts in its own:
+# Two concepts in one text have two phrases, and each acts in its own:
 #
 # $$k = W_k c + \sum_n m_n \cdot B_n A_n\, c$$
 #
 # ### Exercise 9.6 ★★ · The sum of two sets
 #
-# Return the sum of the changes of several sets, with your `change`. Every set reads the same $c$.
+# Return the sum of the changes of several sets, with your `change`.
 
 # %% tags=["exercise"]
 def sum_of_changes(c, sets):
@@ -974,7 +965,7 @@ def sum_of_changes(c, sets):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Each set has its own A, its own B and its own mask. Add the results of `change`, not the factors.
+# Each set has its own A, B and mask, and reads the same $c$. Add the results of `change`, not the factors.
 # </details>
 
 # %% tags=["check"]
@@ -1002,8 +993,8 @@ for sets in (two, overlapping):
 print("9.6 right")
 
 # %% [markdown]
-# The robot and a house, each learned alone. On top two LoRAs, whose changes add up everywhere; below two sets
-# on the phrase, with your sum in your attention. Nothing was trained for it.
+# The robot and a house, each learned alone: two LoRAs, whose changes add up everywhere, and two sets on
+# phrases, with your sum in your attention.
 
 # %%
 def scene(size_1, size_2, background):
@@ -1045,29 +1036,29 @@ assert others["two phrases"] < others["two LoRAs"] - 0.1
 # Each concept acts in its own phrase. Nothing was trained for this.
 
 # %% [markdown]
-# Two LoRAs are two voices that speak to everybody. Two phrases keep to their own thing. (The benchmark, 50
-# scenes a pair: a concept keeps .99 of the traits that it shows alone with `bound` and with `bound-pairs`, .77
-# with a LoRA.)
+# Two LoRAs speak to everybody, two phrases to their own thing. (In the report, with 50 scenes a pair, a
+# concept keeps .99 of the traits that it shows alone with `bound` and with `bound-pairs`, and .77 with a
+# LoRA.)
 #
 # ## 7 · Eq. 13 in space
 #
-# The references of [V] show one thing each. No training picture has ever had a neighbour in it, so no loss has
-# asked for what we want. Can we ask? PureCC's Eq. 13 says what a pure step should be:
+# Every reference shows one thing. So no loss has ever asked for what we want: a neighbour that stays.
+# PureCC's Eq. 13 asks for the original, plus what the concept adds, and nothing else:
 #
 # $$v_{PureCC} = v_{original} + \lambda^* R(y_{tar})$$
 #
-# The original, plus what the concept adds, and nothing else. Here, "nothing else" has a place. Let the base
-# model imagine a scene of two plain robots, name one of them [V], and ask for
+# With two things in a picture, "nothing else" has a place. The base model imagines a scene of two plain
+# robots. We name one of them [V], and ask for
 #
 # $$v_{original} + M R, \qquad R = v_{\theta_1}(x_t \mid \text{one is [V]}) - v_{original},$$
 #
-# where $M$ is 1 in [V]'s half of the picture and 0 in the other. $\theta_1$ is a frozen LoRA, the extractor.
-# $v_{original}$ is the base model's velocity for the text without [V].
+# where $M$ is 1 in [V]'s half of the picture and 0 in the other. The extractor $\theta_1$ is a frozen LoRA,
+# and $v_{original}$ the base model's velocity for the text without [V].
 #
 # ### Exercise 9.7 ★★ · The target
 #
 # Return $v_{original} + MR$. `left` $[B]$ is True where [V] is the left thing. The last axis of a velocity is
-# the columns of the picture; the left half is the first half of them.
+# the columns of the picture.
 
 # %% tags=["exercise"]
 def target_in_space(v_original, v_extractor, left):
@@ -1115,18 +1106,17 @@ def target_in_space(v_original, v_extractor, left):
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `torch.arange(W) < W // 2` is True in the left columns. Compared with `left[:, None]` it gives $[B, W]$:
-# True where a column is in [V]'s half, on either side.
+# `(torch.arange(W) < W // 2) == left[:, None]` is $[B, W]$: True in the columns of [V]'s half.
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# `[:, None, None]` makes it $[B, 1, 1, W]$, and `.float()` makes it numbers that multiply $R$.
+# `[:, None, None].float()` makes it numbers $[B, 1, 1, W]$ that multiply $R$.
 # </details>
 
 # %% tags=["check"]
 data = imagine(pipe, robot.references(), PAIR_TEMPLATES, seed=0, count=4, steps=8)     # 4 scenes, each twice
 extractor, left = learned("checked_robot-lora"), torch.arange(8) < 4
-t = torch.full((8,), 0.7)
+t = torch.full((8,), 0.9)
 x_t = flow.path(data.x_0, flow.noise_for([0, 1, 2, 3] * 2, data.x_0.shape[1:]), t)
 with torch.no_grad():
     v_original, v_extractor = theta_0(x_t, t, data.texts.base), extractor(x_t, t, data.texts.complete)
@@ -1152,11 +1142,11 @@ expect_close(loss, log["loss_pairs"], "the mean square of theta minus your targe
 print(f"9.7 right: the package's loss_pairs, {loss:.4f} for `bound`, which has never been asked for it")
 
 # %% [markdown]
-# What does each velocity see in the noise? $x_t - t\,v$ is the picture that a velocity points at (lesson 1).
+# The picture at which a velocity points is $x_t - t\,v$ (lesson 1).
 
 # %%
-seen_in_noise = {"the scene": data.x_0, "noised, t = .7": x_t}
-seen_in_noise |= {name: x_t - 0.7 * v for name, v in (
+seen_in_noise = {"the scene": data.x_0, "noised, t = .9": x_t}
+seen_in_noise |= {name: x_t - 0.9 * v for name, v in (
     ("$v_{original}$", v_original), ("$v_{\\theta_1}$, a LoRA", v_extractor), ("the target", mine))}
 columns = [0, 1, 2, 4, 5, 6]
 show([picture for x in seen_in_noise.values() for picture in pipe.decode_images(x[columns])],
@@ -1182,33 +1172,31 @@ def change_of_neighbour(name):                   # mean change of its pixels fro
     return ((drawn[name] - drawn["original"]).abs().mean(1) / 2)[there].mean().item()
 
 changes = {name: change_of_neighbour(name) for name in ("LoRA", "token", "bound", "bound-pairs")}
-print("change of the neighbour's pixels: " + ", ".join(f"{name} {value:.3f}" for name, value in changes.items()))
+print("how far the neighbour's pixels change: "
+      + ", ".join(f"{name} {value:.3f}" for name, value in changes.items()))
 assert changes["bound-pairs"] < changes["bound"] < min(changes["token"], changes["LoRA"])
 assert table["bound-pairs"][0] > 0.8 and abs(table["bound-pairs"][3]) < 0.1
 
 # %% [markdown]
-# In the target there is one [V] and one plain robot, in every column: what a LoRA has learned, kept in its
-# place. The price: a step takes 5.84 forward passes and 3 backward passes in place of 1 and 1, because the
-# extractor is trained first and four predictions are needed. What it adds, in the report, on four individuals
-# and five seeds:
+# On these twelve texts, `bound-pairs` changes the neighbour less than `bound`. The report, on four
+# individuals and five seeds:
 #
 # | | fidelity | on [V], next to a plain thing | neighbour leak |
 # |---|---|---|---|
-# | `lora` | .870 | .857 | .659 |
 # | `bound` | .859 | .778 | .031 |
 # | `bound-pairs` | .891 | .876 | .009 |
 # | `bound-pairs` minus `bound` | +.032 ± .022 | +.098 ± .046 | -.022 ± .012 |
 #
-# So the place of the adapters does most, and Eq. 13 in space adds a part. It is `learn`'s default on the tiny
-# model. If passes are few, take `bound`. No loss alone did it: PureCC on a LoRA leaks .64.
+# The place of the adapters does most, and Eq. 13 in space adds a part. Its price is 5.84 forward and 3
+# backward passes a step, in place of 1 and 1, with the extractor's training and the imagined scenes.
+# `bound-pairs` is `learn`'s default on the tiny model.
 #
-# And what it does not do: a text that names no places ("a [V] robot and a robot") leaks .12; where the right
-# thing is named first, the left one gets the concept, because the base model itself ignores such texts.
+# What stays open: a text without places ("a [V] cat and a cat") leaks .12. And where the right thing is named
+# first, the left one gets the concept: the base model draws what is named first on the left.
 #
 # ## 8 · Styles (optional)
 #
-# A style is a way of drawing, so it has no noun and no place. In this world [V] takes the place of the
-# text's first word, "a":
+# A style has no noun and no place. In this world its [V] takes the place of the text's first word, "a":
 #
 # ```
 #   base       a    big red ball on the left and a small blue cat on the right in the snow
@@ -1253,15 +1241,16 @@ for prompt in [*prompts, style.prompt(pair_scene)]:
 print(f"9.8 right: {style.prompt(pair_scene).complete}")
 
 # %% [markdown]
-# The encoder reads the stand-in "a" at [V], so to the base model the complete text **is** the base text. And
-# what stands first is heard by every later word. For a style that is right: everybody is meant. Let us train
-# one, with a plain LoRA, fifty steps at a high rate, and draw three texts with [V] and three without.
+# The encoder reads the stand-in "a" at [V], so it passes on nothing of the style: for the base model the
+# complete text **is** the base text. In the MMDiT every patch may read the slot, and here all of the picture
+# is meant. Train one, with a LoRA, fifty steps at a high rate.
 
 # %%
 config = TrainConfig(steps=50, learning_rate=7e-3, embedding_learning_rate=3e-2)
 data, random = encode(pipe, style.references()), generator_for(config.seed, stage=1, step=-1)
 theta = Branch.fresh(pipe, class_word_states(pipe, data, random), config.rank, random)
-for _ in train_steps(methods.l_cc, Thetas(theta_0, None, theta), data, config, 1, optimizer_for(theta, config)):
+thetas = Thetas(theta_0, None, theta)
+for _ in train_steps(methods.l_cc, thetas, data, config, 1, optimizer_for(theta, config)):
     pass
 with_V, without_V = [p.complete for p in prompts[:3]], [p.base for p in prompts[:3]]
 one, two = pipe.encode_text(with_V, {"[V]": "a"}), pipe.encode_text(without_V)
@@ -1274,7 +1263,8 @@ show(list(references(style)), ["[V]: its references"], columns=6, side=1.45)
 show([picture for x in rows.values() for picture in to_pictures(x)],
      ["with [V]", "", "", "without"], list(rows), side=1.45)
 judge = Judge(reader, style, references(style))
-like = {name: [judge.similarity(reader(part)).mean().item() for part in (x[:3], x[3:])] for name, x in rows.items()}
+like = {name: [judge.similarity(reader(part)).mean().item() for part in (x[:3], x[3:])]
+        for name, x in rows.items()}
 print("likeness of the look to the references:   with [V]   without")
 for name, (a, b) in like.items():
     print(f"{name:40s}{a:10.2f}{b:10.2f}")
@@ -1288,53 +1278,50 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 # A style's phrase is the whole text. So it is learned with a LoRA that is switched off without [V].
 
 # %% [markdown]
-# The columns without [V] are drawn in the style, too. A robot leaks into the word "robot"; a style leaks into
-# everything. What helps? The phrase of a style would be all words of the text, and some of them are stronger
-# than the style: `bound` learns one of the benchmark's two styles, and .57 of the other, where "at night" or "in
-# the desert" win. `switched-off` learns both, to 1.02 and 1.00, and its texts without [V] drift by 0 (a LoRA's
-# by .195). Nobody stands *beside* a style, so the switch has no weakness here. That is why `learn` takes
-# `switched-off` for a style.
+# Without [V] the LoRA draws in the style, too. A robot leaks into the word "robot", a style into everything.
+# A style's phrase is all words of the text, and some are stronger than the style: of the report's two styles
+# `bound` learns one, and .57 of the other, where "at night" and "in the desert" win. `switched-off` learns
+# both (1.02 and 1.00), and without [V] it drifts by 0, where a LoRA drifts by .195. Nobody stands *beside* a
+# style, so a switch has no weakness here. That is why `learn` takes `switched-off` for a style.
 #
 # ## What you can now say
 #
-# * A LoRA, PureCC and a switch all turn the thing next to [V] into [V].
-# * $Y^l$ replaces a state that knew its sentence. One vector for all sentences is read by both things.
-# * The encoder is causal and the place comes after the noun. So the half of a thing that is named second reads
-# the words after [V], and the token alone cannot reach it.
-# * Adapters on keys and values of [V]'s phrase do both: no phrase, no change, exactly; two phrases, two concepts.
-# * Eq. 13 with a mask asks for purity where it can fail: it adds to the phrase, for more passes.
+# * A LoRA, PureCC and a switch turn the thing next to [V] into [V].
+# * $Y^l$ replaces a state that knew its sentence, and both things read it.
+# * The encoder is causal, and the place comes after the noun. So the token alone cannot reach a thing that is
+# named second.
+# * Adapters on keys and values of the phrase: no phrase, no change; two phrases, two concepts.
+# * Eq. 13 with a mask asks for purity where it can fail.
 #
 # | you wrote | in the package |
 # |---|---|
-# | `beside` | `seen_on_token`, `seen_next_to_it` in `purecc_min/measure/measures.py` |
+# | `beside` | `seen_next_to_it` in `purecc_min/measure/measures.py` |
 # | `patches_read` | `watch` in `tutorials/experiments/attention.py` |
 # | `phrase_mask` | `clause_end` in `tinyflow/phrase.py` |
-# | `change`, `sum_of_changes` | `LoRA.hook` in `purecc_min/lora.py`, `velocity_with` in `purecc_min/branch.py` |
+# | `change`, `sum_of_changes` | `LoRA.hook` in `purecc_min/lora.py` |
 # | `target_in_space` | `pairs_loss` in `purecc_min/pairs.py` |
 #
 # ## Three questions
 #
-# **1.** "A big robot on the left and a [V] cat on the right in the snow." The phrase of [V] goes on to the end
-# of the text. What might go wrong, and what can a user do?
+# **1.** "A big robot on the left and a [V] cat on the right in the snow": where does the phrase of [V] end?
+# What might go wrong, and what can a user do?
 # <details><summary>Answer</summary>
 #
-# "in the snow" belongs to the scene and stands in [V]'s phrase, so the concept may change the background. The
-# user can write braces: "a big robot on the left and {a [V] cat on the right} in the snow".
+# It ends with the text, so "in the snow" is in it, and the concept may change the background. With braces it
+# is not: "a big robot on the left and {a [V] cat on the right} in the snow".
 # </details>
 #
-# **2.** Somebody uses a text encoder that is not causal, such as T5: every token reads all others. Which of the
-# two causes remains?
+# **2.** In a text encoder such as T5 every token reads all others. Which of the two causes remains?
 # <details><summary>Answer</summary>
 #
-# $Y^l$ in the word's place still knows no sentence, so that cause remains. A token that is kept has now read
-# the words after it, too, so the token alone *may* be enough. Nobody has measured it here.
+# $Y^l$ still knows no sentence. But a word that is kept has read what follows it, so the token alone *may* be
+# enough. Nobody has measured it here.
 # </details>
 #
-# **3.** In the target of section 7, why is the extractor a LoRA that leaks, and not a bound one?
+# **3.** In section 7, why may the extractor be a LoRA that leaks?
 # <details><summary>Answer</summary>
 #
-# $M$ throws away all that it does in the other half, so its leak does not matter. What matters is that it draws
-# [V] well next to another thing, in both places.
+# $M$ throws away all that it does in the other half. It only has to draw [V] well, next to another thing.
 # </details>
 #
 # **Next:** lesson 10, on photographs.
