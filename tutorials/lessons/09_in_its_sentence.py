@@ -31,7 +31,7 @@
 # | Needs | lesson 2 (attention), 4 (adapters, $Y^l$), 6 (Eq. 13), 7 (leaks, bound adapters) |
 # | Read after | [`lora.py`](../../purecc_min/lora.py), [`pairs.py`](../../purecc_min/pairs.py), [the report](../../purecc_min/benchmark/README.md) |
 #
-# Sections 1 to 7 train nothing. Their concepts come as files, learned in 200 steps each.
+# Sections 1 to 7 train nothing: their concepts come as files, learned in 200 steps.
 
 # %% [markdown] tags=["slide"]
 # # 9 · [V] in its sentence
@@ -172,16 +172,19 @@ def beside(reading, traits, n):
 # </details>
 
 # %% tags=["check"]
-package = Drawn.__new__(Drawn)                   # the package's measures, on these pictures alone
-package.toy, package.prompts = robot, {"neighbour": asked}
-package.seen, package.seen_original = ({"neighbour": reader(drawn[name])} for name in ("LoRA", "original"))
+class OnlyNeighbours(Drawn):                     # the package's measures, on these pictures alone
+    def __init__(self):
+        self.toy, self.prompts = robot, {"neighbour": asked}
+        self.seen, self.seen_original = ({"neighbour": reader(drawn[name])} for name in ("LoRA", "original"))
+
+package = OnlyNeighbours()
 seen_0, seen_1 = (sees(package.seen["neighbour"], robot.traits_beside, k).float() for k in (0, 1))
 mine = beside(package.seen["neighbour"], robot.traits_beside, which)
 expect(mine is not None, "it returned None: is the return missing?")
 expect(isinstance(mine, tuple) and len(mine) == 2, "return two numbers, as a tuple.")
 mine, theirs = torch.tensor(mine), torch.stack([
     measures.seen_on_token(package).mean(), package.traits_beside(package.seen, True).float().mean()])
-refuse(mine, {"you look always the left thing first: `n` says which one is [V].": torch.tensor(
+refuse(mine, {"this is always the left thing first; `n` says which one is [V].": torch.tensor(
                   [seen_0.mean(), seen_1.mean()]),
               "the two shares are exchanged: [V]'s comes first.": theirs.flip(0)})
 every = torch.where(which[:, None] == 0, seen_0, seen_1).all(1).float().mean()
@@ -328,8 +331,8 @@ for text, grid in base_reads.items():
     noun[text] = halves(grid)[:, at:at + 2].sum(1)
     place[text] = halves(grid)[:, at + 2:at + 5].sum(1)
 for text, own in ((FIRST, 0), (SECOND, 1)):
-    print(f"{text}:\n    '[V] robot' gets {noun[text][own]:.1%} of its own half's attention, its place "
-          f"{place[text][own]:.1%}; of the other half's, '[V] robot' gets {noun[text][1 - own]:.1%}")
+    print(f"{text}:\n    [V]'s half gives {noun[text][own]:.1%} of its attention to '[V] robot' and "
+          f"{place[text][own]:.1%} to its place; the other half gives {noun[text][1 - own]:.1%} to '[V] robot'")
 assert noun[FIRST][0] > 0.3 * place[FIRST][0] and noun[FIRST][0] > 5 * noun[FIRST][1]
 assert noun[SECOND][1] < 0.05 * place[SECOND][1] and noun[SECOND][0] > 3 * noun[SECOND][1]
 
@@ -591,7 +594,7 @@ for text in (SECOND, FIRST, "a [V] robot", "a robot in the snow", LIST):
 print("9.4 right")
 
 # %% [markdown]
-# Does it hold beyond five texts? Here are captions of random scenes.
+# Does it hold beyond five texts? Here are random captions.
 
 # %%
 random, equal, total = np.random.default_rng(0), 0, 300
@@ -618,7 +621,7 @@ assert equal == total
 # These words describe [V], and they come after it: the causal encoder has told them.
 
 # %% [markdown]
-# (The package knows more marks. Where the rule fails, the user writes braces: "{a [V] robot with a hat} and a
+# (Where the rule fails, the user writes braces: "{a [V] robot with a hat} and a
 # robot".)
 #
 # ## 5 · Adapters on the phrase
@@ -1204,7 +1207,7 @@ assert table["bound-pairs"][0] > 0.8 and abs(table["bound-pairs"][3]) < 0.1
 #   target     [V]
 # ```
 #
-# ### Exercise 9.8 ★ · The texts of a style (optional)
+# ### Exercise 9.8 ★ · The texts of a style
 
 # %% tags=["exercise"]
 def style_texts(base):
@@ -1315,7 +1318,7 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 # <details><summary>Answer</summary>
 #
 # $Y^l$ still knows no sentence. But a word that is kept has read what follows it, so the token alone *may* be
-# enough. Nobody has measured it here.
+# enough. Nobody has measured it.
 # </details>
 #
 # **3.** In section 7, why may the extractor be a LoRA that leaks?
