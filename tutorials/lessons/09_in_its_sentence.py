@@ -198,7 +198,7 @@ print(f"9.1 right. LoRA: {mine[0]:.2f} of the traits on [V], {mine[1]:.2f} on th
 assert mine[0] > 0.65 and leak > 0.6 and abs(mine[0] - mine[1]) < 0.15
 
 # %% [markdown]
-# The plain robot has as much of [V] as [V] itself. (The report, on concepts that nobody chose: a leak of .66
+# The plain robot has about as much of [V] as [V] itself. (The report, on concepts that nobody chose: a leak of .66
 # for a LoRA, .64 for PureCC, .73 for a LoRA that is switched off without [V].) The text says which robot is
 # meant. Who reads it?
 #
@@ -331,8 +331,8 @@ for text, grid in base_reads.items():
     noun[text] = halves(grid)[:, at:at + 2].sum(1)
     place[text] = halves(grid)[:, at + 2:at + 5].sum(1)
 for text, own in ((FIRST, 0), (SECOND, 1)):
-    print(f"{text}:\n    [V]'s half gives {noun[text][own]:.1%} of its attention to '[V] robot' and "
-          f"{place[text][own]:.1%} to its place; the other half gives {noun[text][1 - own]:.1%} to '[V] robot'")
+    print(f"{text}:\n    [V]'s half gives {noun[text][own]:.1%} of its attention to '[V] robot', and "
+          f"{place[text][own]:.1%} to its place;\n    the other half gives {noun[text][1 - own]:.1%} to '[V] robot'")
 assert noun[FIRST][0] > 0.3 * place[FIRST][0] and noun[FIRST][0] > 5 * noun[FIRST][1]
 assert noun[SECOND][1] < 0.05 * place[SECOND][1] and noun[SECOND][0] > 3 * noun[SECOND][1]
 
@@ -451,7 +451,7 @@ for row, text in zip(axes, encoded):
     maps = [100 * found[text][..., at] for found in (base_reads, token_reads)]
     row[0].imshow(pipe.decode_images(x_0[text][:1])[0])
     row[0].set_ylabel(in_lines(text), rotation=0, ha="right", va="center")
-    for axis, values, title in zip(row[1:], maps, ("the word, kept", "$Y^l$, in its place")):
+    for axis, values, title in zip(row[1:], maps, ("the word, kept", "Y, in its place")):
         axis.imshow(values, cmap="magma", vmin=0, vmax=max(grid.max() for grid in maps))
         left, right = halves(values[..., None])[:, 0].tolist()
         axis.set(title=title if text == FIRST else "", xlabel=f"left {left:.2f} %, right {right:.2f} %")
@@ -559,8 +559,8 @@ def phrase_mask(text, T):
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Keep two flags. "[V]" sets the first, "with" the second. "on", "in" and "at" clear the second, and "and" the first, if
-# the second is not set. Then `mask[i + 1]` is the first.
+# Keep two flags. "[V]" sets the first, "with" the second. "on", "in" and "at" clear the second, and "and" the
+# first, if the second is not set. Then `mask[i + 1]` is the first.
 # </details>
 
 # %% tags=["check"]
@@ -621,8 +621,7 @@ assert equal == total
 # These words describe [V], and they come after it: the causal encoder has told them.
 
 # %% [markdown]
-# (Where the rule fails, the user writes braces: "{a [V] robot with a hat} and a
-# robot".)
+# (Where the rule fails, the user writes braces: "{a [V] robot with a hat} and a robot".)
 #
 # ## 5 · Adapters on the phrase
 #
@@ -846,6 +845,9 @@ show_pairs(["original", "LoRA", "token", "bound"])
 table = print_table(["original", "LoRA", "token", "bound"])
 assert table["bound"][0] > table["LoRA"][0] and table["bound"][3] < 0.15 < 0.25 < table["token"][3]
 assert min(table["bound"][1:3]) > 0.6
+lights = {name: reader(drawn[name]).names("light")[5] for name in ("original", "LoRA", "bound")}
+print("the light on the beach: " + ", ".join(f"{name} {light}" for name, light in lights.items()))
+assert lights["original"] == "day" != lights["bound"] and lights["LoRA"] != "day"
 
 # %% [markdown] tags=["slide"]
 # ## Bound to the phrase
@@ -855,8 +857,9 @@ assert min(table["bound"][1:3]) > 0.6
 # *token*: $Y^l$ in the word's place. *bound*: the word kept, adapters on the phrase.
 
 # %% [markdown]
-# In the last row [V] is where the text says, and the neighbour keeps its looks. Without [V] the difference is
-# exactly 0. (But the beach turns lilac: "on the beach" stands in [V]'s phrase. See the first question.)
+# In the last row [V] is where the text says, and the neighbour is plain. Without [V] the difference is exactly
+# 0. (But on the beach the light of the scene turns, as with the LoRA. The leak, which counts [V]'s traits, does
+# not see that.)
 #
 # Which remedy did it? Take them apart: *token* without its $Y^l$, and *bound* with its mask cut to a part of
 # the phrase. How far does each move the velocity, in each half?
@@ -910,9 +913,9 @@ assert far["only at '[V] robot'", FIRST][0] > 0.3 * far["only at what follows", 
 # From the report: two individuals, three seeds each, rank 4.
 
 # %% [markdown]
-# $Y^l$ moves both halves. Without it (second row) the neighbour is left alone, and so is [V] where it is
+# $Y^l$ moves both halves. Without it (second row) the neighbour is nearly left alone, and so is [V] where it is
 # named second. The phrase moves [V]'s half in both texts; where [V] is named second, through the words that
-# follow. The report has trained all four combinations, on two individuals with three seeds each:
+# follow. The report trained all four combinations, on two individuals with three seeds:
 #
 # | | neighbour leak | on [V], named first | named second |
 # |---|---|---|---|
@@ -1055,8 +1058,8 @@ assert others["two phrases"] < others["two LoRAs"] - 0.1
 #
 # $$v_{original} + M R, \qquad R = v_{\theta_1}(x_t \mid \text{one is [V]}) - v_{original},$$
 #
-# where $M$ is 1 in [V]'s half of the picture and 0 in the other. The extractor $\theta_1$ is a frozen LoRA,
-# and $v_{original}$ the base model's velocity for the text without [V].
+# where $M$, in place of $\lambda^*$, is 1 in [V]'s half of the picture and 0 in the other. The extractor
+# $\theta_1$ is a frozen LoRA, and $v_{original}$ the base model's velocity for the text without [V].
 #
 # ### Exercise 9.7 ★★ · The target
 #
@@ -1150,7 +1153,7 @@ print(f"9.7 right: the package's loss_pairs, {loss:.4f} for `bound`, which has n
 # %%
 seen_in_noise = {"the scene": data.x_0, "noised, t = .9": x_t}
 seen_in_noise |= {name: x_t - 0.9 * v for name, v in (
-    ("$v_{original}$", v_original), ("$v_{\\theta_1}$, a LoRA", v_extractor), ("the target", mine))}
+    ("the original's v", v_original), ("the LoRA's v", v_extractor), ("the target", mine))}
 columns = [0, 1, 2, 4, 5, 6]
 show([picture for x in seen_in_noise.values() for picture in pipe.decode_images(x[columns])],
      ["[V] on the left", "", "", "[V] on the right"], list(seen_in_noise), side=1.45)
@@ -1194,8 +1197,8 @@ assert table["bound-pairs"][0] > 0.8 and abs(table["bound-pairs"][3]) < 0.1
 # backward passes a step, in place of 1 and 1, with the extractor's training and the imagined scenes.
 # `bound-pairs` is `learn`'s default on the tiny model.
 #
-# What stays open: a text without places ("a [V] cat and a cat") leaks .12. And where the right thing is named
-# first, the left one gets the concept: the base model draws what is named first on the left.
+# What stays open: where the right thing is named first, the left one gets the concept. The base model draws what
+# is named first on the left.
 #
 # ## 8 · Styles (optional)
 #
@@ -1306,12 +1309,11 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 #
 # ## Three questions
 #
-# **1.** "A big robot on the left and a [V] cat on the right in the snow": where does the phrase of [V] end?
-# What might go wrong, and what can a user do?
+# **1.** "A [V] robot and a robot in the snow" names no places. What is [V]'s phrase? What do you expect?
 # <details><summary>Answer</summary>
 #
-# It ends with the text, so "in the snow" is in it, and the concept may change the background. With braces it
-# is not: "a big robot on the left and {a [V] cat on the right} in the snow".
+# "[V] robot". It says nothing of a place, so it is no good address for one half. In the report [V] then shows .63
+# of its traits with `bound-pairs` (.85 with a LoRA), and the leak is .12 (.67).
 # </details>
 #
 # **2.** In a text encoder such as T5 every token reads all others. Which of the two causes remains?
@@ -1332,6 +1334,6 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 # %% [markdown] tags=["slide"]
 # ## Three questions
 #
-# 1. "A big robot on the left and a [V] cat on the right in the snow": what might go wrong?
+# 1. "A [V] robot and a robot in the snow" names no places. What do you expect?
 # 2. A text encoder that is not causal: which of the two causes remains?
 # 3. Why may the extractor of pairs be a LoRA that leaks?
