@@ -198,9 +198,9 @@ print(f"9.1 right. LoRA: {mine[0]:.2f} of the traits on [V], {mine[1]:.2f} on th
 assert mine[0] > 0.65 and leak > 0.6 and abs(mine[0] - mine[1]) < 0.15
 
 # %% [markdown]
-# The plain robot has about as much of [V] as [V] itself. (The report, on concepts that nobody chose: a leak of .66
-# for a LoRA, .64 for PureCC, .73 for a LoRA that is switched off without [V].) The text says which robot is
-# meant. Who reads it?
+# The plain robot has about as much of [V] as [V] itself. (The report, on concepts that nobody chose: a leak
+# of .66 for a LoRA, .64 for PureCC, .73 for a LoRA that is switched off without [V].) The text says which
+# robot is meant. Who reads it?
 #
 # ## 2 · What each half reads
 #
@@ -332,7 +332,8 @@ for text, grid in base_reads.items():
     place[text] = halves(grid)[:, at + 2:at + 5].sum(1)
 for text, own in ((FIRST, 0), (SECOND, 1)):
     print(f"{text}:\n    [V]'s half gives {noun[text][own]:.1%} of its attention to '[V] robot', and "
-          f"{place[text][own]:.1%} to its place;\n    the other half gives {noun[text][1 - own]:.1%} to '[V] robot'")
+          f"{place[text][own]:.1%} to its place;\n    "
+          f"the other half gives {noun[text][1 - own]:.1%} to '[V] robot'")
 assert noun[FIRST][0] > 0.3 * place[FIRST][0] and noun[FIRST][0] > 5 * noun[FIRST][1]
 assert noun[SECOND][1] < 0.05 * place[SECOND][1] and noun[SECOND][0] > 3 * noun[SECOND][1]
 
@@ -857,9 +858,9 @@ assert lights["original"] == "day" != lights["bound"] and lights["LoRA"] != "day
 # *token*: $Y^l$ in the word's place. *bound*: the word kept, adapters on the phrase.
 
 # %% [markdown]
-# In the last row [V] is where the text says, and the neighbour is plain. Without [V] the difference is exactly
-# 0. (But on the beach the light of the scene turns, as with the LoRA. The leak, which counts [V]'s traits, does
-# not see that.)
+# In the last row [V] is where the text says, and the neighbour is plain. Without [V] nothing changes: the
+# difference is exactly 0. (But on the beach the light of the scene turns, as with the LoRA. The leak, which
+# counts [V]'s traits, does not see that.)
 #
 # Which remedy did it? Take them apart: *token* without its $Y^l$, and *bound* with its mask cut to a part of
 # the phrase. How far does each move the velocity, in each half?
@@ -913,9 +914,9 @@ assert far["only at '[V] robot'", FIRST][0] > 0.3 * far["only at what follows", 
 # From the report: two individuals, three seeds each, rank 4.
 
 # %% [markdown]
-# $Y^l$ moves both halves. Without it (second row) the neighbour is nearly left alone, and so is [V] where it is
-# named second. The phrase moves [V]'s half in both texts; where [V] is named second, through the words that
-# follow. The report trained all four combinations, on two individuals with three seeds:
+# $Y^l$ moves both halves. Without it (second row) the neighbour is nearly left alone, and so is [V] where it
+# is named second. The phrase moves [V]'s half in both texts; where [V] is named second, through the words
+# that follow. The report trained all four combinations, on two individuals with three seeds:
 #
 # | | neighbour leak | on [V], named first | named second |
 # |---|---|---|---|
@@ -1197,8 +1198,8 @@ assert table["bound-pairs"][0] > 0.8 and abs(table["bound-pairs"][3]) < 0.1
 # backward passes a step, in place of 1 and 1, with the extractor's training and the imagined scenes.
 # `bound-pairs` is `learn`'s default on the tiny model.
 #
-# What stays open: where the right thing is named first, the left one gets the concept. The base model draws what
-# is named first on the left.
+# What stays open: where the right thing is named first, the left one gets the concept. The base model draws
+# what is named first on the left.
 #
 # ## 8 · Styles (optional)
 #
@@ -1312,8 +1313,8 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 # **1.** "A [V] robot and a robot in the snow" names no places. What is [V]'s phrase? What do you expect?
 # <details><summary>Answer</summary>
 #
-# "[V] robot". It says nothing of a place, so it is no good address for one half. In the report [V] then shows .63
-# of its traits with `bound-pairs` (.85 with a LoRA), and the leak is .12 (.67).
+# "[V] robot". It says nothing of a place, so it is no good address for one half. In the report [V] then shows
+# .63 of its traits with `bound-pairs` (.85 with a LoRA), and the leak is .12 (.67).
 # </details>
 #
 # **2.** In a text encoder such as T5 every token reads all others. Which of the two causes remains?
