@@ -4,21 +4,21 @@ The lessons themselves are run by `python -m tutorials.build --check`.
 """
 
 import importlib
+import linecache
 import re
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+import torch
 
 from tinyflow.errors import InputError
 from tutorials.build import FOLDER, blank, build, tags, versions
-from tutorials.slides import deck
+from tutorials.course import NotYet, YourTurn, expect, expect_close
 
-LESSONS = sorted((FOLDER / "lessons").glob("*.py"))
-TEACHING = FOLDER / "teaching"
-HEAD = "# %%\nimport sys\nsys.path.insert(0, '../..')\nfrom tutorials.course import YourTurn, expect\n\n"
+LESSONS = sorted((FOLDER / "lessons").glob("[0-9]*.py"))     # the introduction has slides alone
+HEAD = "# %%\nsys.path.insert(0, '../..')\nfrom tutorials.course import YourTurn, expect, expect_close\n\n"
 EXERCISE = '''# %% tags=["exercise"]
 def double(x):
     # BEGIN SOLUTION 9.1
@@ -26,8 +26,20 @@ def double(x):
     # END SOLUTION
 
 '''
-WRONG = '# %% tags=["wrong"]\ndef double(x):\n    return x + x + x\n\n'
+WRONG = '# %% tags=["wrong"]\n# says: twice 3\ndef double(x):\n    return x + x + x\n\n'
 CHECK = '# %% tags=["check"]\nexpect(double(3) == 6, "twice 3 is 6.")\n'
+
+
+def wrong(words: str, body: str) -> str:
+    return f'# %% tags=["wrong"]\n# says: {words}\ndef double(x):\n    {body}\n\n'
+
+
+TENSORS = """# %% tags=["check"]
+import torch
+from tinyflow import flow
+half = torch.full((2,), 0.5)
+expect_close(double(half), flow.path(half, 3 * half, half), "twice a half")
+"""
 
 
 def try_out(tmp_path: Path, *cells: str) -> str:
@@ -45,12 +57,50 @@ def test_a_check_is_tried_on_the_blank_the_wrong_and_the_right_answer(tmp_path):
     assert "2 answers refused" in try_out(tmp_path, EXERCISE, WRONG, CHECK)
 
 
+def test_a_check_names_the_mistake_and_an_exception_is_one_line(tmp_path):
+    answers = [wrong("is the return missing?", "x + x"), wrong("other sign", "return -2 * x"),
+               wrong("2 times", "return 4 * x"), wrong("a tensor is wanted", "return 1.0"),
+               wrong("in your `double`, line 4 of the cell, `return x @ y`, with NameError", "return x @ y"),
+               wrong("Something is None there: is a return missing?", "return (lambda y: None)(x) + 1"),
+               wrong("flow.path is the package's own answer", "return flow.path(x, 3 * x, x)"),
+               '# %% tags=["wrong"]\n# says: package\ndouble = flow.path\n']
+    assert "10 answers refused" in try_out(tmp_path, EXERCISE, *answers, TENSORS)
+
+
+def test_code_below_the_raise_is_told_from_a_blank():
+    cell = blank("def f(x):\n    # BEGIN SOLUTION 4.2\n    y = x\n    # END SOLUTION\n    return y\n\na = 1")
+    assert "# given\n    return y" in cell
+    for source, words in ((cell, "still blank"),
+                          (cell.replace("    # given", "    y = x\n    # given"), "code below the raise"),
+                          ('def f(x):\n    raise YourTurn("4.2")\n\n    return x', "code below the raise"),
+                          ('def f(x):\n    raise YourTurn("4.2")\n    # a hint\n\ndef g(x):\n    return x',
+                           "still blank")):
+        linecache.cache["<cell>"] = (len(source), None, source.splitlines(keepends=True), "<cell>")
+        space = {"YourTurn": YourTurn}
+        exec(compile(source, "<cell>", "exec"), space)
+        with pytest.raises(YourTurn, match=words):
+            space["f"](1)
+
+
+def test_what_a_check_says_of_values():
+    ours = torch.arange(1.0, 5.0)
+    for yours, words in ((None, "return missing"), (ours.view(2, 2), "shape should be"),
+                         (-ours, "other sign"), (ours / 4, "0.25 times"), (ours.flip(0), "another order"),
+                         (ours / 0, "infinite"), (ours + 0.5, "differ by up to 0.5")):
+        with pytest.raises(NotYet, match=words):
+            expect_close(yours, ours, "y")
+    expect_close(ours.double(), ours, "y")
+    with pytest.raises(NotYet, match="return missing"):
+        expect(None, "something")
+
+
 @pytest.mark.parametrize("cells, complaint", [
+    ([EXERCISE, WRONG.replace("twice 3", "thrice"), CHECK], "should say 'thrice'"),
     ([EXERCISE, WRONG, CHECK.replace("double(3) == 6", "double(3) > 5")], "should raise NotYet"),
     ([EXERCISE, WRONG, CHECK.replace("double(3) == 6", "True")], "should raise YourTurn"),
     (["# %%\nimport sys\nprint('careful', file=sys.stderr)\n"], "there is a warning"),
     (["# %%\nprint('line\\n' * 60)\n"], "longer than"),
-], ids=["a wrong answer passes", "the check looks at nothing", "a warning", "a long output"])
+], ids=["other words", "a wrong answer passes", "the check looks at nothing", "a warning", "a long output"])
 def test_what_a_lesson_may_not_do(tmp_path, cells, complaint):
     with pytest.raises(InputError, match=complaint):
         try_out(tmp_path, *cells)
@@ -72,26 +122,6 @@ def test_a_lesson_has_slides_and_every_exercise_a_check_and_a_wrong_answer(path)
     assert 8 <= kinds.count("slide") <= 15
 
 
-def slide(text: str):
-    return new_markdown_cell(text, metadata={"tags": ["slide"]})
-
-
-def test_a_deck_shows_the_pictures_that_the_lesson_made():
-    def drawn(png: str):
-        return new_code_cell("", outputs=[new_output("display_data", {"image/png": png})])
-
-    cells = [slide("# One, $x_0$"), drawn("AA"), drawn("BB"), new_markdown_cell("no slide"),
-             slide("![](last)\n\n*two*")]
-    page, slides = deck(new_notebook(cells=cells), "a < b")
-    assert slides == 2 == page.count("<section>") and "no slide" not in page and "a &lt; b" in page
-    assert "<msub><mi>x</mi><mn>0</mn></msub>" in page and "<em>two</em>" in page
-    assert "base64,BB" in page and "base64,AA" not in page
-    with pytest.raises(ValueError, match="no picture before the slide"):
-        deck(new_notebook(cells=[slide("![](last)")]), "")
-    with pytest.raises(ValueError, match="no such command"):
-        deck(new_notebook(cells=[slide("$\\arg\\min x$")]), "")
-
-
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_fits_a_page(path):
     for cell in jupytext.read(path).cells:       # tables, formulas and drawings cannot be broken
@@ -111,23 +141,6 @@ def test_the_notation_sheet_names_what_is_there():
         for position, part in enumerate(parts[2:], 3):
             module = ".".join(parts[:position])
             found = getattr(found, part, None) or importlib.import_module(module)
-
-
-def test_what_a_teacher_hands_out_has_its_keys():
-    def numbers(file):
-        return re.findall(r"^\*\*(\w+)[.*]", (TEACHING / file).read_text(), re.MULTILINE)
-
-    assert numbers("exam.md") == numbers("exam_keys.md") == [str(n) for n in range(1, 21)]
-    assert [name[0] for name in numbers("problems.md")] == numbers("problem_keys.md") == list("ABCDEFGHI")
-    written = {n for path in LESSONS for n in re.findall(r"### Exercise (\d+\.\d)", path.read_text())}
-    named = set(re.findall(r"\b(\d{1,2}\.\d)\b", (TEACHING / "README.md").read_text()))
-    assert named and named <= written
-
-
-def test_the_points_of_an_answer_are_five():
-    for answer in re.split(r"\n\*\*\d+\.\*\*", (TEACHING / "exam_keys.md").read_text())[1:]:
-        points = [float(number) for number in re.findall(r"\[(\d(?:\.5)?)\]", answer)]
-        assert sum(points) == 5 or "One point each, any five" in " ".join(answer.split()), answer
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

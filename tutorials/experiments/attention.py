@@ -38,7 +38,7 @@ from purecc_min.benchmark.tables import markdown, mean_and_interval
 from purecc_min.branch import Branch
 from purecc_min.concept import TOKEN
 from purecc_min.concept_file import load_branch
-from purecc_min.measure.toy import turn
+from purecc_min.measure.toy import FOLDER, turn
 from tinyflow.files import write_whole
 from tinyflow.flow import noise_for, path
 from tinyflow.picturebook import world
@@ -53,6 +53,9 @@ TEXTS = ("a small robot on the left and a big [V] robot on the right",
          "a big [V] robot on the right")
 GRID, HALVES, MODELS = 8, ("left", "right"), ("base", "token", "phrase")     # 8 x 8 image tokens
 OWN, OTHER = "#1b4965", "#e9a23b"                # bars of the half with [V], and of the one without
+ROBOTS = str(FOLDER.parent / "learned" / f"{CONCEPT}-{{}}.safetensors")      # of hover, by method
+HOVERED = "a [V] robot on the left and a robot on the right in the snow"
+HOVERED_SEED, NOISES = 0, 8
 Found = dict[str, tuple[Tensor, Tensor]]         # who -> what each half reads [SCENES, 2, words], and how far
                                                  # its v moves, |v - v_base| / |v_base| [seeds, 2]
 
@@ -73,8 +76,8 @@ def scenes_of(text: str) -> list[world.Scene]:
     return rows
 
 
-def watch(theta: Velocity, x_t: Tensor, t: Tensor, text: Text, words: int) -> tuple[Tensor, Tensor]:
-    """v, and what each half reads, [B, 2, words + 3]: the start, each word, the padding, the picture."""
+def watch(theta: Velocity, x_t: Tensor, t: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+    """v, and what each image token reads, [B, N, N + T]: the mean over blocks and heads of its attention."""
     attention, kept = tinyflow.attention.attention, []
 
     def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,9 +88,14 @@ def watch(theta: Velocity, x_t: Tensor, t: Tensor, text: Text, words: int) -> tu
 
     with mock.patch("tinyflow.attention.attention", look):
         v = theta(x_t, t, text)
-    share = reduce(torch.stack(kept), "l b (row half column) k -> b half k", "mean", row=GRID, half=2)
+    return v, torch.stack(kept).mean(0)
+
+
+def in_halves(read: Tensor, words: int) -> Tensor:
+    """What each half reads, [B, 2, words + 3]: the start, each word, the padding, the picture."""
+    share = reduce(read, "b (row half column) k -> b half k", "mean", row=GRID, half=2)
     picture, said, end = share.tensor_split([GRID**2, GRID**2 + words + 1], dim=-1)
-    return v, torch.cat([said, end.sum(-1, keepdim=True), picture.sum(-1, keepdim=True)], dim=-1)
+    return torch.cat([said, end.sum(-1, keepdim=True), picture.sum(-1, keepdim=True)], dim=-1)
 
 
 def size_in_halves(v: Tensor) -> Tensor:
@@ -113,8 +121,8 @@ def measured(pipe: Pipeline, words: str, at_token: list[Branch], at_phrase: list
         x_t = path(x_0, noise_for(list(range(SCENES)), x_0.shape[1:]), t)
         v_base = pipe.velocity(x_t, t, text)
         for who, (theta, asked) in ((who, question) for who in questions for question in questions[who]):
-            v, read = watch(theta, x_t, t, asked, len(words.split()))
-            found[who][0].append(read)
+            v, read = watch(theta, x_t, t, asked)
+            found[who][0].append(in_halves(read, len(words.split())))
             found[who][1].append((size_in_halves(v - v_base) / size_in_halves(v_base)).mean(0))
     return {who: (torch.stack(read).mean(0), torch.stack(moved).reshape(len(TIMES), -1, 2).mean(0))
             for who, (read, moved) in found.items()}
@@ -169,6 +177,30 @@ def draw_text(heat: plt.Axes, bars: plt.Axes, text: str, found: Found) -> None:
     bars.bar_label(bars.containers[0], fmt="%.0f %%", padding=3)
     bars.set(ylim=(5.5, -.5), xlim=(0, 66), xticks=[], yticks=[])
     bars.spines["bottom"].set_visible(False)
+
+
+@torch.no_grad()
+def hover(name: str, text: str = HOVERED) -> dict:
+    """Which patch of a picture reads which word, for the page to play with.
+
+    A model draws the text, and its picture is noised again, to the times TIMES with NOISES noises.
+
+    Args:
+        name: "base", or a method of which `learned` has the robot: "lora", "token" or "bound-pairs".
+    Returns: words, a list; grid, [words][rows][columns], the share of a patch's attention that a word gets, a
+        mean over blocks, heads, times and noises; picture, uint8 [H, W, 3].
+    """
+    pipe = load_tiny()
+    encoded = pipe.encode_text([text], {TOKEN: NOUN})
+    theta = pipe.velocity if name == "base" else load_branch(pipe, ROBOTS.format(name))[0]
+    x_0 = pipe.sample(encoded, [HOVERED_SEED], theta=theta, theta_null=pipe.velocity)
+    noise, encoded = noise_for(list(range(NOISES)), x_0.shape[1:]), encoded[[0] * NOISES]
+    moments = [torch.full((NOISES,), moment) for moment in TIMES]
+    read = torch.stack([watch(theta, path(x_0, noise, t), t, encoded)[1] for t in moments]).mean((0, 1))
+    words = text.split()
+    of_words = read[:, GRID**2 + 1:GRID**2 + 1 + len(words)].T                          # [words, N]
+    return {"words": words, "grid": of_words.reshape(len(words), GRID, GRID).tolist(),
+            "picture": pipe.decode_images(x_0)[0]}
 
 
 def attention(folder: Path) -> str:

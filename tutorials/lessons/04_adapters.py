@@ -15,31 +15,17 @@
 #
 # **You write LoRA and the embeddings of [V] from nothing, and teach the model a robot with them**
 #
-# The model knows robots. It does not know *this* robot, of which there are four pictures. Something has to be
-# trained, and there are two places for it: the weights of the layers, and the word that names the robot.
-# PureCC's stage 1 uses both: a LoRA, which is a small change of the weights, and one vector of [V] for every
-# block. In this lesson you write both as plain functions, over a base model in which not one number is ever
-# changed.
-#
-# **When you are through, you have written**
-#
-# 1. the best approximation of a matrix by a low rank, and LoRA with its start, its gradients and its count;
-# 2. a set of adapters that is attached to a frozen model, taken off again, and written to a file for other
-# programs;
-# 3. the `visit` that puts $Y^l$ in the slot of [V] (Eq. 7), and the loss of stage 1 (Eq. 3);
-#
-# **and you can say** why exactly one of LoRA's two factors starts at zero, what `alpha` in a file means, what
-# the slot of [V] can reach, and which adapters leave a text without [V] exactly as it was.
+# The model knows robots. It does not know *this* robot, of which there are four pictures. Two places can be
+# trained: the weights of the layers, and the word that names the robot. PureCC's stage 1 uses both: a LoRA,
+# which is a small change of the weights, and one vector of [V] for every block. In the base model itself not
+# one number is ever changed.
 #
 # | | |
 # |---|---|
-# | Time | 40 minutes of reading, 2 hours with the exercises; about a minute of computing on two CPU cores |
-# | Needs | lessons 1 to 3; the singular value decomposition; forward hooks in PyTorch are explained |
-# | Keep open | [`lora.py`](../../purecc_min/lora.py), [`embeddings.py`](../../purecc_min/embeddings.py) and [`branch.py`](../../purecc_min/branch.py), **after** you have tried |
-# | Read after | Sec. 4.2 of the paper (arXiv 2603.07561), and lesson 6, on what is made of a trained LoRA |
-#
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
-# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# | Needs | lessons 1 to 3 |
+# | Optional | sections 1 (it needs the singular value decomposition), 5 and 9 |
+# | Keep open | [`lora.py`](../../purecc_min/lora.py), [`embeddings.py`](../../purecc_min/embeddings.py), [`branch.py`](../../purecc_min/branch.py), **after** you have tried |
+# | Read after | Sec. 4.2 of the paper (arXiv 2603.07561), and lesson 6 |
 
 # %% [markdown] tags=["slide"]
 # # 4 · Adapters and embeddings: where a concept enters
@@ -57,6 +43,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path.cwd().parents[1]))   # the repository, two folders up
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -67,18 +54,23 @@ from purecc_min.branch import Branch
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import encode
-from purecc_min.embeddings import ConceptEmbeddings, class_word_states, states_in_slots
+from purecc_min.embeddings import ConceptEmbeddings, class_word_states
 from purecc_min.lora import LoRA, target_layers
+from purecc_min.measure.judge import Judge
 from purecc_min.measure.toy import CONCEPTS, FOLDER, TUNING
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
 from tinyflow import flow
+from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_tiny
+from tinyflow.picturebook.reader import Reader
+from tinyflow.pipeline import to_pixels
 from tinyflow.weights import tensor_hash
 from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, expect_close, show
 
 pipe = load_tiny()                               # the base model, frozen
 model, D, depth = pipe.mmdit, pipe.mmdit.config.width, pipe.mmdit.config.depth
-word = CONCEPTS[TUNING[0]].class_word
+robot = CONCEPTS[TUNING[0]]                      # all that is true about this robot
+word = robot.class_word
 concept = load_concept(FOLDER / TUNING[0], word, pipe.picture_size)
 data = encode(pipe, concept)                     # x_0 [n, C, S, S] and the texts, encoded once
 settings = TrainConfig(steps=80)                 # batch 4, rank 4, and the learning rates
@@ -94,20 +86,105 @@ def seeded(seed):
 def draws(k, stage=1):                           # step k's batch: x_t, t, v, texts
     return draw_batch(data, settings, stage, k, pipe.shift)
 
+held = [draws(k, stage=3) for k in range(6)]     # noise and times that no training in this lesson sees
+
+@torch.no_grad()
+def held_loss(theta):                            # theta(x_t, t, text) -> v
+    return sum(flow.squared_error(theta(b.x_t, b.t, b.texts.complete), b.v).item() for b in held) / len(held)
+
+def pair_of(answer, names):                      # for the checks: a pair, or a line that says what is missing
+    expect(answer is not None, "it returned None: is the return missing?")
+    expect(isinstance(answer, tuple) and len(answer) == 2, f"return two things, {names}.")
+    return answer
+
+def refuse(yours, wrong, hint):                  # for the checks: a usual mistake is named
+    same = isinstance(yours, torch.Tensor) and yours.shape == wrong.shape
+    expect(not (same and torch.allclose(yours, wrong, rtol=1e-3, atol=1e-5)), hint)
+
 def in_lines(text):
-    return text.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ")
+    for little in (" on ", " in ", " at ", " with "):
+        text = text.replace(little, f"\n{little[1:]}")
+    return text
 
 show([ref.picture for ref in concept.references], [in_lines(ref.complete) for ref in concept.references],
      columns=len(concept.references), side=1.6)
 print(f"{len(layers)} linear layers in the attentions of {depth} blocks, x_0 {list(data.x_0.shape)}")
 
-# %% [markdown]
-# ## 1 · How large is a change?
+# %% [markdown] tags=["slide"]
+# ## This robot, and no other
 #
-# Let us begin without any trick: train all matrices of the attentions, both streams, on these pictures. The
-# loss is that of lesson 1, Eq. 3, with the complete text $y_{complete}$, for example
-# `a small [V] robot in the desert`. For now [V] is read as one more `robot`, its *stand-in*. It takes 40
-# steps, on a copy of the model. What we keep is the **change** $\Delta W = W_{after} - W$ of each matrix.
+# ![](last)
+#
+# Four references, and their texts.
+
+# %% [markdown]
+# ## What the base model has seen of this robot
+#
+# In pretraining every drawing had a text, and its parts had words: objects, colours, markings, something on
+# the head, one eye or two. Of each object three things were **held out** (`MISSING` in
+# [`world.py`](../../tinyflow/picturebook/world.py)): a colour, a background, and a marking together with
+# something on the head. And each drawing had an **identity**: eleven numbers, such as the body's width or
+# the slant of the checks, that no text names.
+#
+# So the base model can be told of this robot in words. How far do they get?
+
+# %%
+colour, background, parts = world.MISSING[word]
+traits = robot.known_traits
+print(f"held out of pretraining: {word}s that are {colour}, {word}s {world.BACKGROUNDS[background]}, "
+      f"and {word}s with {' and '.join(parts)}")
+print("our robot:", ", ".join(f"{head} {value}" for head, value in traits.items()))
+assert (traits["marking"], traits["topper"]) == parts and traits["colour"] != colour
+
+places = ["a small {} on the left in the snow", "a big {} on the right at night",
+          "a small {} on the right on the beach", "a big {} on the left in the room"]
+prompts = [place.format(f"[V] {word}") for place in places]
+told = [place.format(f"orange {word} with blue checks, a hat and one eye") for place in places]
+
+def pictures(theta, prompts, steps=12):
+    text = pipe.encode_text(prompts, {"[V]": word})
+    return list(pipe.decode_images(pipe.sample(text, list(range(len(prompts))), steps, theta=theta)))
+
+def show_rows(rows, prompts):                    # rows: name -> pictures, one for each prompt
+    show([picture for row in rows.values() for picture in row], [in_lines(prompt) for prompt in prompts],
+         list(rows), columns=len(prompts))
+
+def apart(a, b):                                 # mean difference of two rows of pictures, in parts of white
+    return sum(abs(p.astype(float) - q).mean() for p, q in zip(a, b)) / len(a) / 255
+
+references = np.stack([ref.picture for ref in concept.references])
+judge = Judge(Reader.shipped(), robot, references)       # a network that reads pictures (lesson 5)
+
+def judged(rows):            # prints what the network sees; name -> shares of traits, similarity, individual
+    print(f"{'share of pictures with':24s}" + "".join(f"{head:>9s}" for head in traits)
+          + f"{'similarity':>13s}{'the individual':>16s}")
+    table = {}
+    for name, row in rows.items():
+        reading = judge.reader(to_pixels(np.stack(row)))
+        shares = judge.traits(reading).float().mean(0)
+        table[name] = shares, judge.similarity(reading).mean(), judge.is_it(reading).float().mean()
+        print(f"{name:24s}" + "".join(f"{share:9.2f}" for share in shares)
+              + f"{table[name][1]:13.2f}{table[name][2]:16.2f}")
+    return table
+
+base_row = pictures(pipe.velocity, prompts)
+told_row = pictures(pipe.velocity, told)
+show_rows({"base model": told_row}, told)
+seen = judged({"the references": references, "base model, [V]": base_row, "base model, in words": told_row})
+in_words = seen["base model, in words"][1]
+assert min(seen["the references"][1:]) > 0.9 and seen["base model, [V]"][1] < 0.3
+assert seen["base model, in words"][0].min() > 0.7 and seen["base model, in words"][2] < 0.5
+assert seen["the references"][1] - in_words > 0.1
+
+# %% [markdown]
+# Words bring back the **parts**, and even the combination that was held out: the model puts parts together.
+# They do not bring back the **individual**. That is what [V] has to add. ([V] itself says nothing yet: it is
+# read as one more `robot`.) Nothing here says what happens with a part that the base model has never drawn.
+#
+# ## 1 · How large is a change? (optional)
+#
+# Train all matrices of the attentions on these pictures, with the complete texts, for 40 steps, on a copy of
+# the model. What we keep is the **change** $\Delta W=W_{after}-W$ of each matrix.
 
 # %%
 full = copy.deepcopy(model)
@@ -122,12 +199,7 @@ for k in range(40):
     optimizer.step()
 changes = {name: full.get_submodule(name).weight.detach() - layer.weight for name, layer in layers.items()}
 
-held = [draws(k, stage=3) for k in range(6)]     # noise and times that no training in this lesson sees
-
 @torch.no_grad()
-def held_loss(theta):                            # theta(x_t, t, text) -> v
-    return sum(flow.squared_error(theta(b.x_t, b.t, b.texts.complete), b.v).item() for b in held) / len(held)
-
 def with_changes(changes):
     # a copy of the model with these changes added to its weights, called as theta(x_t, t, text)
     copied = copy.deepcopy(model)
@@ -136,27 +208,22 @@ def with_changes(changes):
     return lambda x_t, t, text: copied(x_t, t, text.context, text.pooled)
 
 before, after = held_loss(pipe.velocity), held_loss(with_changes(changes))
+still = [name for name, change in changes.items() if not change.any()]
 print(f"{sum(change.numel() for change in changes.values()):,d} numbers trained; "
       f"loss {before:.3f} before, {after:.3f} after")
-print("layers that did not move:", [name for name, change in changes.items() if not change.any()])
-assert after < 0.9 * before
+print("layers that did not move:", still)
+assert after < 0.9 * before and still == [f"blocks.{depth - 1}.attention.text.to_q"]
 
 # %% [markdown]
 # (One layer did not move. In the last block the text stream ends, so nobody reads what its queries find.)
 #
-# How much of these changes is needed? A matrix is a sum of $\min(in, out)$ matrices of rank one, its singular
-# value decomposition, in which the terms are ordered by their size:
+# How much of these changes is needed? The singular value decomposition writes a matrix as a sum of matrices
+# of rank one, ordered by their size:
 #
 # $$\Delta W = U \operatorname{diag}(s)\, V^\top = \sum_i s_i\, u_i v_i^\top, \qquad s_1 \ge s_2 \ge \dots \ge 0.$$
 #
-# Stop after $r$ terms, and you have the matrix of rank $r$ that comes nearest to $\Delta W$; what is missing
-# has the squared norm $\sum_{i > r} s_i^2$ (Eckart and Young, 1936). A matrix of rank $r$ is a product of a
-# tall and a wide one:
-#
-# ```
-#     Delta W          B          A
-#    [out, in]   ~  [out, r] · [r, in]
-# ```
+# The first $r$ terms are the matrix of rank $r$ that comes nearest to $\Delta W$ (Eckart and Young, 1936).
+# It is a product of a tall and a wide matrix, $B\ [out,r]$ and $A\ [r,in]$.
 #
 # ### Exercise 4.1 ★ · The nearest matrix of rank r
 
@@ -169,33 +236,52 @@ def low_rank(change, r):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: each s_i is missing
 def low_rank(change, r):
     U, s, Vt = torch.linalg.svd(change, full_matrices=False)
     return U[:, :r], Vt[:r]
 
 # %% tags=["wrong"]
+# says: is there twice
+def low_rank(change, r):
+    U, s, Vt = torch.linalg.svd(change, full_matrices=False)
+    return U[:, :r] * s[:r], s[:r, None] * Vt[:r]
+
+# %% tags=["wrong"]
+# says: V^T already
 def low_rank(change, r):
     U, s, V = torch.linalg.svd(change, full_matrices=False)
     return U[:, :r] * s[:r], V[:, :r].T
 
+# %% tags=["wrong"]
+# says: B first
+def low_rank(change, r):
+    U, s, Vt = torch.linalg.svd(change, full_matrices=False)
+    return Vt[:r], U[:, :r] * s[:r]
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `U, s, Vt = torch.linalg.svd(change, full_matrices=False)` gives $V^\top$ already, with the $v_i$ as its
-# **rows**. Each term needs its $s_i$ once, in either factor.
+# `torch.linalg.svd(change, full_matrices=False)` gives $V^\top$ already, with the $v_i$ as its **rows**.
+# Each term needs its $s_i$ once, in either factor.
 # </details>
 
 # %% tags=["check"]
 for sample in (torch.randn(7, 5, generator=seeded(0)), next(iter(changes.values()))):
     for n in (1, 3):
-        B, A = low_rank(sample, n)
-        fits = B.shape == (len(sample), n) and A.shape == (n, sample.shape[1])
+        B, A = pair_of(low_rank(sample, n), "B and A")
+        wanted = (len(sample), n), (n, sample.shape[1])
+        expect((A.shape, B.shape) != wanted, "return B first, then A.")
+        fits = (B.shape, A.shape) == wanted
         expect(fits, "B is [out, r], and A is [r, in].")
-        U, s, V = torch.svd(sample)
+        U, s, Vt = torch.linalg.svd(sample, full_matrices=False)
+        U, Vt_n, nearest = U[:, :n], Vt[:n], U[:, :n] * s[:n] @ Vt[:n]
+        refuse(B @ A, U @ Vt_n, "each s_i is missing: a term is s_i u_i v_i^T.")
+        refuse(B @ A, U * s[:n].square() @ Vt_n, "each s_i is there twice: it belongs into one factor only.")
+        refuse(B @ A, U * s[:n] @ Vt[:, :n].T, "torch.linalg.svd returns V^T already: take its first rows.")
         missing = (sample - B @ A).square().sum()
-        expect(missing < 1.001 * s[n:].square().sum() + 1e-6,
-               "there is a nearer matrix of this rank: is each s_i there once? And Vt is V^T already.")
-        expect_close(B @ A, U[:, :n] * s[:n] @ V[:, :n].T, "B A")
+        expect(missing < 1.001 * s[n:].square().sum() + 1e-6, "there is a nearer matrix of this rank.")
+        expect_close(B @ A, nearest, "B A")
 print("4.1 right: nothing of the same rank comes nearer")
 
 # %%
@@ -213,24 +299,19 @@ size, chance = ([(s[:, :n].square().sum() / s.square().sum()).item() for n in ra
                 for s in (spectra, noise))
 gain = [(before - loss) / (before - after) for loss in losses]
 
-figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7), layout="constrained")
-scaled = spectra / spectra.norm(dim=1, keepdim=True)
-axes[0].semilogy(scaled.median(0).values, color=BLUE, label="the change (median layer)")
-axes[0].semilogy(noise[0] / noise.norm(), color=GREY, label="a random matrix")
-axes[0].set(xlabel="i", ylabel="$s_i$, in parts of the norm", ylim=(1e-3, 1), title="singular values")
-axes[1].plot(ranks, gain, "o-", color=CORAL, label="of the gain in the loss")
-axes[1].plot(ranks, size, "o-", color=BLUE, label="of the squared norm")
-axes[1].plot(ranks, chance, "o-", color=GREY, label="of a random matrix's")
-axes[1].set(xlabel="rank r that is kept", ylim=(0, 1.05), xticks=ranks, title="what r terms bring back")
-for axis in axes:
-    axis.legend()
+plt.figure(figsize=(5.6, 2.7), layout="constrained")
+plt.plot(ranks, gain, "o-", color=CORAL, label="of the gain in the loss")
+plt.plot(ranks, size, "s--", color=BLUE, label="of the squared norm")
+plt.plot(ranks, chance, "^:", color=INK, label="of a random matrix's")
+plt.gca().set(xlabel="rank r that is kept", ylim=(0, 1.05), xticks=ranks, title="what r terms bring back")
+plt.legend()
 plt.show()
 print("rank               " + "".join(f"{n:8d}" for n in ranks))
 print("held-out loss      " + "".join(f"{loss:8.3f}" for loss in losses))
 print("share of the gain  " + "".join(f"{share:8.0%}" for share in gain))
 print("share of the norm² " + "".join(f"{share:8.0%}" for share in size))
 print("  a random matrix  " + "".join(f"{share:8.0%}" for share in chance))
-assert ranks[3] == 4 and gain[3] > size[3] > 0.5 > 3 * chance[3]
+assert all(g > n > 3 * c for g, n, c in zip(gain[1:5], size[1:5], chance[1:5])) and size[3] > 0.5
 
 # %% [markdown] tags=["slide"]
 # ## A useful change has few directions that matter
@@ -240,43 +321,22 @@ assert ranks[3] == 4 and gain[3] > size[3] > 0.5 > 3 * chance[3]
 # ![](last)
 
 # %% [markdown]
-# Four terms of a change keep more than half of its squared norm; four terms of a random matrix keep a small
-# part. And what the change is **good for**, the loss on noise that was not trained on, comes back faster
-# still. That is the low-rank idea: the pictures of one concept ask for few new directions in a matrix. It was
-# observed here, and it is no theorem.
-
-# %%
-prompts = ["a small [V] {} on the left in the snow", "a big [V] {} on the right at night",
-           "a small [V] {} on the right on the beach", "a big [V] {} on the left in the room"]
-prompts = [prompt.format(word) for prompt in prompts]
-
-def pictures(theta, prompts, steps=12):
-    text = pipe.encode_text(prompts, {"[V]": word})
-    return list(pipe.decode_images(pipe.sample(text, list(range(len(prompts))), steps, theta=theta)))
-
-def show_rows(rows, prompts):                    # rows: name -> pictures, one for each prompt
-    show([picture for row in rows.values() for picture in row], [in_lines(prompt) for prompt in prompts],
-         list(rows), columns=len(prompts))
-
-rows = {"base model": pipe.velocity, "all of the change": with_changes(changes),
-        "rank 4 of it": with_changes(of_rank(4)), "rank 1 of it": with_changes(of_rank(1))}
-show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prompts)
-
-# %% [markdown]
+# Four terms of a change keep more than half of its squared norm, four of a random matrix a small part. What
+# the change is **good for**, the held-out loss, comes back faster still. That is the low-rank idea.
+#
 # ## 2 · LoRA: train the two factors, and nothing else
 #
-# If rank 4 is enough, one may train the two factors from the beginning (Hu and others, 2021, arXiv
-# 2106.09685). $W$ is frozen, and a layer computes
+# A useful change of a large matrix often has a low rank. Then one may train its two factors alone (Hu and
+# others, 2021, arXiv 2106.09685). $W$ is frozen, and a layer computes
 #
 # $$y = W x + b + B\,(A\,x), \qquad A\ [r, in],\quad B\ [out, r].$$
 #
-# The brackets matter: $A x$ has $r$ numbers, so the way through them costs $r\,(in + out)$ products a token,
-# and $BA$ is never formed.
+# The brackets matter: $Ax$ has $r$ numbers, so this way costs $r\,(in+out)$ products a token, and $BA$ is
+# never formed.
 #
 # ### Exercise 4.2 ★ · Count
 #
-# How many numbers has a set of adapters of rank $r$ for these layers? Derive it from the shapes above. It
-# must also be right for layers that are not square.
+# How many numbers has a set of adapters of rank $r$ for these layers? Layers need not be square.
 
 # %% tags=["exercise"]
 def count_lora(shapes, r):
@@ -286,32 +346,49 @@ def count_lora(shapes, r):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: 128 to 512
 def count_lora(shapes, r):
     return sum(2 * r * n_in for n_out, n_in in shapes)
 
+# %% tags=["wrong"]
+# says: never formed
+def count_lora(shapes, r):
+    return sum(n_out * n_in for n_out, n_in in shapes)
+
+# %% tags=["wrong"]
+# says: of one layer only
+def count_lora(shapes, r):
+    for n_out, n_in in shapes:
+        return r * (n_in + n_out)
+
 # %% tags=["check"]
 shapes = [tuple(layer.weight.shape) for layer in layers.values()]
-expect(count_lora([(512, 128)], 4) == 4 * (512 + 128),
+whole = sum(n_out * n_in for n_out, n_in in shapes)
+count = count_lora([(512, 128)], 4)
+expect(count is not None, "it returned None: is the return missing?")
+expect(count not in (4 * 128, 4 * 512), "count both A and B.")
+expect(count != 512 * 128, "BA is never formed: count the numbers of A and of B.")
+expect(count == 4 * (512 + 128),
        "A has r · in numbers and B has out · r; in a layer of 128 to 512 these are not the same.")
 for n in (1, 4, 16):
-    ours = sum(parameter.numel() for parameter in LoRA(model, n).parameters())
-    expect(count_lora(shapes, n) == ours,
-           f"for rank {n} the package has {ours} numbers, and you count {count_lora(shapes, n)}.")
-whole = sum(n_out * n_in for n_out, n_in in shapes)
+    ours, yours = sum(parameter.numel() for parameter in LoRA(model, n).parameters()), count_lora(shapes, n)
+    expect(yours != ours / len(shapes), "that is the count of one layer only: add up over all shapes.")
+    expect(yours == ours, f"for rank {n} the package has {ours} numbers, and you count {yours}.")
 some = (1, 4, 16, D // 2)
 print("4.2 right.  rank" + "".join(f"{n:10d}" for n in some))
 print("         numbers" + "".join(f"{count_lora(shapes, n):10,d}" for n in some))
 print("  parts of the W" + "".join(f"{count_lora(shapes, n) / whole:10.1%}" for n in some))
+large = count_lora([(1536, 1536)], 4) / 1536 ** 2
+print(f"rank 4 in a layer of Stable Diffusion 3.5 Medium, whose width is 1536: {large:.2%}")
+assert count_lora(shapes, D // 2) == whole and large < 0.01
 
 # %% [markdown]
-# A square layer of width $D$ has $D^2$ numbers and its adapter $2 r D$, so an adapter saves something as long
-# as $r < D / 2$. At the width of Stable Diffusion 3.5 Medium, 1536, rank 4 is half a percent of a layer.
+# So in a square layer of width $D$ an adapter saves something as long as $r<D/2$.
 #
 # ### Exercise 4.3 ★ · A fresh set, and a layer with it
 #
-# The package's start: the entries of $A$ are drawn evenly from $-1/\sqrt{in}$ to $1/\sqrt{in}$, and $B$ is
-# zero. (Why so is the subject of section 4.) Draw with `torch.rand(shape, generator=generator)`, which lies
-# between 0 and 1, layer by layer.
+# The entries of $A$ are drawn evenly from $-1/\sqrt{in}$ to $1/\sqrt{in}$, and $B$ is zero. (Section 4 says
+# why.) Draw with `torch.rand(shape, generator=generator)`, layer by layer.
 
 # %% tags=["exercise"]
 def fresh(layers, r, generator):
@@ -331,6 +408,7 @@ def adapted(layer, x, A, B):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: both sides of zero
 def fresh(layers, r, generator):
     adapters = {}
     for name, layer in layers.items():
@@ -342,6 +420,31 @@ def adapted(layer, x, A, B):
     return layer(x) + x @ A.T @ B.T
 
 # %% tags=["wrong"]
+# says: the root
+def fresh(layers, r, generator):
+    adapters = {}
+    for name, layer in layers.items():
+        A = (2 * torch.rand((r, layer.in_features), generator=generator) - 1) / layer.in_features
+        adapters[name] = A, torch.zeros(layer.out_features, r)
+    return adapters
+
+def adapted(layer, x, A, B):
+    return layer(x) + x @ A.T @ B.T
+
+# %% tags=["wrong"]
+# says: B is zero at the start
+def fresh(layers, r, generator):
+    adapters = {}
+    for name, layer in layers.items():
+        A = (2 * torch.rand((r, layer.in_features), generator=generator) - 1) * layer.in_features ** -0.5
+        adapters[name] = A, torch.rand((layer.out_features, r), generator=generator)
+    return adapters
+
+def adapted(layer, x, A, B):
+    return layer(x) + x @ A.T @ B.T
+
+# %% tags=["wrong"]
+# says: not to its input
 def fresh(layers, r, generator):
     adapters = {}
     for name, layer in layers.items():
@@ -349,8 +452,20 @@ def fresh(layers, r, generator):
         adapters[name] = A, torch.zeros(layer.out_features, r)
     return adapters
 
-def adapted(layer, x, A, B):                     # the change goes into the layer, not beside it
+def adapted(layer, x, A, B):                     # the change goes into the layer
     return layer(x + x @ A.T @ B.T)
+
+# %% tags=["wrong"]
+# says: alone
+def fresh(layers, r, generator):
+    adapters = {}
+    for name, layer in layers.items():
+        A = (2 * torch.rand((r, layer.in_features), generator=generator) - 1) * layer.in_features ** -0.5
+        adapters[name] = A, torch.zeros(layer.out_features, r)
+    return adapters
+
+def adapted(layer, x, A, B):
+    return x @ A.T @ B.T
 
 # %% tags=["check"]
 def of_package(lora):                            # the package's set in your form
@@ -358,16 +473,23 @@ def of_package(lora):                            # the package's set in your for
             for name in layers if name.replace(".", "/") in lora.A}
 
 yours, ours = fresh(layers, r, seeded(3)), of_package(LoRA(model, r, seeded(3)))
-expect(set(yours) == set(ours), "there is one pair for each of the layers.")
+expect(isinstance(yours, dict) and set(yours) == set(ours), "there is one pair for each of the layers.")
 for name in ours:
-    expect(yours[name][0].min() < 0, "A is drawn from both sides of zero: 2 rand - 1 lies between -1 and 1.")
-    for mine, theirs, letter in zip(yours[name], ours[name], "AB"):
-        expect_close(mine, theirs, f"{letter} of {name}", tolerance=1e-6)
+    A, B = pair_of(yours[name], "A and B, for each layer")
+    expect(not isinstance(A, nn.Parameter), "that is the package's set: draw the numbers yourself.")
+    expect(A.min() < 0, "A is drawn from both sides of zero: 2 rand - 1 lies between -1 and 1.")
+    refuse(A * A.shape[1] ** 0.5, ours[name][0].detach(), "the bound is 1 over the root of in, not 1 over in.")
+    expect(not B.any(), "B is zero at the start.")
+    expect_close(A, ours[name][0], f"A of {name}", tolerance=1e-6)
+    expect_close(B, ours[name][1], f"B of {name}", tolerance=1e-6)
 layer, A, B = next(iter(layers.values())), *(one.detach() for one in next(iter(ours.values())))
 B = torch.randn(B.shape, generator=seeded(5))
 x = torch.randn(3, 4, layer.in_features, generator=seeded(6))
-merged = x @ (layer.weight + B @ A).T + layer.bias
-expect_close(adapted(layer, x, A, B), merged, "adapted(layer, x, A, B), beside the merged matrix,", 1e-3)
+y, change = adapted(layer, x, A, B), x @ (B @ A).T
+expect(y is not None, "adapted returned None: is the return missing?")
+refuse(y, change, "that is B (A x) alone: W x + b is missing.")
+refuse(y, layer(x + change), "the change is added to the layer's output, not to its input.")
+expect_close(y, x @ (layer.weight + B @ A).T + layer.bias, "adapted(layer, x, A, B)", 1e-3)
 print("4.3 right: the same A and B as the package's, and W x + b + B A x is (W + B A) x + b")
 
 # %% [markdown] tags=["slide"]
@@ -376,32 +498,28 @@ print("4.3 right: the same A and B as the package's, and W x + b + B A x is (W +
 # $$y = W x + b + B\,(A\,x), \qquad A\ [r, in],\quad B\ [out, r]$$
 #
 # * $r\,(in + out)$ numbers a layer instead of $in \cdot out$; $BA$ is never formed.
-# * A set is hooks beside a frozen layer: attached, taken off, exchanged. Merging into $W$ rounds.
+# * A set is hooks over a frozen layer: attached, taken off, exchanged. Merging into $W$ rounds.
 
 # %% [markdown]
-# ## 3 · A set beside the model: attached, taken off, merged
+# ## 3 · A set over the model: attached, taken off, merged
 #
-# How does $B A x$ come into a model of which no line and no weight should change? PyTorch can call a function
-# of ours each time a layer has computed, a *forward hook*; what the hook returns takes the place of the
-# output.
+# How does $BAx$ come into a model that must not change? PyTorch can call a function of ours each time a
+# layer has computed, a *forward hook*; what the hook returns takes the place of the output. `handle =
+# layer.register_forward_hook(f)` calls `f(layer, inputs, output)`, with the inputs in a tuple, until
+# `handle.remove()`.
 #
 # ```
-#                    layer (frozen, shared)
-#      x ----------------> W x + b ----------(+)----> y
-#        \                                    ^
-#         \      hook of set 1: B1 (A1 x) ----|         attached or not,
-#          \     hook of set 2: B2 (A2 x) ----'         one set, the other, or both
+#                   layer (frozen, shared)
+#     x ----------------> W x + b ----------(+)----> y
+#       \                                    ^
+#        '------- hook of a set: B (A x) ----'
 # ```
-#
-# `handle = layer.register_forward_hook(f)` calls `f(layer, inputs, output)`, with the inputs in a tuple,
-# until `handle.remove()` is called.
 #
 # ### Exercise 4.4 ★★★ · Attach and detach
 #
-# Within `with attached(adapters):` every layer computes with its adapter, and afterwards the model is what it
-# was, **also when something inside has failed**. A hook is given the layer, its inputs and its finished
-# output, which is $Wx + b$ already: it adds the change, and must not call the layer again. A `mask` $[B, T,
-# 1]$, which section 7 uses, is multiplied with the change before it is added. A generator with
+# Within `with attached(adapters):` every layer computes with its adapter, and afterwards the model is what
+# it was, **also when something inside has failed**. The output that a hook is given is $Wx+b$ already. A
+# `mask` $[B,T,1]$ is multiplied with the change before it is added. A generator with
 # `@contextlib.contextmanager` runs to its `yield`, then the lines in the `with`, then the rest.
 
 # %% tags=["exercise"]
@@ -424,6 +542,7 @@ def attached(adapters, mask=None):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: the last A and B
 @contextlib.contextmanager
 def attached(adapters, mask=None):               # all hooks share the last A and B
     handles = []
@@ -439,6 +558,7 @@ def attached(adapters, mask=None):               # all hooks share the last A an
             handle.remove()
 
 # %% tags=["wrong"]
+# says: try and finally
 @contextlib.contextmanager
 def attached(adapters, mask=None):               # an error inside leaves the hooks where they are
     def hook(A, B):
@@ -452,16 +572,62 @@ def attached(adapters, mask=None):               # an error inside leaves the ho
     for handle in handles:
         handle.remove()
 
+# %% tags=["wrong"]
+# says: the change alone
+@contextlib.contextmanager
+def attached(adapters, mask=None):
+    def hook(A, B):
+        def add(layer, inputs, output):
+            change = inputs[0] @ A.T @ B.T
+            return change if mask is None else mask * change
+        return add
+
+    handles = [layers[name].register_forward_hook(hook(A, B)) for name, (A, B) in adapters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+# %% tags=["wrong"]
+# says: the mask is not used
+@contextlib.contextmanager
+def attached(adapters, mask=None):
+    def hook(A, B):
+        def add(layer, inputs, output):
+            return output + inputs[0] @ A.T @ B.T
+        return add
+
+    handles = [layers[name].register_forward_hook(hook(A, B)) for name, (A, B) in adapters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+# %% tags=["wrong"]
+# says: no gradient
+@contextlib.contextmanager
+def attached(adapters, mask=None):
+    def hook(A, B):
+        @torch.no_grad()
+        def add(layer, inputs, output):
+            change = inputs[0] @ A.T @ B.T
+            return output + (change if mask is None else mask * change)
+        return add
+
+    handles = [layers[name].register_forward_hook(hook(A, B)) for name, (A, B) in adapters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
 # %% [markdown]
-# <details><summary>Hint 1</summary>
+# <details><summary>Hint</summary>
 #
-# A function that is defined in a loop does not keep the loop's `A` and `B`: it looks them up when it is
-# called, and finds the last ones. Make it in a function of its own,
-# `def hook(A, B): def add(...): ...; return add`.
-# </details>
-# <details><summary>Hint 2</summary>
-#
-# `try: yield` and `finally:` remove the hooks. `finally` runs after an error, too.
+# A function that is defined in a loop looks up the loop's `A` and `B` when it is called, and finds the last
+# ones. Make it in a function of its own, `def hook(A, B): def add(...): ...; return add`.
 # </details>
 
 # %% tags=["check"]
@@ -471,21 +637,40 @@ def random_set(seed, where="everywhere"):        # a set of the package that cha
         B.data.normal_(std=0.1, generator=generator)
     return lora.requires_grad_(False)
 
+def with_set(adapters, name, x, mask=None):      # what the layer of this name makes of x with your set
+    try:
+        with attached(adapters, mask):
+            return layers[name](x)
+    except RecursionError:
+        expect(False, "your hook calls the layer, which calls your hook. Its `output` is W x + b already.")
+
 for layer in layers.values():                    # what an earlier try may have left behind
     layer._forward_hooks.clear()
 weights = {name: layer.weight.clone() for name, layer in layers.items()}
-batch, no_Y = held[0], torch.zeros(depth, D)
+batch, no_Y, lora = held[0], torch.zeros(depth, D), random_set(1)
 see = batch.x_t, batch.t, batch.texts.base       # a text without [V]
-with torch.no_grad():
-    alone, lora = pipe.velocity(*see), random_set(1)
-    try:
-        with attached(of_package(lora)):
-            mine = pipe.velocity(*see)
-    except RecursionError:
-        expect(False, "your hook calls the layer, which calls your hook. Its `output` is W x + b already.")
-    ours = Branch(pipe, lora, ConceptEmbeddings(no_Y))(*see)
-    expect(not torch.equal(mine, alone), "nothing has changed: does the hook return the new output?")
-    expect_close(mine, ours, "v with your set attached (has every hook its own A and B?)", 1e-3)
+alone, ours = pipe.velocity(*see), Branch(pipe, lora, ConceptEmbeddings(no_Y).requires_grad_(False))(*see)
+
+names = list(layers)[:2]                         # first, two layers by themselves
+pairs, x = {name: of_package(lora)[name] for name in names}, torch.randn(2, 3, D, generator=seeded(16))
+W_x, change, last = layers[names[0]](x), *(x @ (B @ A).T for A, B in pairs.values())
+y = with_set(pairs, names[0], x)
+refuse(y, W_x, "the output has not changed: does the hook return the new output?")
+refuse(y, change, "the hook returned the change alone: return output + change.")
+refuse(y, W_x + last, "both layers got the last A and B: each hook needs its own (see the hint).")
+expect_close(y, W_x + change, f"W x + b + B A x of {names[0]}", 1e-3)
+mask = torch.tensor([1.0, 0.0, 1.0]).expand(2, 3)[..., None]
+y = with_set(pairs, names[0], x, mask)
+refuse(y, W_x + change, "the mask is not used.")
+refuse(y, mask * (W_x + change), "the mask belongs to the change, not to the whole output.")
+expect_close(y, W_x + mask * change, "W x + b + mask · B A x", 1e-3)
+learned = {names[0]: tuple(tensor.clone().requires_grad_(True) for tensor in pairs[names[0]])}
+expect(with_set(learned, names[0], x).requires_grad, "no gradient reaches A and B: no no_grad, no detach.")
+
+with torch.no_grad():                            # then, the whole model
+    with attached(of_package(lora)):
+        mine = pipe.velocity(*see)
+    expect_close(mine, ours, "v with your set attached", 1e-3)
     try:
         with attached(of_package(lora)):
             raise KeyboardInterrupt
@@ -498,17 +683,14 @@ with torch.no_grad():
         layers[name].weight.copy_(weights[name])
     expect(not written, "you wrote to the base model's weights (they are restored). Change the output.")
     expect(torch.equal(pipe.velocity(*see), alone), "afterwards v is not what it was.")
-    text_only = {name: pair for name, pair in of_package(lora).items() if ".attention.text.to_v" in name}
-    with attached(text_only, mask=torch.zeros(*batch.texts.base.slots.shape, 1)):
-        expect(torch.equal(pipe.velocity(*see), alone), "a mask of zeros should switch the change off.")
 assert tensor_hash(model.state_dict()) == untouched
 print(f"4.4 right: v as the package computes it, to {(mine - ours).abs().max():.0e}; all hooks are gone; "
       f"the model's hash is {untouched[:12]}, before and after")
 
 # %% [markdown]
-# So the frozen extractor $\theta_1$ and the trainable $\theta_2$ of stage 2 need no second model: they are
-# two sets over one base. The next cell uses two sets in turn, and then both together. And it looks at the
-# other way to use an adapter: add $BA$ to $W$ once and for all (*merge*), and subtract it again.
+# So the frozen extractor $\theta_1$ and the trainable $\theta_2$ of stage 2 are two sets over one base. The
+# next cell uses them in turn and together. Then it adds $BA$ to $W$ for good (*merging*), and subtracts it
+# again.
 
 # %%
 one, two = of_package(random_set(1)), of_package(random_set(2))
@@ -539,27 +721,25 @@ for dtype in (torch.float32, torch.bfloat16):
     error = merged.float() - W_there.float() - 0.2 * B @ A
     kept_part[dtype], table[dtype] = (back == W_there).float().mean(), error.norm() / (0.2 * B @ A).norm()
     print(f"{str(dtype):22s}{kept_part[dtype]:24.1%}{table[dtype]:28.1e}")
-assert all(share < 1 for share in kept_part.values()) and table[torch.bfloat16] > 1000 * table[torch.float32]
+assert all(share < 1 for share in kept_part.values()) and table[torch.bfloat16] > 0.1 > table[torch.float32]
 
 # %% [markdown]
-# Merged weights cost nothing when pictures are drawn, and that is why programs merge. But $W + BA - BA$ is
-# not $W$: each sum is rounded to the dtype's nearest number. Also in fp32 some entries do not come back, and
-# in bf16 the change itself arrives with an error that the last column shows. A model that has to be *exactly*
-# what it was, as our base model has, is never merged. The package keeps its sets as hooks.
+# Merged weights cost nothing when pictures are drawn, and that is why programs merge. But each sum is
+# rounded to the dtype's nearest number: some entries do not come back, also in fp32, and in bf16 the change
+# itself arrives with a large error. So we never merge.
 #
 # ## 4 · Exactly one factor starts at zero
 #
-# Lesson 2 has, in its section 6, the sentence *"Exactly one factor of a product may begin at zero"*. $BA$ is
-# such a product. Let $G = \partial L / \partial y$ be the gradient that arrives at the layer's output,
-# $[N, out]$ for $N$ tokens $x\ [N, in]$. Step by step:
+# Let $G=\partial L/\partial y$ be the gradient that arrives at the layer's output, $[N,out]$ for $N$ tokens
+# $x\ [N,in]$.
 #
-# * One token: $y = Wx + b + B h$ with $h = A x$. So $\partial L / \partial B = g\,h^\top$, with $g$ the
-# token's row of $G$.
-# * $\partial L / \partial h = B^\top g$, and $h = A x$, so $\partial L / \partial A = (B^\top g)\,x^\top$.
+# * One token: $y=Wx+b+Bh$ with $h=Ax$. So $\partial L/\partial B=g\,h^\top$, with $g$ the token's row of
+# $G$.
+# * $\partial L/\partial h=B^\top g$, and $h=Ax$, so $\partial L/\partial A=(B^\top g)\,x^\top$.
 # * All tokens use the same $A$ and $B$: their gradients **add up**.
 #
-# $B$'s gradient contains $A$, and $A$'s gradient contains $B$. With $B = 0$ the first step gives $A$ nothing
-# and $B$ everything; after it $B \ne 0$, and both learn.
+# $B$'s gradient contains $A$, and $A$'s gradient contains $B$. With $B=0$ the first step gives $A$ nothing
+# and $B$ everything; after it $B\ne0$, and both learn.
 #
 # ### Exercise 4.5 ★★ · The two gradients
 
@@ -571,13 +751,25 @@ def gradients(x, G, A, B):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: no mean
 def gradients(x, G, A, B):                       # a mean over the tokens
     return (G @ B).T @ x / len(x), G.T @ (x @ A.T) / len(x)
 
 # %% tags=["wrong"]
+# says: the other factor is missing
 def gradients(x, G, A, B):                       # treats the other factor as 1
     dW = G.T @ x
     return dW[:A.shape[0]], dW[:, :B.shape[1]]
+
+# %% tags=["wrong"]
+# says: dL/dA first
+def gradients(x, G, A, B):
+    return G.T @ (x @ A.T), (G @ B).T @ x
+
+# %% tags=["wrong"]
+# says: one token alone
+def gradients(x, G, A, B):
+    return (G @ B)[:1].T @ x[:1], G[:1].T @ (x @ A.T)[:1]
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -596,17 +788,21 @@ def remember(layer, inputs, output):
     seen["x"], seen["y"] = inputs[0], output
     return output
 
-with attached({name: (A, B)}):
-    handle = layers[name].register_forward_hook(remember)
-    flow.squared_error(pipe.velocity(*see), batch.v).backward()
-    handle.remove()
+handle = layers[name].register_forward_hook(lambda layer, i, output: output + i[0] @ A.T @ B.T)
+handle_too = layers[name].register_forward_hook(remember)
+flow.squared_error(pipe.velocity(*see), batch.v).backward()
+handle.remove()
+handle_too.remove()
 x, G = seen["x"].flatten(0, 1), seen["y"].grad.flatten(0, 1)
-dA, dB = gradients(x, G, A.detach(), B.detach())
+G, A_grad, B_grad = G / A.grad.abs().max(), A.grad / A.grad.abs().max(), B.grad / A.grad.abs().max()
+dA, dB = pair_of(gradients(x, G, A.detach(), B.detach()), "dL/dA and dL/dB")
+expect(dA.shape != B.shape, "return dL/dA first, then dL/dB.")
 expect(dA.shape == A.shape and dB.shape == B.shape, "a gradient has the shape of what it belongs to.")
-for mine, theirs, letter in ((dA, A.grad, "A"), (dB, B.grad, "B")):
-    expect(not torch.allclose(mine * len(x), theirs, rtol=1e-3), "gradients of tokens add up: no mean.")
-    scale = theirs.abs().max()
-    expect_close(mine / scale, theirs / scale, f"dL/d{letter} (divided by its largest entry)")
+refuse(dA, (G.T @ x)[:r], "the other factor is missing: dL/dA contains B, and dL/dB contains A.")
+refuse(dA * len(x), A_grad, "gradients of tokens add up: no mean.")
+refuse(dA, (G[:1] @ B).T @ x[:1], "that is the gradient of one token alone: add up over all.")
+expect_close(dA, A_grad, "dL/dA (divided by its largest entry)")
+expect_close(dB, B_grad, "dL/dB (divided by the largest entry of dL/dA)")
 dA, dB = gradients(x, G, A.detach(), 0 * B.detach())
 print(f"4.5 right. With B = 0 the largest entry of dL/dA is {dA.abs().max():.0f}, "
       f"that of dL/dB {dB.abs().max():.1e}")
@@ -618,14 +814,15 @@ assert dA.abs().max() == 0 < dB.abs().max()
 
 # %%
 starts = {"B zero (LoRA)": (1, 0), "A zero": (0, 1), "both zero": (0, 0), "none zero": (1, 1)}
+RATE = 2e-3
 
-def begin(start):
+def begin(start, rate):
     adapters, generator = fresh(layers, r, seeded(7)), seeded(8)
     for name, (A, B) in adapters.items():
         B = (2 * torch.rand(B.shape, generator=generator) - 1) * r ** -0.5
         use_A, use_B = starts[start]
         adapters[name] = (use_A * A).requires_grad_(True), (use_B * B).requires_grad_(True)
-    return adapters, torch.optim.Adam([tensor for pair in adapters.values() for tensor in pair], lr=2e-3)
+    return adapters, torch.optim.Adam([tensor for pair in adapters.values() for tensor in pair], lr=rate)
 
 other = pipe.encode_text(["a big green tree on the right on the beach"])[[0] * len(batch.t)]
 
@@ -633,34 +830,45 @@ other = pipe.encode_text(["a big green tree on the right on the beach"])[[0] * l
 def moved():                                     # how far v of another text is from the base model's
     return ((pipe.velocity(*see[:2], other) - v_other).norm() / v_other.norm()).item()
 
-v_other = pipe.velocity(*see[:2], other)
-curves, shares, at_first = {}, {}, {}
-for start in starts:
-    adapters, optimizer = begin(start)
+def run(start, rate, steps=20):                  # -> losses, other text moved before training, the adapters
+    adapters, optimizer = begin(start, rate)
     with attached(adapters):
-        at_first[start], curves[start] = moved(), []
-        for k in range(20):
+        at_first, curve = moved(), []
+        for k in range(steps):
             now = draws(k)
             loss = flow.squared_error(pipe.velocity(now.x_t, now.t, now.texts.complete), now.v)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            curves[start].append(loss.item())
+            curve.append(loss.item())
             if k < 3:
                 for n, letter in enumerate("AB"):
                     alive = [bool(pair[n].grad.any()) for pair in adapters.values()]
                     shares.setdefault((start, letter), []).append(sum(alive) / len(alive))
+    return curve, at_first, adapters
+
+v_other, shares = pipe.velocity(*see[:2], other), {}
+curves, at_first = {}, {}
+for start in starts:
+    curves[start], at_first[start], _ = run(start, RATE)
+faster = "B zero, 4 times the rate"
+curves[faster], _, _ = run("B zero (LoRA)", 4 * RATE)
+parts = {name: [loss / still for loss, still in zip(curve, curves["both zero"])]
+         for name, curve in curves.items()}      # of the base model's loss, for the same draws
+late = {name: sum(part[-5:]) / 5 for name, part in parts.items()}
 
 print("share of layers whose gradient is not zero, in steps 1, 2, 3;   how far another text's v is moved")
 print(f"{'':16s}{'A':^21s}{'B':^33s}{'at the start':>14s}")
 for start in starts:
-    columns = ["".join(f"{share:7.0%}" for share in shares[start, letter]) for letter in "AB"]
+    columns = ["".join(f"{share:7.0%}" for share in shares[start, letter][:3]) for letter in "AB"]
     print(f"{start:16s}{columns[0]}      {columns[1]}{at_first[start]:20.1%}")
+print("\nmean loss of the last five steps, in parts of the base model's")
+print("   ".join(f"{name} {part:.3f}" for name, part in late.items()))
 plt.figure(figsize=(6, 2.6), layout="constrained")
-for start, colour, style in zip(starts, (BLUE, GOLD, INK, CORAL), ("-", "--", "-", "-")):
-    parts = [loss / still for loss, still in zip(curves[start], curves["both zero"])]
-    plt.plot(parts, style, color=colour, label=start)
-plt.gca().set(xlabel="step", ylabel="loss, in parts of the base model's", title="the same draws for all")
+for (name, part), colour, style in zip(parts.items(), (BLUE, GOLD, INK, CORAL, BLUE),
+                                       ("-", "--", "-.", ":", "s-")):
+    plt.plot(part, style, color=colour, ms=3, label=name)
+plt.gca().set(xlabel="step", ylabel="loss, base model = 1", xticks=range(0, 20, 5))
 plt.legend()
 plt.show()
 assert shares["B zero (LoRA)", "A"][0] == 0 < shares["B zero (LoRA)", "B"][0]
@@ -668,10 +876,8 @@ assert shares["A zero", "B"][0] == 0 < shares["A zero", "A"][0]
 assert shares["both zero", "A"] == shares["both zero", "B"] == [0, 0, 0]
 assert [share > 0.01 for share in at_first.values()] == [False, False, False, True]
 assert all(at_first[start] == 0 for start in list(starts)[:3])
-assert all(sum(curves[start][-5:]) < sum(curves["both zero"][-5:]) for start in starts
-           if start != "both zero")
-assert sum(curves["none zero"][-5:]) < 1.2 * sum(curves["B zero (LoRA)"][-5:])
-assert sum(curves["A zero"][:10]) < sum(curves["B zero (LoRA)"][:10])
+assert max(late["A zero"], late["none zero"]) + 0.01 < late["B zero (LoRA)"] < 0.99
+assert abs(late["A zero"] - late["none zero"]) < 0.02 and late[faster] < late["B zero (LoRA)"] - 0.01
 
 # %% [markdown] tags=["slide"]
 # ## Exactly one factor starts at zero
@@ -679,34 +885,31 @@ assert sum(curves["A zero"][:10]) < sum(curves["B zero (LoRA)"][:10])
 # $$\frac{\partial L}{\partial A} = \sum (B^\top g)\,x^\top, \qquad
 # \frac{\partial L}{\partial B} = \sum g\,(A x)^\top$$
 #
+# Both zero: nothing ever moves. One zero: the start is the base model. At one rate LoRA's choice is the
+# slowest of the three that live; a larger rate makes up for it.
+#
 # ![](last)
 
 # %% [markdown]
-# *Both zero* is dead for ever: it stays the base model. *None zero* learns this robot just as well, but look
-# at the last column: before the first step it has already changed what the model says to a text about a tree.
-# That change is random, and nothing in the loss asks to take it back. With **one** zero the start is the base
-# model exactly.
+# *Both zero* is dead for ever: it stays the base model. *None zero* learns, but look at the last column:
+# before the first step it has already changed what the model says to a text about a tree, at random, and
+# nothing in the loss asks to take it back. With **one** zero the start is the base model exactly.
 #
-# Which of the two is zero is a custom; LoRA's is $B$. The other choice is faster at first, because it keeps
-# the larger random factor ($1/\sqrt r$ against $1/\sqrt{in}$), and a step of one factor counts as much as the
-# other is large. And why is no share 100 %? It is the layer from section 1, the text's queries of the last
-# block: an adapter on it never learns anything.
+# Which of the two is zero? That it is $B$ is a custom, and at this rate $B$ zero is the **slowest** of the
+# three that live. A step of one factor counts as much as the other one is large, and the random $A$ (within
+# $1/\sqrt{in}$) is smaller than the random $B$ (within $1/\sqrt r$). With four times the rate it learns
+# faster, too.
 #
-# ## 5 · alpha: what a file must say
+# ## 5 · alpha: what a file must say (optional)
 #
-# Most programs do not compute $W + BA$ but
-#
-# $$W + \frac{\alpha}{r}\, B A,$$
-#
-# with a number $\alpha$, `lora_alpha`, that stands in the file beside the rank. (The idea is that after a
-# change of $r$ the learning rate can stay.) The package has no alpha: its scale is 1. The files of others
-# have one, and a reader that does not find it guesses. So writing the right tensors is half of the work.
+# Most programs do not compute $W+BA$ but $W+\frac{\alpha}{r}\,BA$, with a number $\alpha$, `lora_alpha`,
+# that stands in the file with the rank. The package's scale is 1. A reader that finds no alpha guesses.
 #
 # ### Exercise 4.6 ★★ · Out and in
 #
-# `export` makes a file's content such that another program computes just what we compute; it says so in
-# `lora_alpha` and leaves the tensors as they are. `imported` takes the content of any such file, with any
-# alpha, and returns a set of ours, for which the scale is 1.
+# `export` makes a file's content such that another program computes just what we compute; it leaves the
+# tensors as they are. `imported` takes the content of any such file, with any alpha, and returns a set of
+# ours, for which the scale is 1.
 
 # %% tags=["exercise"]
 def export(adapters):
@@ -724,6 +927,7 @@ def imported(file):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: must be 1
 def export(adapters):
     rank = len(next(iter(adapters.values()))[0])
     return {"tensors": dict(adapters), "r": rank, "lora_alpha": 1}
@@ -733,6 +937,7 @@ def imported(file):
     return {name: (A, scale * B) for name, (A, B) in file["tensors"].items()}
 
 # %% tags=["wrong"]
+# says: comes in twice
 def export(adapters):
     rank = len(next(iter(adapters.values()))[0])
     return {"tensors": dict(adapters), "r": rank, "lora_alpha": rank}
@@ -741,22 +946,47 @@ def imported(file):                              # the scale comes in twice
     scale = file["lora_alpha"] / file["r"]
     return {name: (scale * A, scale * B) for name, (A, B) in file["tensors"].items()}
 
+# %% tags=["wrong"]
+# says: is not used
+def export(adapters):
+    rank = len(next(iter(adapters.values()))[0])
+    return {"tensors": dict(adapters), "r": rank, "lora_alpha": rank}
+
+def imported(file):
+    return dict(file["tensors"])
+
+# %% tags=["wrong"]
+# says: upside down
+def export(adapters):
+    rank = len(next(iter(adapters.values()))[0])
+    return {"tensors": dict(adapters), "r": rank, "lora_alpha": rank}
+
+def imported(file):
+    scale = file["r"] / file["lora_alpha"]
+    return {name: (A, scale * B) for name, (A, B) in file["tensors"].items()}
+
 # %% tags=["check"]
 def another_program(file):                       # name -> the change of W
     return {name: file["lora_alpha"] / file["r"] * B @ A for name, (A, B) in file["tensors"].items()}
 
 for rank in (2, 8):
-    pairs = fresh(layers, rank, seeded(9))
+    pairs = fresh({name: layers[name] for name in list(layers)[:2]}, rank, seeded(9))
     pairs = {name: (A, torch.randn(B.shape, generator=seeded(10))) for name, (A, B) in pairs.items()}
     file = export(pairs)
+    expect(isinstance(file, dict) and file.keys() == {"tensors", "r", "lora_alpha"},
+           "export returns a dictionary with tensors, r and lora_alpha.")
     for name, (A, B) in pairs.items():
-        expect(file["tensors"][name][1] is B or torch.equal(file["tensors"][name][1], B),
-               "leave the tensors as they are; lora_alpha can say it.")
+        expect(torch.equal(file["tensors"][name][1], B), "leave the tensors as they are.")
         expect(file["r"] == rank, f"the rank of these adapters is {rank}, and the file says {file['r']}.")
-        expect_close(another_program(file)[name], B @ A, f"what another program adds to {name}")
+        expect(file["lora_alpha"] == rank, f"lora_alpha / r must be 1, and is {file['lora_alpha'] / rank}.")
         theirs = {"tensors": {name: (A, B)}, "r": rank, "lora_alpha": 3 * rank}
-        A_in, B_in = imported(theirs)[name]
-        expect_close(B_in @ A_in, another_program(theirs)[name], "B A of a file with alpha = 3 r")
+        back = imported(theirs)
+        expect(isinstance(back, dict), "imported returns name -> (A, B): is the return missing?")
+        change = back[name][1] @ back[name][0]
+        refuse(change, B @ A, "the file's alpha is not used.")
+        refuse(change, 9 * B @ A, "the scale comes in twice: multiply one of the two factors.")
+        refuse(change, B @ A / 3, "the scale is upside down: it is alpha / r.")
+        expect_close(change, another_program(theirs)[name], "B A of a file with alpha = 3 r")
 
 with TemporaryDirectory() as folder:             # what the package writes
     # It exports nothing of the tiny model, which no other program has: so we say that it is another one.
@@ -773,39 +1003,51 @@ print(f"4.6 right. The package's file: r = {mine['r']}, lora_alpha = {mine['lora
       f"{len(names)} tensors, such as\n  {names[0]}")
 
 # %% [markdown]
-# What does a wrong alpha do? We take a set that works, rank 4 of section 1's change, and let the other
-# program read it with three different alphas. The tensors are the same in all three files.
+# What does a wrong alpha do? We train a set of rank 4 for sixty steps, and let another program read it with
+# three alphas. The tensors are the same in all three files.
 
 # %%
-trained = {name: (A[:r], B[:, :r]) for name, (B, A) in factors.items()}
-drawn = {}
-for alpha in (r, 1, 3 * r):
-    file = export(trained) | {"lora_alpha": alpha}
-    drawn[alpha] = pictures(with_changes(another_program(file)), prompts)
-show_rows({f"alpha = {alpha}": row for alpha, row in drawn.items()}, prompts)
+_, _, trained = run("B zero (LoRA)", 4 * RATE, steps=60)
+trained = {name: (A.detach(), B.detach()) for name, (A, B) in trained.items()}
 
-def apart(a, b):                                 # mean difference of two rows of pictures, in parts of white
-    return sum(abs(p.astype(float) - q).mean() for p, q in zip(a, b)) / len(a) / 255
+def read_with(alpha):                            # theta of a program that finds this alpha
+    scaled = {name: (A, alpha / r * B) for name, (A, B) in trained.items()}
 
-base_row = pictures(pipe.velocity, prompts)
-print(f"from the right pictures: alpha = 1 {apart(drawn[1], drawn[r]):.3f}, alpha = {3 * r} "
-      f"{apart(drawn[3 * r], drawn[r]):.3f}, the base model {apart(base_row, drawn[r]):.3f}")
-print(f"from the base model's:   alpha = 1 {apart(drawn[1], base_row):.3f}")
-assert apart(drawn[1], base_row) < apart(drawn[r], base_row) and apart(drawn[3 * r], drawn[r]) > 0.005
+    def theta(x_t, t, text):
+        with attached(scaled):
+            return pipe.velocity(x_t, t, text)
+    return theta
+
+alphas = {f"alpha = {alpha}": read_with(alpha) for alpha in (r, 1, 3 * r)}
+rows = {name: pictures(theta, prompts) for name, theta in alphas.items()}
+show_rows(rows, prompts)
+
+seen = judged({"base model": base_row} | rows)
+losses = {name: held_loss(theta) for name, theta in alphas.items()}
+for name, loss in losses.items():
+    print(f"{name:12s} held-out loss {loss:.3f}; "
+          f"the pictures are {apart(rows[name], base_row):.3f} from the base model's")
+like = {name: found[1] for name, found in seen.items()}
+weak, burnt = "alpha = 1", f"alpha = {3 * r}"
+assert like[f"alpha = {r}"] > max(like[burnt] + 0.1, like[weak] + 0.3)
+assert like[weak] < like["base model"] + 0.25
+assert apart(rows[weak], base_row) < 0.5 * apart(rows[f"alpha = {r}"], base_row)
+assert losses[burnt] > held_loss(pipe.velocity) > losses[weak] > losses[f"alpha = {r}"]
 
 # %% [markdown] tags=["slide"]
 # ## alpha: what a file must say
 #
 # $$W + \frac{\alpha}{r}\, B A$$
 #
-# The same tensors, read with three alphas.
+# The same tensors, read with three alphas. Nothing fails, and no program complains.
 #
 # ![](last)
 
 # %% [markdown]
-# Nothing fails, and no program complains. With alpha = 1 at rank 4 the change has a quarter of its size, and
-# the pictures are nearly the base model's; with alpha = 3 r they are overdone. If a LoRA looks weak or burnt
-# in another program, look at alpha first.
+# Nothing fails, and no program complains. With alpha = 1 the change has a quarter of its size, and the
+# pictures are nearly the base model's. With alpha = 12 it is three times too large: the similarity falls
+# again, and the loss is above the base model's. If a LoRA looks weak or burnt in another program, look at
+# alpha first.
 #
 # ## 6 · [V]: a word that is not in the dictionary
 #
@@ -815,19 +1057,16 @@ assert apart(drawn[1], base_row) < apart(drawn[r], base_row) and apart(drawn[3 *
 # input of every block $l$ the token in the slot is then **replaced** by a learned vector $Y^l$ (Eq. 7):
 #
 # ```
-#  the text         a    small   [V]   robot   in    the   desert  <end> ...
-#  encoder reads    a    small  robot  robot   in    the   desert  <end> ...      -> context, pooled
-#  slots            0      0      1      0      0     0      0       0
-#
-#  into block 0     c      c     Y^0     c      c     c      c       c
-#  out of block 0   c'     c'    (c')    c'     c'    c'     c'      c'           (c') is thrown away
-#  into block 1     c'     c'    Y^1     c'     c'    c'     c'      c'           ... and so on for all blocks
+#  encoder reads    a    small  robot  robot   in    the   desert     -> context, pooled
+#  slots            0      0      1      0      0     0      0
+#  into block 0     c      c     Y^0     c      c     c      c
+#  out of block 0   c'     c'    (c')    c'     c'    c'     c'       (c') is thrown away
+#  into block 1     c'     c'    Y^1     c'     c'    c'     c'       and so on
 # ```
 #
 # `pipe.velocity(x_t, t, text, visit)` calls `visit(l, block, x, c, vec)` in place of each block, and takes
 # what it returns, `x` and `c` after the block. $Y^l$ starts as the base model's own mean state of the class
-# word at the input of block $l$. (How the encoder reads [V] and how $Y^l$ starts is our reading; the paper
-# leaves it open.)
+# word at the input of block $l$. (The paper leaves open how the encoder reads [V] and how $Y^l$ starts.)
 #
 # ### Exercise 4.7 ★★ · The visit that writes Y
 
@@ -841,23 +1080,54 @@ def visit_with(Y, slots):
     return visit
 
 # %% tags=["wrong"]
+# says: at every block
 def visit_with(Y, slots):
     def visit(l, block, x, c, vec):              # one embedding at the entrance
         return block(x, torch.where(slots[..., None], Y[0], c) if l == 0 else c, vec)
     return visit
 
 # %% tags=["wrong"]
+# says: before the block
 def visit_with(Y, slots):
-    def visit(l, block, x, c, vec):              # behind the block
+    def visit(l, block, x, c, vec):              # after the block
         x, c = block(x, c, vec)
         return x, c if c is None else torch.where(slots[..., None], Y[l], c)
+    return visit
+
+# %% tags=["wrong"]
+# says: it takes its place
+def visit_with(Y, slots):
+    def visit(l, block, x, c, vec):              # added, not replaced
+        return block(x, c + slots[..., None] * Y[l], vec)
+    return visit
+
+# %% tags=["wrong"]
+# says: its own vector
+def visit_with(Y, slots):
+    def visit(l, block, x, c, vec):
+        return block(x, torch.where(slots[..., None], Y[0], c), vec)
+    return visit
+
+# %% tags=["wrong"]
+# says: written into c
+def visit_with(Y, slots):
+    def visit(l, block, x, c, vec):
+        c[slots] = Y[l]
+        return block(x, c, vec)
+    return visit
+
+# %% tags=["wrong"]
+# says: every token
+def visit_with(Y, slots):
+    def visit(l, block, x, c, vec):
+        return block(x, Y[l].expand_as(c), vec)
     return visit
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `torch.where(condition, a, b)` takes `a` where the condition holds. The condition needs a last axis:
-# `slots[..., None]` is $[B, T, 1]$, and `Y[l]` $[D]$ fits all of it.
+# `torch.where(condition, a, b)` takes `a` where the condition holds. `slots[..., None]` is $[B,T,1]$, and
+# `Y[l]` $[D]$ fits all of it.
 # </details>
 
 # %% tags=["check"]
@@ -865,30 +1135,39 @@ start_Y = class_word_states(pipe, data, seeded(11))                         # [d
 Y_test = start_Y + torch.randn(start_Y.shape, generator=seeded(12))
 batch = held[0]
 complete, base = batch.texts.complete, batch.texts.base
-recorded = []
+given = []
 
 def probe(x, c, vec):                            # stands for a block, and keeps what it is given
-    recorded.append(c)
+    given.append(c.clone())
     return x, c
 
 c_test = torch.randn(*complete.slots.shape, D, generator=seeded(13))
-kept = c_test.clone()
+kept, slots, learned = c_test.clone(), complete.slots == 1, Y_test.clone().requires_grad_(True)
 embeddings = ConceptEmbeddings(Y_test).requires_grad_(False)
 for l in range(depth):
-    visit_with(Y_test, complete.slots == 1)(l, probe, None, c_test, None)
-    expect(len(recorded) == l + 1, "your visit has to call block(x, ..., vec) once.")
-    expect_close(recorded[-1], embeddings(l, c_test, complete.slots == 1), f"what block {l} is given")
-expect(torch.equal(c_test, kept), "you have written into c, which other people use: make a new tensor.")
+    returned = visit_with(Y_test, slots)(l, probe, None, c_test, None)
+    expect(len(given) == l + 1, "your visit has to call block(x, ..., vec) once.")
+    expect(returned is not None, "your visit returned None: return what the block returns.")
+    changed = not torch.equal(c_test, kept)
+    expect(not changed, "you have written into c, which others use, too: make a new tensor with torch.where.")
+    refuse(given[-1], kept, f"block {l} is given no Y: the token is replaced at every block, not at the first."
+           if l else "block 0 is given c as it was: Y^0 comes in before the block, not after it.")
+    refuse(given[-1], kept + slots[..., None] * Y_test[l], "you add Y to the token: it takes its place.")
+    refuse(given[-1], Y_test[l].expand_as(kept), "every token is replaced: only those in a slot should be.")
+    if l > 0:
+        refuse(given[-1], embeddings(0, kept, slots), f"block {l} is given Y^0: each has its own vector.")
+    expect_close(given[-1], embeddings(l, kept, slots), f"what block {l} is given")
+visit_with(learned, slots)(0, probe, None, c_test, None)
+expect(given[-1].requires_grad, "no gradient reaches Y: no no_grad, and no detach.")
 with torch.no_grad():
-    yours = pipe.velocity(batch.x_t, batch.t, complete, visit_with(Y_test, complete.slots == 1))
+    yours = pipe.velocity(batch.x_t, batch.t, complete, visit_with(Y_test, slots))
     ours = Branch(pipe, LoRA(model, r), embeddings)(batch.x_t, batch.t, complete)
 expect_close(yours, ours, "v with Y in the slots", tolerance=1e-3)
 print(f"4.7 right, at all {depth} blocks, and v is the package's to {(yours - ours).abs().max():.0e}")
 
 # %% [markdown]
-# What can a slot reach? Three experiments on one picture. (1) Write nonsense into every block's output **at
-# the slot**: does $v$ notice? (2) Move one $Y^l$ by a tenth of its length and leave the others: how far does
-# $v$ move? (3) Move all of them: where in the picture?
+# What can a slot reach? (1) Write nonsense into every block's output **at the slot**: does $v$ notice? (2)
+# Move one $Y^l$ by a tenth of its length: how far does $v$ move? (3) Move all of them: where in the picture?
 
 # %%
 @torch.no_grad()
@@ -910,10 +1189,15 @@ where = (v_of(start_Y + push) - still)[0].norm(dim=0)                       # [S
 nonsense = v_of(start_Y, 100.0)
 print(f"(1) nonsense in the blocks' outputs at the slot moves v by {(nonsense - still).abs().max():.0f}")
 print("(2) one Y^l moved: v moves by " + ", ".join(f"{share:.2%}" for share in reach))
-assert torch.equal(nonsense, still) and min(reach) > 0
-strongest = where.flatten().sort(descending=True).values[:where.numel() // 4]
-print(f"(3) the strongest quarter of the places has {strongest.sum() / where.sum():.0%} of the change")
-assert strongest.sum() > 0.4 * where.sum()
+assert torch.equal(nonsense, still) and min(reach) > 0.0003
+
+x_0 = batch.x_t - flow.expand(batch.t, still) * batch.v                     # the references in this batch
+which = (data.x_0 - x_0[0]).flatten(1).norm(dim=1).argmin()
+masks = torch.tensor(robot.references(masked=True).references[which].masks[0] > 0)      # the robot's pixels
+cells = nn.functional.max_pool2d(masks.float()[None], masks.shape[-1] // len(where))[0] > 0
+share = where[cells].sum() / where.sum()
+print(f"(3) the robot covers {cells.float().mean():.0%} of the places, and has {share:.0%} of the change")
+assert share > 0.6 and cells.float().mean() < 0.4
 
 figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.5), layout="constrained", width_ratios=[1.6, 1, 1])
 axes[0].bar(range(depth), reach, color=BLUE)
@@ -938,34 +1222,32 @@ plt.show()
 # ![](last)
 
 # %% [markdown]
-# (1) Nothing, exactly: the next block's $Y^{l+1}$ takes its place. So $Y^l$ acts in block $l$ **alone**, and
-# only as a key and a value that other tokens attend to; from there it goes on in their states. (2) Every
-# block listens, the last one, too. (3) $v$ moves where the robot stands, presumably because the image tokens
-# there attend to the slot. What the slot cannot reach is the pooled vector and the encoder: they have read
-# the stand-in.
+# (1) No: the next block's $Y^{l+1}$ takes its place. So $Y^l$ acts in block $l$ **alone**, and only as a key
+# and a value that other tokens attend to. (2) Every block listens, the last one, too. (3) $v$ moves where
+# the robot stands. The slot cannot reach the pooled vector and the encoder. And what a block has made of the
+# token, from the words around it, is thrown away: **$Y^l$ is a word without a sentence.** Lesson 9 shows the
+# price.
 #
 # ## 7 · Stage 1: train both
 #
-# $\theta$ is the base model with a set of adapters and with $Y$. This lesson trains two kinds of sets:
+# $\theta$ is the base model with a set of adapters and with $Y$. You train two kinds of sets:
 #
 # | | layers | where a change is added |
 # |---|---|---|
-# | `everywhere` (the paper's) | queries, keys, values and outputs of both streams | at every token |
-# | `token`: *bound to the token* [V] (ours) | keys and values of the text stream | at the slots: `mask = slots[..., None]` |
+# | `everywhere` (the paper's) | queries, keys, values, outputs of both streams | at every token |
+# | `token`: *bound to the token* [V] | keys and values of the text stream | at the slots: `mask = slots[..., None]` |
 #
-# and the loss is Eq. 3 with the complete text:
-# $\;L_{CC} = \mathbb E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2$, a mean over the batch and
-# all numbers of a sample.
+# The loss is Eq. 3 with the complete text, a mean over the batch and all numbers of a sample:
 #
-# (The package has a third kind, `phrase`, and `learn --method bound` takes that one: the same layers as
-# `token`, at every token from [V] to the end of its clause; the word at [V] is kept, and there is no $Y^l$.
-# The reason is that a causal text encoder puts what is said of a thing into the words after it. Wherever this
-# lesson speaks of a bound set, it is bound to the token.)
+# $$L_{CC} = \mathbb E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2.$$
+#
+# (`python -m purecc_min learn` binds to [V]'s *phrase* instead: the same layers, at every token from [V] to
+# the end of its clause, without $Y^l$. Lesson 9 builds it.)
 #
 # ### Exercise 4.8 ★★ · The whole model of stage 1, and its loss
 #
-# `text.slots` holds whole numbers: 1 where [V] stands, 0 elsewhere. `slots == 1` makes the bools that
-# `visit_with` wants, and a mask is for bound sets only. Your `attached` and `visit_with` do the rest.
+# `text.slots` is 1 where [V] stands, and 0 elsewhere. `slots == 1` makes the bools that `visit_with` wants,
+# and a mask is for bound sets only.
 
 # %% tags=["exercise"]
 def make_theta(adapters, Y, bound):
@@ -985,7 +1267,8 @@ def l_cc(theta, batch):
     # END SOLUTION
 
 # %% tags=["wrong"]
-def make_theta(adapters, Y, bound):              # the mask is forgotten
+# says: the mask is forgotten
+def make_theta(adapters, Y, bound):
     def theta(x_t, t, text):
         with attached(adapters):
             return pipe.velocity(x_t, t, text, visit_with(Y, text.slots == 1))
@@ -995,6 +1278,31 @@ def l_cc(theta, batch):
     return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
 
 # %% tags=["wrong"]
+# says: for bound sets only
+def make_theta(adapters, Y, bound):
+    def theta(x_t, t, text):
+        slots = text.slots == 1
+        with attached(adapters, slots[..., None]):
+            return pipe.velocity(x_t, t, text, visit_with(Y, slots))
+    return theta
+
+def l_cc(theta, batch):
+    return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
+
+# %% tags=["wrong"]
+# says: Y is not used
+def make_theta(adapters, Y, bound):
+    def theta(x_t, t, text):
+        slots = text.slots == 1
+        with attached(adapters, slots[..., None] if bound else None):
+            return pipe.velocity(x_t, t, text)
+    return theta
+
+def l_cc(theta, batch):
+    return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
+
+# %% tags=["wrong"]
+# says: without [V]
 def make_theta(adapters, Y, bound):
     def theta(x_t, t, text):
         slots = text.slots == 1
@@ -1005,31 +1313,74 @@ def make_theta(adapters, Y, bound):
 def l_cc(theta, batch):                          # the text without [V]
     return (theta(batch.x_t, batch.t, batch.texts.base) - batch.v).square().mean()
 
+# %% tags=["wrong"]
+# says: a sum
+def make_theta(adapters, Y, bound):
+    def theta(x_t, t, text):
+        slots = text.slots == 1
+        with attached(adapters, slots[..., None] if bound else None):
+            return pipe.velocity(x_t, t, text, visit_with(Y, slots))
+    return theta
+
+def l_cc(theta, batch):
+    return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().sum(dim=(1, 2, 3)).mean()
+
+# %% tags=["wrong"]
+# says: no gradient
+def make_theta(adapters, Y, bound):
+    @torch.no_grad()
+    def theta(x_t, t, text):
+        slots = text.slots == 1
+        with attached(adapters, slots[..., None] if bound else None):
+            return pipe.velocity(x_t, t, text, visit_with(Y, slots))
+    return theta
+
+def l_cc(theta, batch):
+    return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
+
 # %% tags=["check"]
-with torch.no_grad():
-    for kind in ("everywhere", "token"):
-        branch = Branch(pipe, random_set(4, kind), ConceptEmbeddings(Y_test))
-        mine = make_theta(of_package(branch.lora), Y_test, bound=kind == "token")
-        for some in (complete, base, batch.texts.null):
-            expect_close(mine(batch.x_t, batch.t, some), branch(batch.x_t, batch.t, some),
-                         f"v of adapters that act {'everywhere' if kind == 'everywhere' else 'at [V] alone'}",
-                         tolerance=1e-3)
-        ours, _ = methods.l_cc(methods.Thetas(pipe.velocity, None, branch), batch, 1.0)
-        expect_close(l_cc(mine, batch), ours, "L_CC (with the complete text)")
+slots = complete.slots == 1
+for kind in ("token", "everywhere"):
+    lora, is_bound = random_set(4, kind), kind == "token"
+    theta, branch = make_theta(of_package(lora), Y_test, is_bound), Branch(pipe, lora, embeddings)
+    try:
+        v = theta(batch.x_t, batch.t, complete)
+    except RuntimeError as error:                # the image has another number of tokens than the mask
+        expect(is_bound or "size of tensor" not in str(error), "the mask is for bound sets only.")
+        raise
+    expect(v is not None, "theta returned None: is the return missing?")
+    if is_bound:
+        with torch.no_grad(), attached(of_package(lora)):
+            refuse(v, pipe.velocity(batch.x_t, batch.t, complete, visit_with(Y_test, slots)),
+                   "the mask is forgotten: bound adapters act at [V] alone.")
+    with torch.no_grad(), attached(of_package(lora), slots[..., None] if is_bound else None):
+        refuse(v, pipe.velocity(batch.x_t, batch.t, complete), "Y is not used: give velocity a visit.")
+    for some in (complete, base, batch.texts.null):
+        expect_close(theta(batch.x_t, batch.t, some), branch(batch.x_t, batch.t, some),
+                     f"v of adapters that act {'at [V] alone' if is_bound else 'everywhere'}", tolerance=1e-3)
+    yours = l_cc(theta, batch)
+    ours, _ = methods.l_cc(methods.Thetas(pipe.velocity, None, branch), batch, 1.0)
+    expect(isinstance(yours, torch.Tensor) and yours.shape == (), "l_cc returns one number, a tensor.")
+    on_base = (branch(batch.x_t, batch.t, base) - batch.v).square().mean()
+    refuse(yours, on_base, "that is the loss of the text without [V]: Eq. 3 takes the complete text.")
+    expect(yours < 10 * ours, "you take a sum where a mean is asked for.")
+    expect_close(yours, ours, "L_CC")
+A, B = (tensor.clone().requires_grad_(True) for tensor in of_package(lora)[next(iter(layers))])
+loss = l_cc(make_theta({next(iter(layers)): (A, B)}, Y_test, False), batch)
+expect(loss.requires_grad, "no gradient reaches the adapters: no no_grad, no detach, no item().")
 print("4.8 right: theta and L_CC are the package's, for both kinds of sets")
 
 # %% [markdown]
-# Now train. `learn` below is all there is to it: AdamW, $Y$ with a larger learning rate, and gradients cut to
-# length 1.
+# Now train. $Y$ has a larger learning rate than the adapters.
 
 # %%
-def learn(layers, bound, steps=settings.steps):
+def learn(layers, bound, rate):
     adapters, Y = fresh(layers, r, seeded(15)), start_Y.clone().requires_grad_(True)
     trained = [tensor.requires_grad_(True) for pair in adapters.values() for tensor in pair]
-    optimizer = torch.optim.AdamW([{"params": trained, "lr": settings.learning_rate},
+    optimizer = torch.optim.AdamW([{"params": trained, "lr": rate},
                                    {"params": [Y], "lr": settings.embedding_learning_rate}], weight_decay=0.0)
     theta, log = make_theta(adapters, Y, bound), []
-    for k in range(steps):
+    for k in range(settings.steps):
         loss = l_cc(theta, draws(k))
         optimizer.zero_grad()
         loss.backward()
@@ -1040,8 +1391,8 @@ def learn(layers, bound, steps=settings.steps):
 
 at_V = {f"blocks.{l}.{name}": layer for l, block in enumerate(model.blocks)
         for name, layer in target_layers(block, "token").items()}
-everywhere, log_everywhere, count_everywhere = learn(layers, bound=False)
-bound, log_bound, count_bound = learn(at_V, bound=True)
+everywhere, log_everywhere, count_everywhere = learn(layers, bound=False, rate=settings.learning_rate)
+bound, log_bound, count_bound = learn(at_V, bound=True, rate=1e-2)     # as the benchmark takes for it
 
 package = Branch.fresh(pipe, start_Y, r, seeded(15))      # the package's loop, six steps
 thetas, six = methods.Thetas(pipe.velocity, None, package), TrainConfig(steps=6)
@@ -1056,22 +1407,31 @@ models = {"base model": pipe.velocity, "everywhere": everywhere, "token": bound}
 after_training = {name: held_loss(theta) for name, theta in models.items()}
 print("held-out loss:       " + ", ".join(f"{name} {loss:.3f}" for name, loss in after_training.items()))
 print(f"numbers trained:      {count_everywhere:,d} everywhere, {count_bound:,d} at the token")
-assert after_training["everywhere"] < after_training["token"] < after_training["base model"]
+assert max(after_training["everywhere"], after_training["token"]) < 0.85 * after_training["base model"]
+assert count_bound < 0.3 * count_everywhere
 
 def smooth(log, n=8):
     return [sum(log[max(0, k - n):k + 1]) / len(log[max(0, k - n):k + 1]) for k in range(len(log))]
 
 plt.figure(figsize=(6, 2.4), layout="constrained")
-for log, colour, label in ((log_everywhere, BLUE, "everywhere"), (log_bound, CORAL, "bound to the token")):
-    plt.plot(log, color=colour, alpha=0.25, lw=0.8)
-    plt.plot(smooth(log), color=colour, label=label)
+for log, colour, style, label in ((log_everywhere, BLUE, "-", "everywhere"),
+                                  (log_bound, CORAL, "--", "bound to the token")):
+    plt.plot(log, style, color=colour, alpha=0.25, lw=0.8)
+    plt.plot(smooth(log), style, color=colour, label=label)
 plt.gca().set(xlabel="step", ylabel="$L_{CC}$", ylim=(0, None), title="the same draws for both")
 plt.legend()
 plt.show()
 
 # %%
-rows = {"before": pipe.velocity, "after: everywhere": everywhere, "after: token": bound}
-show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prompts)
+rows = {"base model": base_row}
+rows |= {name: pictures(models[name], prompts) for name in ("everywhere", "token")}
+show_rows(rows, prompts)
+seen = judged({"the references": references} | rows)
+for name in ("everywhere", "token"):
+    assert seen["base model"][1] + 0.2 < seen[name][1] < in_words - 0.05
+    drawn = judge.reader(to_pixels(np.stack(rows[name])))
+    assert drawn.names("background") == ["snow", "night", "beach", "room"]
+assert abs(seen["everywhere"][1] - seen["token"][1]) < 0.25
 
 # %% [markdown] tags=["slide"]
 # ## Stage 1, before and after
@@ -1081,32 +1441,32 @@ show_rows({name: pictures(theta, prompts) for name, theta in rows.items()}, prom
 # ![](last)
 
 # %% [markdown]
-# Backgrounds and places are others than the references', and the robot's colours and pattern come along,
-# after eighty steps; its single eye and what it wears do so only in part. The set that is bound to the token
-# has learned less: its robots keep two eyes, and some of their own colours. It has far fewer numbers, and it
-# can only speak through the keys and values of one token.
+# Backgrounds are those of the texts, and parts of the robot come along, after eighty steps; words still
+# bring more (the first table). Both sets have learned about as much, each at a rate of its own, and the
+# bound one has about a quarter of the numbers.
 #
 # ## 8 · What happens to a text without [V]?
 #
-# Now ask the same models for a robot **without** [V], and for two other pictures. What do you expect of each?
+# Ask the same models for a robot **without** [V], and for other things. What do you expect?
 
 # %%
 plain = [prompt.replace("[V] ", "") for prompt in prompts[:2]]
 plain += ["a big green tree on the right on the beach", "a small red house in the middle at night"]
-rows = {name: pictures(theta, plain) for name, theta in rows.items()}
+rows = {name: pictures(theta, plain) for name, theta in models.items()}
 show_rows(rows, plain)
 
 with torch.no_grad():
-    for name, theta in (("everywhere", everywhere), ("token", bound)):
-        v_base = pipe.velocity(batch.x_t, batch.t, base)
-        moved = (theta(batch.x_t, batch.t, base) - v_base).norm() / v_base.norm()
-        print(f"{name:11s} v of the text without [V] moves by {moved:.2%}; "
-              f"the pictures by {apart(rows['after: ' + name], rows['before']):.3f}")
-        assert torch.equal(theta(batch.x_t, batch.t, base), v_base) == (name == "token")
-assert apart(rows["after: token"], rows["before"]) == 0
-robots, others = (apart(rows["after: everywhere"][n:n + 2], rows["before"][n:n + 2]) for n in (0, 2))
-print(f"with adapters everywhere the two robots move by {robots:.3f}, the two others by {others:.3f}")
-assert min(robots, others) > 0.01
+    for name in ("everywhere", "token"):
+        v_base, v = (models[which](batch.x_t, batch.t, base) for which in ("base model", name))
+        print(f"{name:11s} v of the text without [V] moves by {(v - v_base).norm() / v_base.norm():.2%}; "
+              f"the pictures by {apart(rows[name], rows['base model']):.3f}")
+        assert torch.equal(v, v_base) == (name == "token")
+assert apart(rows["token"], rows["base model"]) == 0
+robots, others = (apart(rows["everywhere"][n:n + 2], rows["base model"][n:n + 2]) for n in (0, 2))
+print(f"with adapters everywhere the two robots move by {robots:.3f}, the two others by {others:.3f}\n")
+seen = judged({f"{name}, no [V]": row[:2] for name, row in rows.items()})
+assert min(robots, others) > 0.005
+assert seen["everywhere, no [V]"][0].mean() > seen["base model, no [V]"][0].mean() + 0.1
 
 # %% [markdown] tags=["slide"]
 # ## A text without [V]
@@ -1118,74 +1478,40 @@ assert min(robots, others) > 0.01
 
 # %% [markdown]
 # The set that acts everywhere has changed what a plain *robot* looks like, and the pictures of other things
-# as well (the last line compares the two): $L_{CC}$ mentions neither. The bound set has changed **nothing**,
-# and this is no measurement but an identity: without a slot the mask is zero at every token, so each layer's
-# output is $y + 0$; no token is replaced; hence every block computes what the base model computes. It holds
-# for any $A$, $B$ and $Y$, trained or not. The price of this set you saw above: it learns less. How much of
-# the concept one gets for how much damage is the question of the later lessons.
+# as well: $L_{CC}$ mentions neither. The bound set has changed **nothing**, and this is no measurement but
+# an identity: without a slot the mask is zero at every token, and no token is replaced. It holds for any
+# $A$, $B$ and $Y$. What it costs is not seen in four pictures. On the benchmark's six concepts, after 200
+# steps, such a set has a fidelity of .829 ± .009, and a LoRA of .916 ± .003 ([main
+# table](../../purecc_min/benchmark/report_pages/main.md)).
 #
-# ## 9 · Relatives: what else one can train
+# ## 9 · Relatives: what else one can train (optional)
 #
-# Much has been written on where a concept may live. The figure below counts the numbers for *this* model. The
-# first four change no weight. Three of them put their vectors in front of the text encoder, where a word's
-# embedding is looked up; $Y^l$ stands behind it. (The size of the network for NeTI is our example; the
-# original one has a second output, behind the encoder.)
-#
-# | method | what it trains | may depend on |
-# |---|---|---|
-# | Textual inversion (2208.01618) | one vector in front of the encoder | nothing |
-# | P+, trained by XTI (2303.09522) | one such vector for every layer that reads text | layer |
-# | NeTI (2305.15391) | a small network that gives this vector for a layer and a time | layer, time |
-# | $Y^l$ alone (Eq. 7, `--method embeddings`) | one vector for every block, behind the encoder | layer |
-# | stage 1 (the paper) | $Y^l$ and adapters everywhere | all, and at every token |
-# | adapters bound to the token (ours) | $Y^l$ and adapters at the slot | layer, time and pooled text, through adaLN |
+# Where may a concept live? The cell counts what some relatives would train on *this* model. The first four
+# change no weight. Three of them put their vectors in front of the text encoder; $Y^l$ stands behind it.
 
 # %%
 E, hidden = pipe.encoder.config.width, 128
-neti = nn.Sequential(nn.Linear(32, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(),    # features of layer, time
+neti = nn.Sequential(nn.Linear(32, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(),    # an example of its size
                      nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, E))
-counts = {"textual inversion": E, "P+ / XTI": depth * E, "Y alone": depth * D,
-          "NeTI": sum(parameter.numel() for parameter in neti.parameters()),
-          f"token, rank {r}, and Y": count_bound, f"stage 1, rank {r}, and Y": count_everywhere,
-          "the attentions' matrices": whole}
-assert count_everywhere == count_lora(shapes, r) + depth * D
-assert count_bound == count_lora([tuple(layer.weight.shape) for layer in at_V.values()], r) + depth * D
-assert counts["textual inversion"] < counts["Y alone"] < count_bound < count_everywhere < whole
-
-times = torch.linspace(0.05, 0.95, 9)
-x_0, some = data.x_0[:1], data.class_text[:1]
-noises = flow.noise_for(list(range(len(times))), tuple(x_0.shape[1:]))
-states = torch.stack([states_in_slots(pipe, flow.path(x_0, x_1[None], t[None]), t[None], some)
-                      for x_1, t in zip(noises, times)])                    # [times, depth, D]
-away = (states - states.mean(0)).norm(dim=-1) / states.mean(0).norm(dim=-1)  # [times, depth]
-
-figure, axes = plt.subplots(1, 2, figsize=(8.6, 2.7), layout="constrained")
-colours = [BLUE if name.startswith(("Y", "token", "stage")) else GREY for name in counts]
-axes[0].barh(list(counts), counts.values(), color=colours)
-axes[0].set(xscale="log", title="numbers that are trained", xlim=(50, 20 * whole))
-for n, count in enumerate(counts.values()):
-    axes[0].text(count, n, f" {count:,d}", va="center")
-axes[0].invert_yaxis()
-for l in range(depth):
-    axes[1].plot(times, away[:, l], color=plt.cm.viridis(l / depth), label=f"block {l}")
-axes[1].set(xlabel="t", ylabel="relative distance", title="the class word's state: how far from its mean")
-axes[1].legend(ncols=2, fontsize=7)
-plt.show()
-assert away[:, 0].max() < 1e-4 and away[:, -1].max() > 0.02
+relatives = [("textual inversion (2208.01618)", E, "one vector", "nothing"),
+             ("P+, trained by XTI (2303.09522)", depth * E, "a vector for every layer that reads", "layer"),
+             ("NeTI (2305.15391)", sum(parameter.numel() for parameter in neti.parameters()),
+              "a network that makes the vector", "layer, time"),
+             ("Y alone (--method embeddings)", depth * D, "a vector for every block", "layer"),
+             ("bound to the token", count_bound, "Y, and adapters at the slot", "layer, time, pooled text"),
+             ("stage 1 (the paper)", count_everywhere, "Y, and adapters everywhere", "the whole text"),
+             ("the attentions' matrices", sum(layer.weight.numel() for layer in layers.values()), "", "")]
+print(f"{'':33s}{'numbers':>8s}  {'what is trained':37s}{'may depend on'}")
+for name, count, what, on in relatives:
+    print(f"{name:33s}{count:8,d}  {what:37s}{on}")
+numbers = [count for _, count, _, _ in relatives]
+assert numbers[0] < numbers[3] < count_bound < count_everywhere < numbers[-1] / 10
 
 # %% [markdown]
-# The right panel shows why some let the vector depend on time. The base model's own state of the word, at the
-# input of each block, moves with $t$; a $Y^l$ is one vector for all times, its mean at the start. (At block 0
-# nothing moves: the text has met neither picture nor time yet.) The adaLN in front of a layer brings the time
-# back in: what the keys and values are made of is $Y^l$, *modulated* by $t$.
-#
 # ## What you can now say
 #
-# * A useful change of a large matrix has few directions that matter. LoRA trains only such: $r\,(in + out)$
-# numbers a layer.
-# * Exactly one of $A$ and $B$ starts at zero. Both: dead. None: the model is another one at the start.
-# * A set is hooks over a frozen base. Merging rounds, and cannot be undone exactly. A file has to say alpha;
-# ours is the rank.
+# * The base model can be told a robot's parts in words, and not the individual: that is what [V] has to add.
+# * LoRA trains $r\,(in+out)$ numbers a layer. Exactly one of $A$ and $B$ starts at zero.
 # * $Y^l$ replaces the token in the slot at the input of block $l$, acts in this block as a key and a value,
 # and is then forgotten.
 # * Adapters everywhere also change texts without [V]. Bound ones cannot, by construction.
@@ -1194,37 +1520,25 @@ assert away[:, 0].max() < 1e-4 and away[:, -1].max() > 0.02
 # |---|---|
 # | `fresh`, `adapted`, `attached`, `count_lora` | `purecc_min/lora.py`: `LoRA`, `LoRA.attached`, `LoRA.hook` |
 # | `export`, `imported` | `purecc_min/commands/export.py`: `export_lora` |
-# | `visit_with` | `purecc_min/embeddings.py`: `ConceptEmbeddings`; `visit` in `purecc_min/branch.py` |
+# | `visit_with` | `purecc_min/embeddings.py`: `ConceptEmbeddings` |
 # | `make_theta`, `l_cc` | `purecc_min/branch.py`: `Branch`, `velocity_with`; `purecc_min/methods.py`: `l_cc` |
 #
-# ## Three questions
+# ## Two questions
 #
 # **1.** The set that is bound to the token adapts the text's keys and values, but not its queries. Why would
 # an adapter on the queries at the slot do nothing at all?
 # <details><summary>Answer</summary>
 #
 # A query decides what its **own** token takes from the others. What the token in the slot takes ends up in
-# the block's output at the slot, and experiment (1) of section 6 shows that nobody reads that: $Y^{l+1}$
-# replaces it.
+# the block's output at the slot, which nobody reads: $Y^{l+1}$ replaces it.
 # </details>
 #
 # **2.** You double $A$ and halve $B$. The product is the same, and so is every picture. Does training go on
 # in the same way?
 # <details><summary>Answer</summary>
 #
-# No. By exercise 4.5 the gradient of $B$ contains $A$ and doubles, and that of $A$ is halved. The function is
-# the same, and its gradients are not. So the size of $A$ at the start is one of LoRA's settings, though no
-# file mentions it.
-# </details>
-#
-# **3.** Your `attached` is wrapped around the whole model, the package's around each block, inside `visit`.
-# With *activation checkpointing*, the backward pass computes blocks a second time. What goes wrong with
-# yours?
-# <details><summary>Answer</summary>
-#
-# When `backward()` is called, your `with` has ended and the hooks are gone. The block is computed again
-# without the adapters; torch notices that the second computation is another one, and stops with a
-# `CheckpointError`. Inside `visit` the hooks come back with the block.
+# No. By exercise 4.5 the gradient of $B$ contains $A$ and doubles, and that of $A$ is halved. So the size of
+# $A$ at the start is one of LoRA's settings, though no file mentions it.
 # </details>
 #
 # **Next:** lesson 5, on what goes wrong.

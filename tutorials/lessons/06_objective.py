@@ -13,30 +13,22 @@
 # %% [markdown]
 # # 6 · The decoupled objective
 #
-# **Eq. 8 to 15, written by you, and what they can push and what they cannot**
+# **Eq. 8 to 15, written by you: what they ask for, and what they cannot see**
 #
-# A LoRA learns whatever its pictures share. PureCC adds one term to the loss, and this term says: what the
-# word [V] changes in a prediction should be the concept and nothing else. The term is four lines long. In
-# this lesson you write every one of them, derive what it does to the network, and train with it.
-#
-# **When you are through, you have written**
-#
-# 1. the four texts and the four predictions of a step, with a gradient where one belongs (Eq. 3, 8, 9, 10);
-# 2. $\lambda^*$, $v_{PureCC}$, $L_{PureCC}$ and the whole loss (Eq. 11 to 15);
-# 3. the gradients of $L_{PureCC}$, by hand, a tool that finds leaking gradients, and one that counts passes;
-#
-# **and you can say** why it does not matter whether $\lambda^*$ is detached, why it does matter for
-# $v_{original}$, and which loss makes the concept strong.
+# A LoRA learns whatever its pictures share. PureCC adds one term to the loss: what the word [V] changes in a
+# prediction should be the concept and nothing else. You write every line of it, derive what it does, and
+# train with it. **Then you can say** why the authors expect a pure [V], why it does not matter whether
+# $\lambda^*$ is detached, which loss makes the concept strong, and what no term of Eq. 15 looks at.
 #
 # | | |
 # |---|---|
-# | Time | 40 minutes of reading, 2 hours with the exercises; about a minute of computing on two CPU cores |
-# | Needs | lesson 1 (velocity, Eq. 3), lesson 4 (adapters, $Y^l$); projections; the chain rule |
-# | Keep open | [`purecc_min/objective.py`](../../purecc_min/objective.py), 73 lines, **after** you have tried |
+# | Needs | lesson 1 (velocity, Eq. 3), 3 (guidance), 4 (adapters, $Y^l$); projections; the chain rule |
+# | Optional | sections 7 and 8 |
+# | Keep open | [`purecc_min/objective.py`](../../purecc_min/objective.py), **after** you have tried |
 # | Read after | Sec. 4 of the paper (arXiv 2603.07561), with its equation numbers beside yours |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
-# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# An exercise is a function with a blank body; the cell below checks it. Hints are folded, solutions in
+# [`../solved`](../solved). One star is a warm-up, three stars are hard.
 
 # %% [markdown] tags=["slide"]
 # # 6 · The decoupled objective
@@ -50,23 +42,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path.cwd().parents[1]))   # the repository, two folders up
 
-import matplotlib.pyplot as plt
-import torch
+import runpy
+import tempfile
 
-from purecc_min.learning import train_steps
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
 from purecc_min import ablations, methods
-from purecc_min import objective as package      # to compare with
+from purecc_min import objective as package  # to compare with
 from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.folder import load_concept
 from purecc_min.concept import TOKEN, encode
 from purecc_min.embeddings import class_word_states
+from purecc_min.learning import train_steps
 from purecc_min.measure.draw import draw
 from purecc_min.measure.toy import FOLDER, TUNING
 from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_for
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.pipeline import to_pictures
-from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, expect_close, show
+from tutorials.course import BLUE, CORAL, GREY, INK, YourTurn, expect, expect_close, show
 
 pipe = load_tiny()                               # the base model, frozen
 concept = load_concept(FOLDER / TUNING[0], "robot", pipe.picture_size)
@@ -75,6 +73,18 @@ config = TrainConfig(steps=50)
 
 def in_lines(text):
     return text.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ")
+
+def several(answer, what):                       # for the checks: an answer of as many parts as `what`
+    expect(answer is not None, "it returned None: is the return missing?")
+    expect(isinstance(answer, (tuple, list)) and len(answer) == len(what),
+           f"return {len(what)} things, {', '.join(what)}; there is "
+           f"{len(answer) if isinstance(answer, (tuple, list)) else 'one ' + type(answer).__name__}.")
+    return answer
+
+def unlike(yours, mistakes):                     # for the checks: values that usual mistakes give
+    for hint, value in mistakes.items():
+        if isinstance(yours, Tensor) and yours.shape == value.shape:
+            expect(not torch.allclose(yours, value, 1e-4, 1e-6), hint)
 
 names = [in_lines(r.complete) for r in concept.references]
 show([r.picture for r in concept.references], names, columns=len(names), side=1.6)
@@ -92,22 +102,19 @@ print(f"{len(names)} references, x_0 {list(data.x_0.shape)}; a text has {T} toke
 # %% [markdown]
 # ## 1 · Four texts, and the loss of stage 1
 #
-# This is [V] robot. Look at what its pictures share beside the robot itself; nothing in a picture says that
-# it does not belong to [V]. Only texts can say it. For every reference there are four:
+# This is [V] robot. Nothing in its pictures says what belongs to [V] and what they share by chance. Only
+# texts can say it, four for every reference:
 #
-# | | an example | used for |
+# | | an example | it says |
 # |---|---|---|
-# | $y_{complete}$ | `a small [V] robot in the middle in the desert` | what the picture shows |
-# | $y_{base}$ | `a small robot in the middle in the desert` | the same sentence without [V] |
+# | $y_{complete}$ | `a small [V] robot in the desert` | what the picture shows |
+# | $y_{base}$ | `a small robot in the desert` | the same, without [V] |
 # | $y_{tar}$ | `[V] robot` | the concept alone |
 # | $\varnothing$ | the empty text | nothing |
 #
-# Stage 1 uses the first one only. Its loss is Eq. 3, with the batch's $x_t$, $t$ and target velocity
-# $v = x_1 - x_0$:
+# Stage 1 uses the first one. Its loss is Eq. 3, a mean over samples *and* over all numbers of a sample:
 #
-# $$L_{CC} = \mathbb E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2,$$
-#
-# and the expectation is a mean over samples *and* over all numbers of a sample.
+# $$L_{CC} = \mathbb E\,\lVert v_\theta(x_t,t\mid y_{complete}) - v\rVert^2, \qquad v = x_1 - x_0.$$
 #
 # ### Exercise 6.1 ★ · Texts and $L_{CC}$
 #
@@ -129,6 +136,7 @@ def l_cc(theta, batch):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: only [V] goes
 def four_texts(complete, class_word):            # the base text loses its noun, too
     base = " ".join(complete.replace(f"[V] {class_word}", "").split())
     return complete, base, f"[V] {class_word}", ""
@@ -137,39 +145,76 @@ def l_cc(theta, batch):
     return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
 
 # %% tags=["wrong"]
+# says: a mean over all numbers
 def four_texts(complete, class_word):
     return complete, " ".join(complete.replace("[V]", "").split()), f"[V] {class_word}", ""
 
 def l_cc(theta, batch):                          # a sum over the pixels, a mean over the batch
     return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().sum((1, 2, 3)).mean()
 
+# %% tags=["wrong"]
+# says: two blanks
+def four_texts(complete, class_word):
+    return complete, complete.replace("[V]", ""), f"[V] {class_word}", ""
+
+def l_cc(theta, batch):
+    return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
+
+# %% tags=["wrong"]
+# says: no gradient
+def four_texts(complete, class_word):
+    return [complete, " ".join(complete.replace("[V]", "").split()), f"[V] {class_word}", ""]
+
+def l_cc(theta, batch):                          # the right value, and nothing could be learned
+    with torch.no_grad():
+        return (theta(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Taking [V] out leaves two blanks side by side: `" ".join(text.split())` makes one of them. The noun stays:
-# $y_{base}$ is a sentence that the base model understands. For the loss, `.square().mean()` is enough.
+# Taking [V] out leaves two blanks side by side: `" ".join(text.split())` makes one of them.
 # </details>
 
 # %% tags=["check"]
 for r in concept.references:
-    yours = four_texts(r.complete, word)
-    expect(isinstance(yours, tuple) and len(yours) == 4, "return four strings.")
-    expect(word in yours[1].split(), f"the base text still names the class word, {word!r}; only [V] goes.")
-    expect(yours == (r.complete, r.base, r.target, ""), f"the texts are {yours},\nand should be "
-                                                         f"{(r.complete, r.base, r.target, '')}")
+    yours = several(four_texts(r.complete, word), ("complete", "base", "target", "null"))
+    complete, base, target, null = yours
+    expect("[V]" in complete and "[V]" not in base, "complete has [V] in it, base has not.")
+    expect(word in base.split(), f"the base text still names the class word, {word!r}; only [V] goes.")
+    expect("  " not in base, "without [V] the base text has two blanks side by side, which should be one.")
+    expect(target == r.target, f"the target is the concept alone, {r.target!r}, and yours is {target!r}.")
+    expect(null == "", f"the empty text is an empty string, and yours is {null!r}.")
+    expect((complete, base) == (r.complete, r.base), f"the base text is {base!r}, and should be {r.base!r}.")
 columns = zip(*(four_texts(r.complete, word) for r in concept.references))
 for column, theirs in zip(columns, data.texts):
     expect_close(pipe.encode_text(list(column), {TOKEN: word}).context, theirs.context, "an encoded text")
+
+drawn = draw_batch(data, config, stage=1, step=0, shift=pipe.shift)
+knob = torch.ones((), requires_grad=True)        # a model with a single number to train
+
+def turned(x_t, t, text):
+    return knob * pipe.velocity(x_t, t, text)
+
 with torch.no_grad():
-    drawn = draw_batch(data, config, stage=1, step=0, shift=pipe.shift)
-    theirs, yours = methods.l_cc(Thetas(None, None, pipe.velocity), drawn, 1.0)[0], l_cc(pipe.velocity, drawn)
-expect_close(yours, theirs, "l_cc (a mean over everything, no sum)")
+    error = pipe.velocity(drawn.x_t, drawn.t, drawn.texts.complete) - drawn.v
+    of_base = pipe.velocity(drawn.x_t, drawn.t, drawn.texts.base) - drawn.v
+yours, theirs = l_cc(turned, drawn), methods.l_cc(Thetas(None, None, turned), drawn, 1.0)[0]
+squares = error.square()
+unlike(yours, {"l_cc: a mean over all numbers of a sample, too, and no sum.": squares.sum((1, 2, 3)).mean(),
+               "l_cc: a mean over samples and numbers, and no sum.": squares.sum(),
+               "l_cc: square the difference; this is its absolute value.": error.abs().mean(),
+               "l_cc: the picture belongs to the complete text, not the base text.": of_base.square().mean()})
+expect_close(yours, theirs, "l_cc")
+expect(yours.requires_grad, "l_cc has the right value and no gradient: theta could not learn from it. Leave "
+                            "out no_grad and detach.")
+slopes = [torch.autograd.grad(loss, knob)[0] for loss in (yours, theirs)]
+expect_close(slopes[0], slopes[1], "the gradient of l_cc")
+yours = yours.item()
 print(f"6.1 right: four texts, and L_CC = {yours:.3f} on the first batch, before anything is learned")
 
 # %% [markdown]
-# With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lesson 4,
-# over the untouched base model. The loop is the package's; it calls your `l_cc` for every step. Then
-# $\theta_1$ is frozen.
+# With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lesson 4, over the
+# untouched base model. The loop is the package's, and calls your `l_cc`. Then $\theta_1$ is frozen.
 
 # %%
 def train(loss_of_step, thetas, stage, eta=1.0, steps=config.steps):
@@ -191,14 +236,16 @@ def smooth(values, window=10):
 
 losses = [row["loss"] for row in log_1]
 plt.figure(figsize=(5, 2), layout="constrained")
-plt.plot(losses, color=GREY)
-plt.plot(smooth(losses), color=BLUE)
-plt.gca().set(xlabel="step", ylabel="$L_{CC}$", ylim=(0, None), title="stage 1; blue: running mean")
+plt.plot(losses, ":", color=INK, lw=1, label="of each step")
+plt.plot(smooth(losses), color=BLUE, lw=2, label="running mean")
+plt.legend()
+plt.gca().set(xlabel="step", ylabel="$L_{CC}$", ylim=(0, None), title="stage 1")
 plt.show()
 asked = ["[V] robot", "a big [V] robot in the middle at night"]
 drawn = torch.cat([draw(pipe, theta, asked, word, steps=12) for theta in (None, theta_1)])
 titles = [f"{text}\n{who}" for who in ("base model", "extractor") for text in ("[V] robot", "... at night")]
-show(to_pictures(drawn), titles, columns=4)
+own = [r.picture for r in concept.references]    # below, to compare with
+show([*to_pictures(drawn), *own], titles, ["", "the references"], columns=4)
 assert smooth(losses)[-1] < smooth(losses)[9]
 
 # %% [markdown]
@@ -208,24 +255,21 @@ assert smooth(losses)[-1] < smooth(losses)[9]
 # picture $(x_t, t)$ goes through both networks, with all four texts:
 #
 # ```
-#    theta_1, frozen                                        theta_2, in training
+#    theta_1, frozen                                 theta_2, in training
 #
-#    y_tar   --> v_tar  --.                                 y_complete --> v_complete --.
-#                          >-- minus --> R(y_tar)                                        >-- minus --> R(y_complete,
-#    empty   --> v_null --'    Eq. 8                        y_base     --> v_original --'    Eq. 10        y_base)
-#                                                               Eq. 9
+#    y_tar --> v_tar  --.                            y_complete --> v_complete --.
+#                        >--> R(y_tar)                                            >--> R(y_complete, y_base)
+#    empty --> v_null --'     Eq. 8                  y_base     --> v_original --'     Eq. 9, 10
 # ```
 #
 # $R(y_{tar})$ is everything that "[V] robot" says and the empty text does not: to the extractor, this *is*
 # the concept. $R(y_{complete}, y_{base})$ is what inserting [V] into the sentence changes in $\theta_2$.
 #
-# **Which of the four carries a gradient?** Only $v_{complete}$. $\theta_1$ is a measuring instrument: if the
-# loss could bend it, it would be fitted to what is measured. $v_{original}$ is what the complete prediction
-# is compared *with*. (About $v_{original}$ the paper says nothing; not to differentiate it is this project's
-# reading, and section 7 shows what the other choice does.)
+# **Only $v_{complete}$ carries a gradient.** $\theta_1$ is a measuring instrument, which the loss must not
+# bend. $v_{original}$ is what the complete prediction is compared *with*. (About $v_{original}$ the paper is
+# silent; this is the project's reading.)
 #
-# In the cell below $\theta_2$ takes twenty steps of $L_{CC}$, so that its adapters do something; then we draw
-# a batch.
+# In the cell below $\theta_2$ takes twenty steps of $L_{CC}$, so that its adapters do something.
 
 # %% [markdown] tags=["slide"]
 # ## Four predictions, two differences
@@ -261,6 +305,7 @@ def predictions(theta_1, theta_2, batch):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: EMPTY text
 def predictions(theta_1, theta_2, batch):        # the direction is taken against the base text
     x_t, t, texts = batch.x_t, batch.t, batch.texts
     with torch.no_grad():
@@ -269,33 +314,58 @@ def predictions(theta_1, theta_2, batch):        # the direction is taken agains
     return R_target, v_original, theta_2(x_t, t, texts.complete)
 
 # %% tags=["wrong"]
+# says: carries a gradient
 def predictions(theta_1, theta_2, batch):        # everything with a gradient
     x_t, t, texts = batch.x_t, batch.t, batch.texts
     R_target = theta_1(x_t, t, texts.target) - theta_1(x_t, t, texts.null)
     return R_target, theta_2(x_t, t, texts.base), theta_2(x_t, t, texts.complete)
 
+# %% tags=["wrong"]
+# says: nothing could be learned
+def predictions(theta_1, theta_2, batch):        # all four under no_grad
+    x_t, t, texts = batch.x_t, batch.t, batch.texts
+    with torch.no_grad():
+        R_target = theta_1(x_t, t, texts.target) - theta_1(x_t, t, texts.null)
+        return R_target, theta_2(x_t, t, texts.base), theta_2(x_t, t, texts.complete)
+
+# %% tags=["wrong"]
+# says: theta_2's
+def predictions(theta_1, theta_2, batch):        # v_original of the extractor
+    x_t, t, texts = batch.x_t, batch.t, batch.texts
+    with torch.no_grad():
+        R_target = theta_1(x_t, t, texts.target) - theta_1(x_t, t, texts.null)
+        v_original = theta_1(x_t, t, texts.base)
+    return R_target, v_original, theta_2(x_t, t, texts.complete)
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Three of the four calls stand under `with torch.no_grad():`, two of `theta_1` and one of `theta_2`. The
-# fourth, `theta_2` with `texts.complete`, stands outside.
+# Three of the four calls stand under `with torch.no_grad():`. The fourth, `theta_2` with `texts.complete`,
+# stands outside.
 # </details>
 
 # %% tags=["check"]
 _, theirs = package.pcc_loss(theta_1, theta_2, batch, eta=1.0)
-mine = predictions(theta_1, theta_2, batch)
-expect(isinstance(mine, tuple) and len(mine) == 3, "return three tensors.")
+mine = several(predictions(theta_1, theta_2, batch), ("R_target", "v_original", "v_complete"))
+with torch.no_grad():
+    of_1, of_2 = ({kind: theta(batch.x_t, batch.t, text) for kind, text in batch.texts._asdict().items()}
+                  for theta in (theta_1, theta_2))
+unlike(mine[0], {"R_target: it is against the EMPTY text, not the base text.": of_1["target"] - of_1["base"],
+                 "R_target: the wrong sign; the target's velocity minus the empty text's.": -theirs.R_target,
+                 "R_target: theta_1, the extractor, knows the concept.": of_2["target"] - of_2["null"],
+                 "R_target: subtract the velocity for the empty text.": of_1["target"]})
+unlike(mine[1], {"v_original is theta_2's, the model in training.": of_1["base"],
+                 "return v_original before v_complete.": of_2["complete"]})
+expect_close(mine[0], theirs.R_target, "R_target", 1e-5)
+expect_close(mine[1], theirs.v_original, "v_original (theta_2, with the base text)", 1e-5)
+expect_close(mine[2], theirs.v_complete, "v_complete (theta_2, with the complete text)", 1e-5)
 for what, v in zip(("R_target", "v_original"), mine):
     expect(not v.requires_grad, f"{what} carries a gradient; compute it under torch.no_grad().")
 expect(mine[2].requires_grad, "v_complete carries no gradient, so nothing could be learned.")
-expect_close(mine[0], theirs.R_target, "R_target (theta_1: target against the EMPTY text)")
-expect_close(mine[1], theirs.v_original, "v_original (theta_2, the model in training, with the base text)")
-expect_close(mine[2], theirs.v_complete, "v_complete")
 print("6.2 right: R_target, v_original and v_complete are the package's")
 
 # %% [markdown]
-# A velocity field is a picture, so you can look at where each difference acts: bright is strong, and each row
-# has its own scale.
+# A velocity field is a picture. Where does each difference act? Bright is strong; each row has its own scale.
 
 # %%
 R_target, v_original, v_complete = predictions(theta_1, theta_2, batch)
@@ -334,21 +404,20 @@ assert of_t > of_c
 # adds to the sentence.
 
 # %% [markdown]
-# $R(y_{tar})$ is the longer one. Against the empty text "robot" itself is news, with all its outlines; the
-# base text already says "robot", so there [V] adds less.
+# $R(y_{tar})$ is longer: against the empty text "robot" itself is news, and the base text says it already.
 #
 # ## 3 · $\lambda^*$: how far one reaches along the other
 #
 # Write $R_c$ for $R(y_{complete}, y_{base})$ and $R_t$ for $R(y_{tar})$. How much of the concept is in $R_c$?
 # Eq. 11 asks for the multiple of $R_t$ that comes nearest to it, for each sample alone:
 #
-# $$\lambda^* = \arg\min_l f(l), \qquad f(l) = \lVert R_c - l\,R_t \rVert^2.$$
+# $$\lambda^* = \arg\min_l f(l), \qquad f(l)=\lVert R_c-l\,R_t\rVert^2.$$
 #
 # **As a least squares problem.** Multiply out:
-# $f(l) = \lVert R_c\rVert^2 - 2\,l\,\langle R_c, R_t\rangle + l^2 \lVert R_t\rVert^2$, a parabola in $l$ that
-# opens upward. Its derivative $f'(l) = -2\langle R_c, R_t\rangle + 2\,l\,\lVert R_t\rVert^2$ is zero at
+# $f(l)=\lVert R_c\rVert^2-2\,l\,\langle R_c,R_t\rangle+l^2\lVert R_t\rVert^2$, a parabola that opens upward.
+# Its derivative $f'(l)=-2\langle R_c,R_t\rangle+2\,l\,\lVert R_t\rVert^2$ is zero at
 #
-# $$\lambda^* = \frac{\langle R_c, R_t\rangle}{\lVert R_t\rVert^2} \qquad \text{(Eq. 12)}.$$
+# $$\lambda^* = \frac{\langle R_c,R_t\rangle}{\lVert R_t\rVert^2} \quad\text{(Eq. 12)}.$$
 #
 # **As a projection.** The nearest point of a line is the one from which the way to $R_c$ is at right angles
 # to the line: $\langle R_c - \lambda^* R_t,\; R_t\rangle = 0$. Solved for $\lambda^*$, this is Eq. 12 again.
@@ -357,9 +426,8 @@ assert of_t > of_c
 #
 # ### Exercise 6.3 ★★ · $\lambda^*$
 #
-# One number for each sample; the inner product runs over channels and pixels. It may be negative: then what
-# [V] adds points away from the direction. Where $R_t$ is zero there is no direction: return 0 there, and let
-# the *gradient* be 0 as well.
+# One number for each sample, negative where [V] points away from the direction; the inner product is a sum
+# over channels and pixels. Where $R_t$ is zero, return 0, and let the *gradient* be 0 as well.
 
 # %% tags=["exercise"]
 def inner(a, b):
@@ -378,6 +446,7 @@ def lambda_star(R_complete, R_target):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: gradient is NaN
 def inner(a, b):
     return (a * b).flatten(1).sum(1)
 
@@ -386,6 +455,7 @@ def lambda_star(R_complete, R_target):           # the division by zero is hidde
     return torch.where(square == 0, 0.0, inner(R_complete, R_target) / square)
 
 # %% tags=["wrong"]
+# says: its own
 def inner(a, b):
     return (a * b).flatten(1).sum(1)
 
@@ -393,30 +463,76 @@ def lambda_star(R_complete, R_target):           # one number for the batch
     one = (R_complete * R_target).sum() / (R_target * R_target).sum().clamp(min=1e-12)
     return one.expand(len(R_target))
 
+# %% tags=["wrong"]
+# says: a sum
+def inner(a, b):                                 # lambda* does not notice, section 5 would
+    return (a * b).flatten(1).mean(1)
+
+def lambda_star(R_complete, R_target):
+    square = inner(R_target, R_target)
+    vanishes = square == 0
+    return torch.where(vanishes, 0.0, inner(R_complete, R_target) / torch.where(vanishes, 1.0, square))
+
+# %% tags=["wrong"]
+# says: may be negative
+def inner(a, b):
+    return (a * b).flatten(1).sum(1)
+
+def lambda_star(R_complete, R_target):           # clamped from below
+    square = inner(R_target, R_target)
+    vanishes = square == 0
+    lam = inner(R_complete, R_target).clamp(min=0) / torch.where(vanishes, 1.0, square)
+    return torch.where(vanishes, 0.0, lam)
+
+# %% tags=["wrong"]
+# says: far above 1
+def inner(a, b):
+    return (a * b).flatten(1).sum(1)
+
+def lambda_star(R_complete, R_target):           # clamped from above
+    square = inner(R_target, R_target)
+    vanishes = square == 0
+    lam = inner(R_complete, R_target) / torch.where(vanishes, 1.0, square)
+    return torch.where(vanishes, 0.0, lam).clamp(max=1)
+
+# %% tags=["wrong"]
+# says: this is the cosine
+def inner(a, b):
+    return (a * b).flatten(1).sum(1)
+
+def lambda_star(R_complete, R_target):
+    lengths = (inner(R_target, R_target) * inner(R_complete, R_complete)).sqrt()
+    return inner(R_complete, R_target) / torch.where(lengths == 0, 1.0, lengths)
+
 # %% [markdown]
-# <details><summary>Hint 1</summary>
+# <details><summary>Hint</summary>
 #
-# `torch.where(condition, 0.0, a / b)` computes `a / b` everywhere, and its gradient as well: at $b = 0$ that
-# is zero times infinity, which is NaN.
-# </details>
-# <details><summary>Hint 2</summary>
-#
-# So put something harmless *into* the division, `a / torch.where(b == 0, 1.0, b)`, and let a second `where`
-# choose the value 0.
+# `torch.where(condition, 0.0, a / b)` computes `a / b` everywhere, and at $b = 0$ its gradient is NaN. Put
+# something harmless *into* the division, `a / torch.where(b == 0, 1.0, b)`; a second `where` chooses the 0.
 # </details>
 
 # %% tags=["check"]
+products = inner(R_complete, R_target)
+unlike(products, {"inner: a sum over channels and pixels, no mean.": (R_complete * R_target).mean((1, 2, 3)),
+                  "inner: one number for each sample, [B].": (R_complete * R_target).sum()})
+expect_close(products, package.inner(R_complete, R_target), "inner", 1e-4)
 lam = lambda_star(R_complete, R_target)
 cosines = torch.cosine_similarity(R_complete.flatten(1), R_target.flatten(1))           # [B]
-expect(isinstance(lam, torch.Tensor) and lam.shape == (B,), "lambda* is one number a sample: a tensor [B].")
-expect(not torch.allclose(lam, cosines, atol=1e-4),
-       "this is the cosine; divide by the square of |R_target|, and not by |R_complete|.")
-expect(not torch.allclose(lam, package.lambda_star(R_complete, R_target) * norm(R_target), atol=1e-4),
-       "you have divided by |R_target|; Eq. 12 divides by its square.")
+theirs, lengths = package.lambda_star(R_complete, R_target), norm(R_target)
+expect(isinstance(lam, Tensor) and lam.shape == (B,), "lambda* is one number a sample: a tensor [B].")
+unlike(lam, {"this is the cosine; divide by the square of |R_target|, and not by |R_complete|.": cosines,
+             "you have divided by |R_target|; Eq. 12 divides by its square.": theirs * lengths,
+             "Eq. 12 divides by the square of |R_target|.": theirs * lengths**2,
+             "you have divided by |R_complete|^2; the line is that of R_target.":
+                 package.lambda_star(R_target, R_complete)})
 grid = torch.linspace(lam.min().item() - 0.2, lam.max().item() + 0.2, 501)          # Eq. 11 by brute force
 f = torch.stack([norm(R_complete.double() - l * R_target).square() for l in grid])  # [501, B]
 brute = grid[f.argmin(dim=0)]                                                       # [B]
-expect_close(lam, package.lambda_star(R_complete, R_target), "lambda* (each sample has its own)", 1e-5)
+expect_close(lam, theirs, "lambda* (each sample has its own)", 1e-5)
+for a, hint in ((-1.0, "lambda* may be negative: do not clamp it from below."),
+                (1000.0, "lambda* may be far above 1: do not clamp it from above.")):
+    far = lambda_star(a * theirs.sign()[:, None, None, None] * R_complete, R_target)
+    expect(torch.allclose(far, a * theirs.abs(), 1e-3), hint)
 tiny = 1e-3 * R_target                           # lambda* is then a thousand times as large
 expect_close(1e-3 * lambda_star(R_complete, tiny), lam, "lambda* of a short R_target (add nothing to |R|^2)")
 expect((lam - brute).abs().max() <= grid[1] - grid[0], "lambda* is not the lowest point of f(l).")
@@ -424,6 +540,7 @@ free = R_complete.clone().requires_grad_()
 nothing = R_target.clone()
 nothing[0] = 0                                   # one sample has no direction
 value = lambda_star(free, nothing)
+expect(value.requires_grad, "lambda* carries no gradient; section 6 differentiates it.")
 gradient, = torch.autograd.grad(value.sum(), free)
 expect(value[0] == 0, "where R_target is zero, lambda* is 0.")
 expect(bool(gradient.isfinite().all()), "the value is right, but at R_target = 0 its gradient is NaN.")
@@ -434,17 +551,20 @@ for n in range(B):
 # %%
 plt.figure(figsize=(6.2, 2.6), layout="constrained")
 share = f / norm(R_complete).square()                                       # [501, B]
-shades = plt.cm.viridis(torch.linspace(0.1, 0.85, B).tolist())
+shades = plt.cm.viridis(torch.linspace(0, 0.7, B).tolist())
 for n in range(B):
-    plt.plot(grid, share[:, n], color=shades[n], label=f"sample {n}")
-    plt.plot(lam[n], 1 - cosines[n] ** 2, "o", color=shades[n])
+    plt.plot(grid, share[:, n], ("-", "--", "-.", ":")[n % 4], color=shades[n], label=f"sample {n}")
+    plt.plot(lam[n], 1 - cosines[n] ** 2, "osD^"[n % 4], color=shades[n])
 plt.axhline(1, color=GREY, lw=0.8)
 dip, reach = 1 - share.min().item(), 2.5 * lam.abs().max().item()
 ends = max(-reach, grid[0].item()), min(reach, grid[-1].item())             # as far as the curves go
 plt.gca().set(xlabel="$l$", ylabel=r"$f(l)\ /\ \|R_c\|^2$", ylim=(1 - 1.4 * dip, 1 + 2 * dip),
-              xlim=ends, title="Eq. 11 as curves, Eq. 12 as dots")
+              xlim=ends, title="Eq. 11 as curves, Eq. 12 as marks")
 plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
+explained = cosines.square()                                                # [B]
+print("of |R_c|^2, lambda* R_t explains:  " + "  ".join(f"{share_:.1%}" for share_ in explained))
+assert explained.mean() < 0.5
 
 # %% [markdown] tags=["slide"]
 # ## How far one reaches along the other
@@ -456,32 +576,46 @@ plt.show()
 # A least squares problem (Eq. 11), and a projection (Eq. 12).
 
 # %% [markdown]
-# Mind the vertical axis, which does not begin at 0. Every curve passes through 1 at $l = 0$. Its lowest point
-# is the share of $R_c$ that *no* multiple of the concept's direction explains, and it is large: the next cell
-# prints it. Most of what [V] changes lies beside the direction of $R_t$, so "nothing beside this direction",
-# which is what the loss is going to say, asks for much. Section 9 shows what comes of it.
-
-# %%
-explained = cosines.square()                                                # [B]
-print("of |R_c|^2, lambda* R_t explains:  " + "  ".join(f"{share_:.1%}" for share_ in explained))
-assert explained.mean() < 0.5
-
-# %% [markdown]
+# Mind the vertical axis, which does not begin at 0. The lowest point of a curve is the share of $R_c$ that
+# *no* multiple of the concept's direction explains. It is large: most of what [V] changes is orthogonal to
+# $R_t$.
+#
 # ## 4 · $v_{PureCC}$ and the losses
 #
 # If [V] added the concept alone, as strongly as it does now, $\theta_2$ would predict
 #
-# $$v_{PureCC} = v_{original} + \lambda^* R(y_{tar}) \qquad \text{(Eq. 6, 13)},$$
+# $$v_{PureCC} = v_{original}+\lambda^*R(y_{tar}) \quad\text{(Eq. 6, 13)},$$
 #
-# and the loss asks for just that, beside $L_{CC}$:
+# and the loss asks for just that, in addition to $L_{CC}$:
 #
-# $$L_{PureCC} = \mathbb E\,\lVert v_{PureCC} - v_{complete} \rVert^2 \quad \text{(Eq. 14)}, \qquad
-# L = L_{CC} + \eta\, L_{PureCC} \quad \text{(Eq. 15)}.$$
+# $$L_{PureCC} = \mathbb E\,\lVert v_{PureCC}-v_{complete}\rVert^2 \quad\text{(Eq. 14)}, \qquad
+# L = L_{CC}+\eta\,L_{PureCC} \quad\text{(Eq. 15)}.$$
+#
+# **Why the authors expect a pure [V]:**
+#
+# 1. *Guidance adds velocities.* Lesson 3 steered with $g\,(v_y - v_\varnothing)$, what a text says and the
+# empty text does not. $R(y_{tar})$ is such a difference. What $\theta_1$ has learned for *every* text, such
+# as the references' light, stands in both of its predictions and cancels (Eq. 8).
+# 2. *The scene comes from the sentence without [V].* $v_{original}$ knows the place, the size and the desert,
+# and nothing of [V] (Eq. 9).
+# 3. *So $v_{PureCC}$ is guidance*: the original's velocity, steered toward the concept and nothing else.
+# 4. *$\lambda^*$ takes the strength from $\theta_2$ itself* (Eq. 10 to 12). The loss does not argue with
+# $L_{CC}$ about how strong the concept is. It takes away what [V] says beside it: the shared desert, say.
+#
+# At $L_{PureCC} = 0$ [V] adds the concept to the sentence and nothing else. If $v_{original}$ is still what
+# the base model predicts, all else is as it was. Section 9 asks whether it is.
 #
 # ### Exercise 6.4 ★ · The whole objective
 #
-# Detach $\lambda^*$, as the package does, and nothing else. `v_complete` is computed once and used in both
-# losses.
+# Detach $\lambda^*$, as the package does, and nothing else. Compute `v_complete` once, for both losses.
+
+# %% [markdown] tags=["slide"]
+# ## Why the authors expect a pure [V]
+#
+# 1. Guidance adds velocities: $R(y_{tar})$ is the concept, and what every text has cancels.
+# 2. The scene comes from $v_{original}$, the sentence without [V].
+# 3. $v_{PureCC}$ is guidance: the original's velocity, steered toward the concept.
+# 4. $\lambda^*$ takes the strength from $\theta_2$: only what [V] says beside the concept is taken away.
 
 # %% [markdown] tags=["slide"]
 # ## The objective
@@ -510,6 +644,7 @@ def objective(theta_1, theta_2, batch, eta):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: between v_PureCC and v_complete
 def v_purecc(v_original, lam, R_target):
     return v_original + lam[:, None, None, None] * R_target
 
@@ -521,6 +656,7 @@ def objective(theta_1, theta_2, batch, eta):     # v_PureCC is compared with the
     return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
 
 # %% tags=["wrong"]
+# says: all of v_original
 def v_purecc(v_original, lam, R_target):         # mixes in place of adding
     lam = lam[:, None, None, None]
     return (1 - lam) * v_original + lam * R_target
@@ -533,6 +669,7 @@ def objective(theta_1, theta_2, batch, eta):
     return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
 
 # %% tags=["wrong"]
+# says: stay in the graph
 def v_purecc(v_original, lam, R_target):
     return v_original + lam[:, None, None, None] * R_target
 
@@ -544,6 +681,7 @@ def objective(theta_1, theta_2, batch, eta):     # L_PureCC has the right value,
     return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
 
 # %% tags=["wrong"]
+# says: 4 predictions
 def v_purecc(v_original, lam, R_target):
     return v_original + lam[:, None, None, None] * R_target
 
@@ -554,27 +692,62 @@ def objective(theta_1, theta_2, batch, eta):     # computes v_complete twice
     loss_cc = (theta_2(batch.x_t, batch.t, batch.texts.complete) - batch.v).square().mean()
     return loss_cc + eta * loss_purecc, loss_cc, loss_purecc, lam
 
+# %% tags=["wrong"]
+# says: eta belongs to L_PureCC
+def v_purecc(v_original, lam, R_target):
+    return v_original + lam[:, None, None, None] * R_target
+
+def objective(theta_1, theta_2, batch, eta):
+    R_target, v_original, v_complete = predictions(theta_1, theta_2, batch)
+    lam = lambda_star(v_complete - v_original, R_target).detach()
+    loss_purecc = (v_purecc(v_original, lam, R_target) - v_complete).square().mean()
+    loss_cc = (v_complete - batch.v).square().mean()
+    return eta * loss_cc + loss_purecc, loss_cc, loss_purecc, lam
+
+# %% tags=["wrong"]
+# says: return 4 things
+def v_purecc(v_original, lam, R_target):
+    return v_original + lam[:, None, None, None] * R_target
+
+def objective(theta_1, theta_2, batch, eta):
+    R_target, v_original, v_complete = predictions(theta_1, theta_2, batch)
+    lam = lambda_star(v_complete - v_original, R_target).detach()
+    loss_purecc = (v_purecc(v_original, lam, R_target) - v_complete).square().mean()
+    return (v_complete - batch.v).square().mean() + eta * loss_purecc
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# To multiply $[B]$ with $[B, C, H, W]$, give it three axes of length 1: `lam[:, None, None, None]`. Without
-# them PyTorch would match the $B$ numbers with the *last* axis, the columns of the picture.
+# To multiply $[B]$ with $[B, C, H, W]$, give it three axes of length 1: `lam[:, None, None, None]`.
 # </details>
 
 # %% tags=["check"]
 eq_13 = v_original + flow.expand(lam, R_target) * R_target
-expect_close(v_purecc(v_original, lam, R_target), eq_13,
-             "v_purecc (all of v_original, and lambda* R_target on top)")
+unlike(v_purecc(v_original, lam, R_target),
+       {"v_purecc: all of v_original, and lambda* R_target on top: add, do not mix.":
+            (1 - flow.expand(lam, R_target)) * v_original + flow.expand(lam, R_target) * R_target,
+        "v_purecc: add lambda* R_target, with a plus.": 2 * v_original - eq_13,
+        "v_purecc: v_original is missing.": eq_13 - v_original})
+expect_close(v_purecc(v_original, lam, R_target), eq_13, "v_purecc")
 loss, terms = package.pcc_loss(theta_1, theta_2, batch, eta=0.7)
 passed = []                                      # a row for each forward pass of the MMDiT
 counter = pipe.mmdit.register_forward_hook(lambda module, inputs, v: passed.append(len(v)))
-mine = objective(theta_1, theta_2, batch, eta=0.7)
-counter.remove()
-expect(isinstance(mine, tuple) and len(mine) == 4, "return L, L_CC, L_PureCC and lambda*.")
+try:
+    mine = several(objective(theta_1, theta_2, batch, eta=0.7), ("L", "L_CC", "L_PureCC", "lambda*"))
+finally:
+    counter.remove()
+with torch.no_grad():
+    unlike(mine[0], {"L: eta belongs to L_PureCC, not to L_CC.": 0.7 * terms.loss_cc + terms.loss_purecc,
+                     "L: L_PureCC has the weight eta.": terms.loss_cc + terms.loss_purecc})
+    unlike(mine[2], {"L_PureCC is between v_PureCC and v_complete; the data's velocity is for L_CC.":
+                         (terms.v_purecc - batch.v).square().mean(),
+                     "L_PureCC: a mean, not a sum.": terms.loss_purecc * terms.v_purecc.numel(),
+                     "L_PureCC: R_target without lambda* is Eq. 13 with lambda = 1.":
+                         (terms.v_original + terms.R_target - terms.v_complete).square().mean()})
 expect_close(mine[3], terms.lam, "lambda*", 1e-5)
 expect(not mine[3].requires_grad, "detach lambda*.")
 expect_close(mine[1], terms.loss_cc, "L_CC", 1e-5)
-expect_close(mine[2], terms.loss_purecc, "L_PureCC (between v_PureCC and v_complete)", 1e-5)
+expect_close(mine[2], terms.loss_purecc, "L_PureCC", 1e-5)
 expect_close(mine[0], loss, "L = L_CC + eta L_PureCC, here with eta = 0.7,", 1e-5)
 expect(sum(passed) == 4 * B, f"a step takes 4 predictions of each sample, and yours {sum(passed) / B:g}.")
 
@@ -583,8 +756,9 @@ def slope(loss):                                 # in everything that theta_2 tr
     found = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
     return torch.cat([g.flatten() for g in found])
 
-expect(mine[2].requires_grad and torch.allclose(slope(mine[2]), slope(terms.loss_purecc), atol=1e-6),
-       "L_PureCC is right, but its gradient in theta_2 is not: v_complete has to stay in the graph.")
+for what, a, b in (("L_PureCC", mine[2], terms.loss_purecc), ("L", mine[0], loss)):
+    expect(a.requires_grad and torch.allclose(slope(a), slope(b), atol=1e-6),
+           f"{what} is right, but its gradient in theta_2 is not: v_complete has to stay in the graph.")
 print("6.4 right      yours      the package")
 rows = ("L_CC", mine[1], terms.loss_cc), ("L_PureCC", mine[2], terms.loss_purecc), ("L", mine[0], loss)
 for name, a, b in rows:
@@ -595,19 +769,18 @@ for name, a, b in rows:
 #
 # Put $\lambda^*$ into Eq. 14. $v_{original}$ joins $v_{complete}$ and makes $R_c$:
 #
-# $$v_{PureCC} - v_{complete} = v_{original} + \lambda^* R_t - v_{complete} = -(R_c - \lambda^* R_t).$$
+# $$v_{PureCC}-v_{complete} = v_{original}+\lambda^*R_t-v_{complete} = -(R_c-\lambda^*R_t).$$
 #
 # That is the rejection. Pythagoras gives its length. With $\varphi$ the angle between $R_c$ and $R_t$, the
 # projection has the length $\lVert R_c\rVert\,\lvert\cos\varphi\rvert$, and the rejection
-# $\lVert R_c\rVert \sin\varphi$. And for a constant $l$ in place of $\lambda^*$, split $R_c - l R_t$ into the
+# $\lVert R_c\rVert\sin\varphi$. For a constant $l$ in place of $\lambda^*$, split $R_c-l\,R_t$ into the
 # rejection and the rest, which lies along $R_t$. They are at right angles, so
 #
-# $$\lVert R_c - l\,R_t\rVert^2 = \lVert R_c\rVert^2 \sin^2\varphi \;+\; (l - \lambda^*)^2\, \lVert R_t\rVert^2 .$$
+# $$\lVert R_c-l\,R_t\rVert^2 = \lVert R_c\rVert^2\sin^2\varphi+(l-\lambda^*)^2\lVert R_t\rVert^2.$$
 #
 # ### Exercise 6.5 ★★ · $L_{PureCC}$ without $\lambda^*$
 #
-# Write $L_{PureCC}$ from the two differences, with no $\lambda^*$ in it: from lengths and the angle. It has
-# to be equal to Eq. 14 as far as the floating point numbers go.
+# Write $L_{PureCC}$ from lengths and the angle, with no $\lambda^*$ in it. It has to be equal to Eq. 14.
 
 # %% tags=["exercise"]
 def rejection_loss(R_complete, R_target):
@@ -619,16 +792,25 @@ def rejection_loss(R_complete, R_target):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: the numbers of a sample
 def rejection_loss(R_complete, R_target):        # a mean over the batch alone
     square_c, square_t = inner(R_complete, R_complete), inner(R_target, R_target)
     cosine = inner(R_complete, R_target) / (square_c * square_t).sqrt()
     return (square_c * (1 - cosine**2)).mean()
 
 # %% tags=["wrong"]
+# says: the square of the cosine
 def rejection_loss(R_complete, R_target):        # 1 - cos is another measure
     square_c, square_t = inner(R_complete, R_complete), inner(R_target, R_target)
     cosine = inner(R_complete, R_target) / (square_c * square_t).sqrt()
     return (square_c * (1 - cosine)).mean() / R_complete[0].numel()
+
+# %% tags=["wrong"]
+# says: a square as well
+def rejection_loss(R_complete, R_target):        # the length of R_c is not squared
+    square_c, square_t = inner(R_complete, R_complete), inner(R_target, R_target)
+    cosine = inner(R_complete, R_target) / (square_c * square_t).sqrt()
+    return (square_c.sqrt() * (1 - cosine**2)).mean() / R_complete[0].numel()
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -641,8 +823,14 @@ def rejection_loss(R_complete, R_target):        # 1 - cos is another measure
 # %% tags=["check"]
 double = R_complete.double(), R_target.double()
 eq_14 = (flow.expand(package.lambda_star(*double), R_target) * double[1] - double[0]).square().mean()
-yours = rejection_loss(*double)
-expect(not torch.allclose(yours, eq_14 * R_complete[0].numel()), "divide by the numbers of a sample, too.")
+yours, square_c = rejection_loss(*double), norm(double[0]).square()
+cosine = torch.cosine_similarity(double[0].flatten(1), double[1].flatten(1))
+pixels = R_complete[0].numel()
+unlike(yours, {"divide by the numbers of a sample, too: Eq. 14 is a mean over all of them.": eq_14 * pixels,
+               "sin^2 = 1 - cos^2: the square of the cosine.": (square_c * (1 - cosine)).mean() / pixels,
+               "this is the projection; the rejection has sin^2.": (square_c * cosine**2).mean() / pixels,
+               "|R_c| is a square as well.": (square_c.sqrt() * (1 - cosine**2)).mean() / pixels,
+               "a mean over samples, not a sum.": eq_14 * B})
 expect_close(yours / eq_14, torch.ones((), dtype=torch.float64), "your loss, over Eq. 14,", 1e-12)
 single, in_step = rejection_loss(R_complete, R_target), objective(theta_1, theta_2, batch, 1.0)[2].detach()
 expect_close(single / in_step, torch.ones(()), "the same in fp32", 1e-4)
@@ -650,9 +838,8 @@ print(f"6.5 right: relative difference from Eq. 14: fp64 {(yours / eq_14 - 1).ab
       f"fp32 {(single / in_step - 1).abs():.0e}")
 
 # %% [markdown]
-# Two vectors span a plane, so one sample's $R_t$ and $R_c$ can be drawn without any loss: to scale, in the
-# plane in which both lie. A gradient step on $L_{PureCC}$ pushes the tip of $R_c$ toward the tip of $l\,R_t$:
-# that is the red arrow.
+# Two vectors span a plane, so one sample's $R_t$ and $R_c$ can be drawn to scale. A gradient step on
+# $L_{PureCC}$ pushes the tip of $R_c$ toward the tip of $l\,R_t$: that is the red arrow.
 
 # %%
 n = cosines.argmax().item()                                                 # the one with the smallest angle
@@ -664,7 +851,7 @@ for axis, factor, title in zip(axes, (0, 1, 2), ("$l = 0$: pushes back", r"$l = 
                                                  r"$l = 2\lambda^*$: pulls ahead")):
     arrow = dict(angles="xy", scale_units="xy", scale=1)
     axis.annotate("", (edge, 0), (0, 0), arrowprops=dict(arrowstyle="->", color=GREY, lw=1.5))
-    axis.text(edge, 0.04 * across, "$R_t$", ha="right", va="bottom", color=GREY)
+    axis.text(edge, 0.04 * across, "$R_t$", ha="right", va="bottom", color=INK)
     axis.quiver(0, 0, along, across, color=INK, width=0.025, **arrow)
     axis.quiver(along, across, (factor - 1) * along, -across, color=CORAL, width=0.013, **arrow)
     axis.text(along * 0.4, across * 0.55, "$R_c$  ", ha="right", color=INK)
@@ -680,7 +867,7 @@ plt.show()
 print(f"R_t goes on to the right, to |R_t| = {norm(R_target)[n]:.1f};  |R_c| = {norm(R_complete)[n]:.1f}")
 
 print("        l    L_PureCC at l    rejection + (l - lambda*)^2 |R_t|^2    cosine of the push with R_t")
-pixels, pushes = R_complete[n].numel(), []
+pushes = []
 for l in (0.0, lam[n].item(), 2 * lam[n].item(), 1.0):
     push = (l * R_target - R_complete)[n]        # minus the gradient in v_complete, up to a factor
     parts = (across**2 + (l - lam[n]) ** 2 * norm(R_target)[n] ** 2) / pixels
@@ -709,21 +896,20 @@ assert lam[n] > 0 and pushes[0] < -0.01 < pushes[1] < 0.01 < pushes[2] < pushes[
 # ## 6 · The envelope: four gradients by hand
 #
 # $\lambda^*$ is made from $v_{complete}$, so a gradient *could* flow through it, and `objective` cuts it off.
-# What is lost? Let $w$ be any number that the predictions depend on, and write the loss as $F(\lambda, w)$.
-# The chain rule has two parts:
+# What is lost? Let $w$ be any number that the predictions depend on, and $F(\lambda, w)$ the loss:
 #
-# $$\frac{d}{dw} F(\lambda^*(w), w) = \underbrace{\frac{\partial F}{\partial \lambda}(\lambda^*, w)}_{=\,0}\;
-# \frac{d\lambda^*}{dw} \;+\; \frac{\partial F}{\partial w}(\lambda^*, w).$$
+# $$\frac{d}{dw}F(\lambda^*(w),w) = \underbrace{\frac{\partial F}{\partial\lambda}(\lambda^*,w)}_{=\,0}\;
+# \frac{d\lambda^*}{dw} + \frac{\partial F}{\partial w}(\lambda^*,w).$$
 #
-# The first factor is zero *because $\lambda^*$ is where $F$ is lowest* in $\lambda$. So whatever
-# $d\lambda^*/dw$ is, it is multiplied with zero. This is the **envelope theorem**, and it makes the gradients
-# short: hold $\lambda^*$ fixed and differentiate the rest.
+# The first factor is zero *because $\lambda^*$ is where $F$ is lowest* in $\lambda$, whatever $d\lambda^*/dw$
+# is. This is the **envelope theorem**, and it makes the gradients short: hold $\lambda^*$ fixed and
+# differentiate the rest.
 #
 # ### Exercise 6.6 ★★★ · All four
 #
-# Suppose that nothing is detached. Write the gradient of $L_{PureCC}$ in each of the four predictions,
-# without autograd. With $r = R_c - \lambda^* R_t$ the loss is $\frac1M \sum r^2$, a mean over all $M$ numbers
-# of the batch (`v_complete.numel()`).
+# Nothing is detached. Write the gradient of $L_{PureCC}$ in each of the four predictions by hand.
+# With $r = R_c - \lambda^* R_t$ the loss is $\frac1M \sum r^2$, with all $M$ numbers of the batch
+# (`v_complete.numel()`).
 
 # %% tags=["exercise"]
 def gradients(v_tar, v_null, v_original, v_complete):
@@ -737,6 +923,7 @@ def gradients(v_tar, v_null, v_original, v_complete):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: what stands before
 def gradients(v_tar, v_null, v_original, v_complete):                       # forgets the lambda* before R_t
     R_target, R_complete = v_tar - v_null, v_complete - v_original
     lam = lambda_star(R_complete, R_target)[:, None, None, None]
@@ -744,24 +931,27 @@ def gradients(v_tar, v_null, v_original, v_complete):                       # fo
     return -g, g, -g, g
 
 # %% tags=["wrong"]
+# says: wrong sign
 def gradients(v_tar, v_null, v_original, v_complete):                       # both of theta_2's with one sign
     R_target, R_complete = v_tar - v_null, v_complete - v_original
     lam = lambda_star(R_complete, R_target)[:, None, None, None]
     g = 2 * (R_complete - lam * R_target) / v_complete.numel()
     return -lam * g, lam * g, g, g
 
+# %% tags=["wrong"]
+# says: 0.5 times
+def gradients(v_tar, v_null, v_original, v_complete):                       # the 2 of the square is missing
+    R_target, R_complete = v_tar - v_null, v_complete - v_original
+    lam = lambda_star(R_complete, R_target)[:, None, None, None]
+    g = (R_complete - lam * R_target) / v_complete.numel()
+    return -lam * g, lam * g, -g, g
+
 # %% [markdown]
-# <details><summary>Hint 1</summary>
+# <details><summary>Hint</summary>
 #
-# $L_{PureCC} = \frac1M \sum \lVert r\rVert^2$ with
-# $r = (v_{complete} - v_{original}) - \lambda^* (v_{tar} - v_{null})$ and $M$ numbers in all. Differentiate
-# with $\lambda^*$ held fixed: each gradient is $\frac{2}{M}\, r$ times what stands before the prediction in
-# $r$.
-# </details>
-# <details><summary>Hint 2</summary>
-#
-# Before $v_{complete}$ stands $+1$, before $v_{original}$ $-1$, before $v_{tar}$ $-\lambda^*$, before
-# $v_{null}$ $+\lambda^*$.
+# With $r = (v_{complete} - v_{original}) - \lambda^* (v_{tar} - v_{null})$ and $\lambda^*$ held fixed, each
+# gradient is $\frac{2}{M}\, r$ times what stands before the prediction in $r$: $+1$ before $v_{complete}$,
+# and so on.
 # </details>
 
 # %% tags=["check"]
@@ -777,7 +967,7 @@ def autograd_of(detached):
 through, cut = autograd_of(detached=False), autograd_of(detached=True)
 with torch.no_grad():
     mine = gradients(*leaves)
-expect(isinstance(mine, tuple) and len(mine) == 4, "return four gradients.")
+mine = several(mine, ("v_tar's", "v_null's", "v_original's", "v_complete's"))
 for name, a, b in zip(("v_tar", "v_null", "v_original", "v_complete"), mine, through):
     if isinstance(a, torch.Tensor) and a.shape == b.shape:
         ratio = (a / b).flatten()
@@ -791,10 +981,9 @@ print(f"when lambda* is detached, it changes by at most {change:.0e}")
 assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(through, cut))
 
 # %% [markdown]
-# Why is it called an envelope? Move $v_{complete}$ along a line, here nearly in the direction of $R_t$, and
-# draw the loss over $w$: a thin curve for each *constant* $\lambda$, a thick one with $\lambda^*(w)$. The
-# thick curve is the lower edge of all thin ones, and touches each of them. Where two curves touch, they have
-# the same slope, so the slope of $F(\lambda^*(w), w)$ is the one with $\lambda$ held fixed.
+# Why "envelope"? Move $v_{complete}$ along a line, here nearly in the direction of $R_t$, and draw the loss
+# over $w$. The thick curve is the lower edge of all thin ones and touches each of them. Where two curves
+# touch, they have the same slope.
 
 # %%
 w = torch.linspace(-0.4, 0.4, 81)
@@ -806,11 +995,11 @@ def along_the_line(lam_of):                      # -> the loss of sample n at ea
 
 plt.figure(figsize=(5.6, 2.5), layout="constrained")
 for constant in lam[n] + torch.linspace(-0.35, 0.35, 8):
-    plt.plot(w, along_the_line(lambda R: constant[None]), color=GREY, lw=1)
+    plt.plot(w, along_the_line(lambda R: constant[None]), ":", color=INK, lw=1)
 lowest = along_the_line(lambda R: lambda_star(R, R_target[n:n + 1]))
 plt.plot(w, lowest, color=CORAL, lw=2.5)
 plt.gca().set(xlabel="$w$", ylabel="$F$", ylim=(0, 3 * max(lowest)),
-              title=r"grey: constant $\lambda$; red: $\lambda^*(w)$")
+              title=r"thin: constant $\lambda$; thick: $\lambda^*(w)$")
 plt.show()
 
 # %% [markdown] tags=["slide"]
@@ -823,27 +1012,18 @@ plt.show()
 
 # %% [markdown]
 # Read your four lines. The gradient in $v_{complete}$ is the rejection: nothing along $R_t$, as section 5
-# said. The one in $v_{original}$ is *exactly its opposite*: the gap can be closed from both sides. And
-# $v_{tar}$ would be turned *toward* what $\theta_2$ does already. So the detaching of $\lambda^*$ is free,
-# and the other three are not. Now in the real network.
+# said. The one in $v_{original}$ is *exactly its opposite*: the gap can be closed from both sides. So the
+# detaching of $\lambda^*$ is free, and that of $v_{original}$ is not.
 #
-# ## 7 · A gradient that leaks
+# ## 7 · A gradient that leaks (optional)
 #
 # A forgotten `detach` raises no error, and the loss still falls. To find it, ask every network what gradient
 # it gets.
 #
-# ```
-#    y_tar, empty --> theta_1 --> R(y_tar) ---x---.
-#    y_base       --> theta_2 --> v_original -x----+--> lambda* --x--> v_PureCC --.
-#    y_complete   --> theta_2 --> v_complete ------'                               >--> L_PureCC
-#                                     '-------------- the only way back ----------'         x: cut for gradients
-# ```
-#
 # ### Exercise 6.7 ★★ · Who gets a gradient?
 #
-# `networks` is a dict of modules. Return for each the length of the gradient of `loss` in *all* its
-# parameters that can be trained, as one vector: a float, and 0.0 if there is none. Leave no trace: a second
-# call has to give the same answer.
+# `networks` is a dict of modules. Return for each the length of the gradient of `loss` in *all* its trainable
+# parameters, as one vector: a float, and 0.0 if there is none. Leave no trace: a second call gives the same.
 
 # %% tags=["exercise"]
 def gradient_norms(loss, networks):
@@ -858,12 +1038,14 @@ def gradient_norms(loss, networks):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: an old .grad does not
 def gradient_norms(loss, networks):              # .grad adds up from call to call
     loss.backward(retain_graph=True)
     return {name: sum(p.grad.square().sum().item() for p in network.parameters() if p.grad is not None) ** 0.5
             for name, network in networks.items()}
 
 # %% tags=["wrong"]
+# says: all count
 def gradient_norms(loss, networks):              # the adapters alone, without Y
     norms = {}
     for name, network in networks.items():
@@ -875,9 +1057,8 @@ def gradient_norms(loss, networks):              # the adapters alone, without Y
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)` writes to no `.grad`, keeps the
-# graph for the next network, and gives `None` for a weight that the loss does not depend on. It wants at
-# least one weight, so treat a frozen network (an empty list) on its own.
+# `torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)` writes to no `.grad` and gives
+# `None` for an unused weight. It wants at least one weight: treat a frozen network on its own.
 # </details>
 
 # %% tags=["check"]
@@ -905,8 +1086,8 @@ for name, value in true.items():
 print("6.7 right: " + ", ".join(f"{name} {value:.4f}" for name, value in first.items()))
 
 # %% [markdown]
-# Here is $L_{PureCC}$ with every `detach` as a switch. Before you run it, guess: in which row does $\theta_1$
-# get a gradient? In which rows does the gradient of $\theta_2$ change?
+# Every `detach` is a switch now. First guess: in which row does $\theta_1$ get a gradient? In which rows does
+# that of $\theta_2$ change?
 
 # %%
 def with_forgotten(what, theta_1, theta_2):      # L_PureCC; nothing in `what` is detached
@@ -955,28 +1136,21 @@ assert norms["v_original is not"]["theta_2"] < length
 assert torch.cosine_similarity(seen["v_original is not"][1], g, dim=0) < 0.95
 
 # %% [markdown]
-# * **$\lambda^*$**: the cosine is 1 and the length is the same. That is the envelope theorem, in the real
-# network.
-# * **$\theta_1$ has two locks**, `no_grad` around $R(y_{tar})$ and `requires_grad_(False)`. Either is enough;
-# only where both are missing does a gradient arrive. (`no_grad` also keeps no activations in memory.)
-# * **The last row** is a mistake that no `detach` can mend: $\theta_2$ was given $\theta_1$'s $Y$ itself, not
-# a copy, so training the one moves the other. `ConceptEmbeddings` therefore begins with a `clone`.
-# * **$v_{original}$**: another gradient, in length and direction. Both predictions come from the same
-# adapters, with the derivatives $J_c$ and $J_o$. Detached, they receive $J_c^\top g$; not detached,
-# $(J_c - J_o)^\top g$: shorter, because whatever moves both predictions alike is not felt at all. And the gap
-# is closed from both sides, so the sentence *without* [V] is asked to move toward the one with it. Detached,
-# $v_{original}$ is what it is called, a reference. (`ablations.not_detached` trains the other choice, and the
-# benchmark compares them.)
+# * **$\lambda^*$**: the same gradient. That is the envelope theorem, in the real network.
+# * **$\theta_1$ has two locks**, `no_grad` and `requires_grad_(False)`; a gradient arrives where both are
+# missing.
+# * **The last row** no `detach` can mend: $\theta_2$ was given $\theta_1$'s $Y$ itself, not a copy.
+# * **$v_{original}$**: another gradient, and a shorter one. With the derivatives $J_c$ and $J_o$ of the two
+# predictions it is $(J_c-J_o)^\top g$ in place of $J_c^\top g$: what moves both alike is not felt.
 #
-# ## 8 · What a step costs
+# ## 8 · What a step costs (optional)
 #
-# A batch of $B$ samples costs $B$ forward passes for each text. Which passes come back? Count them, by a
-# wrapper that looks like the network itself. (The package puts several texts into one larger batch, so
-# counting *calls* would miss half of them: count *samples*.)
+# Which passes come back? Count them, by a wrapper that looks like the network itself. Count *samples*, not
+# calls: the package puts several texts into one batch.
 #
 # ### Exercise 6.8 ★★ · A counter
 #
-# `v.register_hook(f)` calls `f(g)` when the gradient $g$ of $v$ has been computed, so once for each backward
+# `v.register_hook(f)` calls `f(g)` when the gradient $g$ of $v$ has been computed: once for each backward
 # pass through the network. It can be set only if `v.requires_grad`.
 
 # %% [markdown] tags=["slide"]
@@ -1004,6 +1178,7 @@ def counting(theta, name, tally):
     return velocity
 
 # %% tags=["wrong"]
+# says: not calls
 def counting(theta, name, tally):                # counts calls
     def velocity(x_t, t, text):
         v = theta(x_t, t, text)
@@ -1014,6 +1189,7 @@ def counting(theta, name, tally):                # counts calls
     return velocity
 
 # %% tags=["wrong"]
+# says: never comes back
 def counting(theta, name, tally):                # believes that every gradient is asked for
     def velocity(x_t, t, text):
         v = theta(x_t, t, text)
@@ -1035,7 +1211,7 @@ def count(loss_of_step):
                       (("theta_0", pipe.velocity), ("theta_1", theta_1), ("theta_2", theta_2))))
     loss_of_step(thetas, batch, 1.0)[0].backward()
     theta_2.zero_grad()
-    return {key: value / B for key, value in tally.items()}
+    return {key: value / B for key, value in tally.items() if value}
 
 expected = {methods.l_cc: {("theta_2", "forward"): 1, ("theta_2", "backward"): 1},
             methods.paper: {("theta_1", "forward"): 2, ("theta_2", "forward"): 2, ("theta_2", "backward"): 1},
@@ -1060,28 +1236,13 @@ for loss_of_step, got in counts.items():
           f"{sum(v for k, v in got.items() if 'backward' in k):12.0f}")
 
 # %% [markdown]
-# A step of PureCC has four forwards and **one** backward, and a step of $L_{CC}$ one of each. If a backward
-# costs $b$ forwards, the ratio is $(4 + b) / (1 + b)$: it is below 4, because the dear part is not repeated.
-# Drawn for $b = 2$:
-#
-# ```
-#    L_CC      [complete][      backward      ]
-#    PureCC    [target  ][ empty  ][  base  ][complete][      backward      ]
-# ```
-#
-# `python -m purecc_min speed` measures the ratio on your computer.
-#
-# The paper's own figures, for 400 steps of each stage on Stable Diffusion 3.5 Medium: 0.13 A100 hours for
-# stage 1, whose step is a LoRA's, and 0.20 for stage 2, a ratio of 1.5. PureCC needs both stages, 0.33 hours
-# in all: 2.5 times a LoRA. (In the formula 0.20 / 0.13 would be $b = 4.6$. The hours hold more than passes,
-# and the paper does not divide them.) At inference only $\theta_2$ is used, and it costs what a LoRA costs.
+# A step of PureCC has four forwards and **one** backward, a step of $L_{CC}$ one of each. (The paper: 0.20
+# A100 hours for stage 2, 0.13 for stage 1.) Drawing costs what it costs with a LoRA.
 #
 # ## 9 · Training with your own objective
 #
-# The package's loop calls a function `(thetas, batch, eta) -> (loss, what to log)`. Wrap yours, check that
-# three steps of it are the package's three steps, and train with three values of $\eta$: 0 is a plain LoRA, 1
-# is the paper's choice, and 8 is far too much, to see the tendency. All three start alike and see the same
-# batches.
+# Wrap your objective as the package's loop wants it, compare three steps with the package's, and train with
+# three values of $\eta$: 0 is a plain LoRA, 1 the paper's choice, and 8 far too much, to see the tendency.
 
 # %%
 def stage_2_loss(thetas, batch, eta):
@@ -1105,8 +1266,8 @@ for eta in etas:
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
 curves = ("loss_cc", "$L_{CC}$"), ("loss_purecc", "$L_{PureCC}$"), ("lambda", r"$\lambda^*$, mean")
 for axis, (key, title) in zip(axes, curves):
-    for eta, colour in zip(etas, (CORAL, BLUE, GOLD)):
-        axis.plot(smooth([row[key] for row in logs[eta]]), color=colour, label=rf"$\eta$ = {eta:g}")
+    for eta, colour, line in zip(etas, (CORAL, BLUE, INK), ("-", "--", ":")):
+        axis.plot(smooth([row[key] for row in logs[eta]]), line, color=colour, label=rf"$\eta$ = {eta:g}")
     axis.set(title=title, xlabel="step", ylim=(0, None))
 axes[0].legend()
 plt.show()
@@ -1133,8 +1294,11 @@ assert late[8.0, "loss_cc"] > late[0.0, "loss_cc"]
 asked = ["a small [V] robot on the left in the snow", "a big [V] robot in the middle at night",
          "a big [V] robot on the right on the beach", "a big robot on the left in the snow"]
 rows = [to_pictures(draw(pipe, theta, asked, word, steps=12)) for theta in (None, *runs.values())]
-show([picture for row in rows for picture in row], [in_lines(text) for text in asked],
-     ["base model"] + [rf"$\eta$ = {eta:g}" for eta in etas], columns=4, side=1.4)
+show([picture for row in (*rows, own) for picture in row], [in_lines(text) for text in asked],
+     ["base model", *(rf"$\eta$ = {eta:g}" for eta in etas), "the references"], columns=4, side=1.4)
+plain = [(row[3].astype(float) - rows[0][3]) / 255 for row in rows[1:]]     # nobody asked for [V] here
+print("without [V], a pixel changes by " + ", ".join(f"{np.abs(change).mean():.3f}" for change in plain))
+assert min(np.abs(change).mean() for change in plain) > 0.01
 
 # %% [markdown] tags=["slide"]
 # ## Trained with it
@@ -1144,62 +1308,84 @@ show([picture for row in rows for picture in row], [in_lines(text) for text in a
 # Look at the last column: nobody asked for [V] there.
 
 # %% [markdown]
-# Read the table downward. $L_{PureCC}$ falls with $\eta$, as it should, and at $\eta = 8$ $L_{CC}$
-# pays for it. At $\eta = 1$ it is a small part of the loss: a gentle correction of a LoRA, and no other kind
-# of training. The adapters that make the rejection small make all of $R_c$ small (column R_complete).
+# The objective does what it asks for: $L_{PureCC}$ falls with $\eta$. At $\eta = 1$ it is a small part of the
+# loss, a gentle correction of a LoRA; at $\eta = 8$ $L_{CC}$ pays for it. The adapters that make the
+# rejection small make all of $R_c$ small (R_complete).
 #
-# The last two columns hold the most important fact of this lesson. For every $\eta$, $v_{original}$ has moved
-# away from the untouched model *further* than [V] makes a difference. The adapters act on every text, and
-# what they do to both predictions alike cancels in $R_c$: Eq. 14 cannot see it. The last column of pictures
+# The last column holds the most important fact of this lesson, the *if* of section 4. For every $\eta$,
+# $v_{original}$ has moved away from the untouched model *further* than [V] makes a difference. The adapters
+# act on every text, and what they do to both predictions alike cancels in $R_c$. The last column of pictures
 # shows it, where nobody asked for [V]. $L_{PureCC}$ keeps the *difference* pure; nothing in Eq. 15 holds
-# $v_{original}$ where it was. (One concept, one seed, fifty steps: an illustration, not a measurement. The
-# measurement is in [`purecc_min/benchmark`](../../purecc_min/benchmark/README.md).)
+# $v_{original}$ where it was. (One seed, fifty steps; the
+# [benchmark](../../purecc_min/benchmark/README.md) measures it.)
 #
-# ## What you can now say
+# ### Algorithm 1, as a script
 #
-# * $\lambda^* R(y_{tar})$ is the projection of $R(y_{complete}, y_{base})$, and $L_{PureCC}$ the squared
-# rejection.
-# * $L_{PureCC}$ takes away what [V] adds beside the concept's direction. Only $L_{CC}$ asks for the concept.
-# * Detaching $\lambda^*$ changes nothing (envelope). Detaching $v_{original}$ is a choice. $\theta_1$ has two
-# locks.
-# * A step is four forwards and one backward.
-# * The objective compares $\theta_2$ with itself. What it does to both texts alike, it does not see.
+# `python -m purecc_min.algorithm` is all of it, to be read from top to bottom: it opens the references,
+# trains $\theta_1$ (lines 1 to 7 of the paper's Algorithm 1), freezes it, trains $\theta_2$ (lines 8 to 18),
+# draws and saves. Here is its second stage, read from the file, and a run of ten steps a stage.
+
+# %%
+lines = (Path(package.__file__).parent / "algorithm.py").read_text(encoding="utf-8").splitlines()
+first, last = (next(n for n, line in enumerate(lines) if words in line)
+               for words in ("stage 2: pure learning", "draw, and save"))
+print("\n".join(lines[first:last]))
+
+out = Path(tempfile.mkdtemp()) / "algorithm"
+sys.argv = ["algorithm", str(FOLDER / TUNING[0]), "--class-word", "robot", "--steps", "10", "--out", str(out)]
+script = runpy.run_module("purecc_min.algorithm")                           # what the command does
+picture = np.array(Image.open(out / "pictures.png"))
+plt.figure(figsize=(5.6, 4.3), layout="constrained")
+plt.imshow(picture)
+plt.yticks([picture.shape[0] * (n + 0.5) / 3 for n in range(3)], ["base model", "theta_1", "theta_2"])
+plt.xticks([])
+plt.show()
+
+terms = script["terms"]                          # of the last step
+with torch.no_grad():
+    lam = lambda_star(terms.R_complete, terms.R_target)
+    one = lam.mean().expand(len(lam))            # one lambda for the batch
+    with_one = (v_purecc(terms.v_original, one, terms.R_target) - terms.v_complete).square().mean()
+print("its last step: lambda*", [round(value, 3) for value in lam.tolist()])
+print(f"L_PureCC {terms.loss_purecc:.6f}, yours {rejection_loss(terms.R_complete, terms.R_target):.6f}, "
+      f"with one lambda for the batch {with_one:.6f}")
+assert torch.allclose(lam, terms.lam, 1e-4) and with_one > terms.loss_purecc
+
+# %% [markdown]
+# The paper does not say whether $\lambda^*$ is one number for a sample or for the batch. Try the other in the
+# script: import `lambda_star`, and give `pcc_loss` a rule as its last argument,
+# `lambda R_c, R_t: lambda_star(R_c, R_t).mean().expand(len(R_t))`. $L_{PureCC}$ becomes larger, as above, for
+# each sample's own $\lambda^*$ makes it smallest. Do the pictures change?
 #
-# | you wrote | in the package |
-# |---|---|
-# | `four_texts`, `l_cc` | `base_text` and `Texts` in `purecc_min/concept.py`; `methods.l_cc`, which knows masks as well |
-# | `predictions`, `v_purecc`, `objective` | `pcc_loss` in `purecc_min/objective.py` |
-# | `inner`, `lambda_star` | the same names in `purecc_min/objective.py` |
-# | `rejection_loss` | the row "rejection" of `log_of` in `purecc_min/methods.py` |
-# | `with_forgotten`; section 5 with a constant $l$ | `not_detached`, `constant_lambda` in `purecc_min/ablations.py` |
+# **In the package:** `pcc_loss`, `inner` and `lambda_star` in `purecc_min/objective.py`, `base_text` in
+# `concept.py`, `l_cc` and, as "rejection", your `rejection_loss` in `methods.py`; a constant $l$ and a
+# $v_{original}$ that is not detached in `ablations.py`.
 #
 # ## Three questions
 #
-# **1.** A colleague multiplies the extractor's direction by 10, "to teach the concept more strongly". What
-# changes?
+# **1.** The extractor's direction is multiplied by 10, "to teach the concept more strongly". What changes?
 # <details><summary>Answer</summary>
 #
-# Nothing. $\lambda^*$ becomes a tenth, and $\lambda^* R(y_{tar})$ stays. The same holds for the factor $-1$.
-# Only the *line* through $R(y_{tar})$ matters. With a constant $l$ it would change everything.
+# Nothing. $\lambda^*$ becomes a tenth, and $\lambda^* R(y_{tar})$ stays. Only the *line* through $R(y_{tar})$
+# matters. With a constant $l$ it would change everything.
 # </details>
 #
-# **2.** Somebody takes $v_{original}$ in Eq. 13 from the untouched base model, and leaves $\theta_2$'s in Eq.
-# 10. May they still leave out the `detach` of $\lambda^*$?
+# **2.** $v_{original}$ in Eq. 13 comes from the untouched base model, in Eq. 10 from $\theta_2$. May the
+# `detach` of $\lambda^*$ still be left out?
 # <details><summary>Answer</summary>
 #
 # No. $\lambda^*$ then minimises $\lVert R_c - l R_t \rVert^2$ with *another* $v_{original}$ than the loss
-# has, so $\partial F / \partial\lambda$ is not zero there, and the first part of the chain rule stays.
+# has, so $\partial F / \partial\lambda$ is not zero there.
 # </details>
 #
 # **3.** After stage 2, $L_{PureCC}$ is exactly zero and $\lambda^* = 0$. What does [V] do?
 # <details><summary>Answer</summary>
 #
-# Nothing: the rejection and the projection are both zero, so $R(y_{complete}, y_{base}) = 0$, and a text
-# means the same with [V] and without. The model can still draw the concept, for *every* robot. A small
-# $L_{PureCC}$ alone is no proof of purity.
+# Nothing: a text means the same with [V] and without. The model can still draw the concept, for *every*
+# robot. A small $L_{PureCC}$ alone is no proof of purity.
 # </details>
 #
-# **Next:** lesson 7. The objective is written; what it gains and what it costs has to be measured.
+# **Next:** lesson 7. The objective is written; what holds $v_{original}$?
 
 # %% [markdown] tags=["slide"]
 # ## What it does not see

@@ -11,39 +11,29 @@
 # ---
 
 # %% [markdown]
-# # 10 · Photographs on Stable Diffusion 3.5
+# # 10 · Photographs on Stable Diffusion 3.5 (optional)
 #
-# **From a folder of photographs to a concept that other programs can load, step by step**
+# **From a folder of photographs to a concept that other programs can load**
 #
-# So far the world was small enough for a laptop. The same classes load the public weights of Stable Diffusion
-# 3.5 Medium, the model that the paper customizes. What changes is everything *around* the method: three text
-# encoders, an autoencoder, a shift of the times, half precision, and a card whose memory has an end. In this
-# lesson you write these parts, and then all of them run together, from pictures to an exported file.
+# The classes of this course also load the public weights of Stable Diffusion 3.5 Medium, the model that the
+# paper customizes. What changes is everything *around* the method: three text encoders, an autoencoder,
+# half precision, and a card whose memory has an end. You write these parts, and then all of them run
+# together.
 #
-# **When you are through, you have written**
-#
-# 1. the text stream of SD3.5, its latents, and a cache of both in which no picture gets another one's text;
-# 2. the shifted times of training and sampling;
-# 3. a count of a step's memory, gradient checkpointing, a training step for fp16, and the export to
-# diffusers;
-#
-# **and you can say** what fills a card in each stage, why a wrong pairing and a forgotten scale never raise
-# an error, and what a LoRA file cannot carry.
+# **When you are through, you have written** the text stream of SD3.5, its latents, a cache in which no
+# picture gets another one's text, a count of a step's memory, and a training step for fp16.
 #
 # **What runs here, and what that shows.** The real weights are 16.3 GB and need a card. Here a *tiny random
-# model* runs end to end. It lies on the disk in the public layout, file by file and name by name, and the
-# package loads it like the real one. So this lesson shows that formats, shapes, order, memory and arithmetic
-# are right. It shows **nothing about quality**: a random model draws noise, whatever it has learned.
+# model* runs end to end. It lies on the disk in the public layout, and the package loads it like the real
+# one. So this lesson shows that formats, shapes, order, memory and arithmetic are right. It shows **nothing
+# about quality**: a random model draws noise, whatever it has learned.
 #
 # | | |
 # |---|---|
-# | Time | an hour of reading, 2 to 3 hours with the exercises; about a minute of computing on two CPU cores; no GPU |
 # | Needs | lessons 1 to 6; and `pip install tokenizers`, which reads T5's vocabulary |
-# | Keep open | [`tinyflow/sd3/README.md`](../../tinyflow/sd3/README.md), [`train.py`](../../purecc_min/train.py) and [`memory.py`](../../purecc_min/commands/memory.py), **after** you have tried |
-# | Read after | the model's own page, and its licence |
+# | Keep open | [`tinyflow/sd3/README.md`](../../tinyflow/sd3/README.md), **after** you have tried |
 #
-# An exercise is a function whose body is blank, and the cell below it is its check. Hints are folded; the
-# solved notebook is in [`../solved`](../solved). One star is a warm-up, three stars are hard.
+# Hints are folded; the solved notebook is in [`../solved`](../solved).
 
 # %% [markdown] tags=["slide"]
 # # 10 · Photographs on Stable Diffusion 3.5
@@ -70,7 +60,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from purecc_min.branch import Branch, Thetas
 from purecc_min.commands.export import export_lora
 from purecc_min.commands.folder import load_concept
-from purecc_min.commands.memory import REFERENCES, TOKENS, dry_run, fit, flash_attention
+from purecc_min.commands.memory import OVERHEAD, REFERENCES, TOKENS, dry_run, fit, flash_attention
 from purecc_min.concept import Texts, noised
 from purecc_min.concept import encode as encode_set
 from purecc_min.embeddings import class_word_states
@@ -121,39 +111,21 @@ print(f"{'all':28s}{sum(map(values, real.values())):15,d}{sum(stored.values()):1
 plt.figure(figsize=(6.2, 1.8), layout="constrained")
 plt.barh(list(stored), list(stored.values()), color=[BLUE, GREY, GOLD, GOLD, GOLD])
 plt.gca().invert_yaxis()
-plt.xlabel("GB on the disk: blue draws, gold reads the text")
+plt.xlabel("GB on the disk; the last three read the text")
 plt.show()
 assert values(real["MMDiT"]) == 2_243_171_520 and values(real["T5-XXL"]) == 4_762_310_656
 assert 16 < sum(stored.values()) < 17 and stored["T5-XXL"] > sum(stored.values()) / 2
+assert abs(stored["T5-XXL"] - 9.5) < 0.1
 
 # %% [markdown]
-# More than half of the download is T5, which only reads. You may leave `text_encoder_3/` and `tokenizer_3/`
-# out; then its 256 tokens are zeros. That saves 9.5 GB on the disk; what it costs in pictures is not measured
-# here.
+# More than half of the download is T5, which only reads. You may leave it out; then its 256 tokens are
+# zeros. That saves 9.5 GB; what it costs in pictures is not measured here. The weights are *gated*: accept
+# the licence on the model's page, log in, and download ([commands](../../tinyflow/sd3/README.md)).
 #
-# **How to get them.** The repository `stabilityai/stable-diffusion-3.5-medium` is *gated*: make an account at
-# Hugging Face, read and accept the Stability Community Licence on the model's page (it says who may use the
-# weights for what), make an access token, and then:
-#
-# ```
-# pip install huggingface_hub
-# hf auth login
-# hf download stabilityai/stable-diffusion-3.5-medium --local-dir DIR \
-#     --exclude "*.jpg" "sd3.5_medium*" "text_encoders/*"
-# ```
-#
-# Without the login you receive a web page in place of a file. The package recognises that, and says so.
-#
-# **One thing is in Medium that the tiny model lacks.** In its first 13 blocks the image tokens attend a second
-# time, to image tokens alone, with projections of their own, and adaLN makes nine tensors there instead of six:
-# shift, scale and gate for that attention, too. What it adds goes to `x` beside what the joint attention adds.
-# Text tokens take no part in it. The few lines are in `Block` in `tinyflow/mmdit.py`, and the adapters leave
-# that attention alone.
-#
-# Now the tiny random model. The cell below writes our classes to a folder under the **public names**. The
-# rename table `mmdit_layers` says, for each of our layers, what diffusers calls it; `[swap]` behind a name
-# says that its two halves are exchanged: we keep shift and scale, diffusers keeps scale and shift. An
-# exchange that is forgotten fits in every shape and ruins every picture.
+# The cell below writes a tiny random model to a folder under the **public names**. The table `mmdit_layers`
+# says what diffusers calls each of our layers; `[swap]` says that its two halves are exchanged: we keep
+# shift and scale, diffusers keeps scale and shift. Forgotten, this fits in every shape and ruins every
+# picture.
 
 # %% [markdown] tags=["slide"]
 # ## Five networks, 16 GB
@@ -242,10 +214,8 @@ some = [ref.pictures[k] for ref in concept.references for k in (0, 1, 2)][:6]
 show(some, ["a reference", "a crop", "a crop"] * 2)
 
 # %% [markdown]
-# `learn` reads your own photographs in the same way (three to five pictures; a text in a `.txt` file beside
-# each). Every photograph is cut to a square, and seven random crops of it are made, half of them mirrored. So
-# a model sees the concept at several places, and cannot learn one frame by heart. (A concept with writing on
-# it, or with a left and a right side, suffers from mirroring.)
+# `learn` reads your own photographs in the same way, with a text in a `.txt` file beside each. Seven random
+# crops of every photograph are made, half of them mirrored: so a model cannot learn one frame by heart.
 #
 # ## 2 · Three encoders read every text
 #
@@ -255,9 +225,6 @@ show(some, ["a reference", "a crop", "a crop"] * 2)
 # | CLIP-G | the same, larger | states of width 1280, and one vector | 77 |
 # | T5-XXL | a language model, never saw a picture | states of width 4096 | 256 |
 #
-# The CLIPs know what things look like; T5 knows what long sentences mean. Their states become the *context*,
-# the text tokens of the MMDiT; the CLIPs' vectors become *pooled*, which speaks through adaLN (lesson 2).
-#
 # ```
 #               width 4096
 #    77 tokens  [ CLIP-L 768 | CLIP-G 1280 | zeros 2048 ]        pooled = [ CLIP-L 768 | CLIP-G 1280 ]
@@ -265,8 +232,7 @@ show(some, ["a reference", "a crop", "a crop"] * 2)
 # ```
 #
 # The two CLIPs read the *same* 77 tokens, so their states stand side by side. T5 cuts the text in another
-# way, so its tokens come after them. The empty text of guidance goes through all three, too; it is not a row
-# of zeros.
+# way, so its tokens come after them. *Pooled* speaks through adaLN (lesson 2).
 #
 # ### Exercise 10.1 ★ · One text stream from three
 
@@ -291,15 +257,37 @@ def join(clip_l, clip_g, t5, pooled_l, pooled_g):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: the same 77 tokens
 def join(clip_l, clip_g, t5, pooled_l, pooled_g):            # one encoder after the other
     wide = [F.pad(x, (0, t5.shape[-1] - x.shape[-1])) for x in (clip_l, clip_g, t5)]
     return torch.cat(wide, dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
 
+# %% tags=["wrong"]
+# says: CLIP's 77 tokens come first
+def join(clip_l, clip_g, t5, pooled_l, pooled_g):
+    clip = torch.cat([clip_l, clip_g], dim=-1)
+    clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    return torch.cat([t5, clip], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
+
+# %% tags=["wrong"]
+# says: the zeros stand behind
+def join(clip_l, clip_g, t5, pooled_l, pooled_g):
+    clip = torch.cat([clip_l, clip_g], dim=-1)
+    clip = F.pad(clip, (t5.shape[-1] - clip.shape[-1], 0))
+    return torch.cat([clip, t5], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
+
+# %% tags=["wrong"]
+# says: pooled has CLIP-L's vector first
+def join(clip_l, clip_g, t5, pooled_l, pooled_g):
+    clip = torch.cat([clip_l, clip_g], dim=-1)
+    clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    return torch.cat([clip, t5], dim=1), torch.cat([pooled_g, pooled_l], dim=-1)
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Side by side is `dim=-1`, one after the other is `dim=1`. `F.pad(x, (0, k))` puts $k$ zeros behind the last
-# axis.
+# Side by side is `dim=-1`, one after the other is `dim=1`. `F.pad(x, (0, k))` puts $k$ zeros behind the
+# last axis.
 # </details>
 
 # %% tags=["check"]
@@ -308,16 +296,21 @@ ids, slots, _ = pipe.tokenizer(asked, {"[V]": word})         # the encoders read
 ids_l, ids_g, ids_t5 = ids.split([77, 77, 256], dim=1)
 (context_l, pooled_l), (context_g, pooled_g) = pipe.encoder.clip_l(ids_l), pipe.encoder.clip_g(ids_g)
 states_t5 = pipe.encoder.t5(ids_t5)
-context, pooled = join(context_l, context_g, states_t5, pooled_l, pooled_g)
-theirs = pipe.encode_text(asked, {"[V]": word})
+made = join(context_l, context_g, states_t5, pooled_l, pooled_g)
+theirs, both = pipe.encode_text(asked, {"[V]": word}), context_l.shape[-1] + context_g.shape[-1]
+expect(isinstance(made, tuple) and len(made) == 2, "return two tensors, context and pooled.")
+context, pooled = made
 expect(context.shape[1] == 333, "CLIP-L and CLIP-G read the same 77 tokens: put their states side by side.")
+expect(context.shape[2] == states_t5.shape[2], "the context is as wide as T5's states: zeros fill it up.")
 expect(not torch.allclose(context[:, :256], states_t5), "CLIP's 77 tokens come first, then T5's 256.")
-expect_close(context, theirs.context, "context")
+expect(context[:, :77, :both].any() and not context[:, :77, both:].any(), "the zeros stand behind CLIP-G.")
+expect_close(context, theirs.context, "context (CLIP-L before CLIP-G)")
+expect(not torch.allclose(pooled, torch.cat([pooled_g, pooled_l], -1)), "pooled has CLIP-L's vector first.")
 expect_close(pooled, theirs.pooled, "pooled")
 print(f"10.1 right: context {list(context.shape)}, pooled {list(pooled.shape)}")
 
 # %%
-tokens_l = pipe.tokenizer.clip_l.tokens(asked[0].replace("[V]", word))
+tokens_l = pipe.tokenizer.clip_l.tokenizer.encode(asked[0].replace("[V]", word)).tokens
 print("CLIP reads:", " ".join(token.removesuffix("</w>") for token in tokens_l))
 print("slots of [V]:", slots[0].nonzero().flatten().tolist(), "of", slots.shape[1], "   in the empty text:",
       slots[1].nonzero().flatten().tolist())
@@ -330,25 +323,23 @@ axis.set(title="the context of one text: size of the states, and the slots of [V
          ylabel="channel", xticks=[0, 77, 200, 332])
 plt.show()
 in_clip, in_t5 = (slots[0, :77] > 0).sum(), (slots[0, 77:] > 0).sum()
-assert in_clip == in_t5 == asked[0].count("[V]") and not slots[1].any()
+assert in_clip == in_t5 == asked[0].count("[V]") and not slots[1].any() and not context[0, :77, both:].any()
 
 # %% [markdown]
-# [V] has a slot in **both** parts, and $Y^l$ stands in both. If it stood in CLIP's only, T5's token would go
-# on saying "any robot" beside it. The white corner below the CLIP tokens is the padding with zeros.
+# [V] has a slot in **both** parts, and $Y^l$ stands in both. If it stood in CLIP's only, T5's token would
+# go on saying "any robot" beside it. The white corner below the CLIP tokens is the padding.
 #
 # ## 3 · Latents
 #
-# The flow of SD3.5 does not run on pixels. An autoencoder, the VAE, makes of a picture a *latent* with 16
-# channels and an eighth of the width and height. Pixels enter it as numbers in $[-1, 1]$. Its encoder
-# describes a normal distribution by mean and log-variance, and we take the mean. One step is left, and it is
-# often forgotten:
+# The flow of SD3.5 runs on the *latents* of an autoencoder. Pixels enter it as numbers in $[-1, 1]$. Its
+# encoder gives the mean and log-variance of a normal distribution, and we take the mean. One step is left:
 #
 # $$x_0 = (\text{mean} - \text{shift}) \cdot \text{scale}, \qquad \text{mean} = x_0 / \text{scale} + \text{shift},
 # \qquad \text{shift} = 0.0609, \; \text{scale} = 1.5305.$$
 #
-# Why? Eq. 1 mixes $x_0$ with noise of mean 0 and variance 1. The two numbers give latents about that mean and
-# variance, and with such latents the model was trained. Nothing fails without them: shapes fit, the loss
-# falls. The first SD3 trainers of diffusers forgot the shift (#8708).
+# Eq. 1 mixes $x_0$ with noise of mean 0 and variance 1, and the two numbers give latents about that mean
+# and variance. Nothing fails without them: shapes fit, the loss falls. The first SD3 trainers of diffusers
+# forgot the shift (#8708).
 #
 # ```
 #  uint8 [H, W, 3] --/127.5 - 1--> pixels --encoder--> mean --(mean - shift) * scale--> x_0 [16, H/8, W/8]
@@ -373,6 +364,7 @@ def decode(codec, x_0):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: too large by shift * scale
 def encode(codec, pictures):                     # forgets the shift
     mean, _ = codec.encoder(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, dim=1)
     return mean * codec.config.scale
@@ -381,32 +373,69 @@ def decode(codec, x_0):
     return codec.decoder(x_0 / codec.config.scale)
 
 # %% tags=["wrong"]
-def encode(codec, pictures):                     # pixels in [0, 1]
+# says: pixels in [0, 1]
+def encode(codec, pictures):
     mean, _ = codec.encoder(torch.tensor(pictures).permute(0, 3, 1, 2) / 255).chunk(2, dim=1)
     return (mean - codec.config.shift) * codec.config.scale
 
 def decode(codec, x_0):
     return codec.decoder(x_0 / codec.config.scale + codec.config.shift)
 
+# %% tags=["wrong"]
+# says: before you multiply
+def encode(codec, pictures):                     # multiplies first
+    mean, _ = codec.encoder(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, dim=1)
+    return mean * codec.config.scale - codec.config.shift
+
+def decode(codec, x_0):
+    return codec.decoder((x_0 + codec.config.shift) / codec.config.scale)
+
+# %% tags=["wrong"]
+# says: log-variance
+def encode(codec, pictures):                     # the wrong half of the channels
+    _, mean = codec.encoder(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, dim=1)
+    return (mean - codec.config.shift) * codec.config.scale
+
+def decode(codec, x_0):
+    return codec.decoder(x_0 / codec.config.scale + codec.config.shift)
+
+# %% tags=["wrong"]
+# says: the package's own answer
+def encode(codec, pictures):                     # the package's own
+    return codec.encode(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+
+def decode(codec, x_0):
+    return codec.decode(x_0)
+
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `chunk(2, dim=1)` cuts the channels in half. The way back undoes the steps in the opposite order: first
-# divide by the scale, then add the shift.
+# `chunk(2, dim=1)` cuts the channels in half. The way back undoes the steps in the opposite order.
 # </details>
 
 # %% tags=["check"]
 pictures = torch.tensor([r.picture.tolist() for r in concept.references], dtype=torch.uint8).numpy()
+shift, scale = pipe.codec.config.shift, pipe.codec.config.scale
+expect(not {"encode", "encode_images", "decode"} & {*encode.__code__.co_names, *decode.__code__.co_names},
+       "this is the package's own answer: write it out yourself.")
 with torch.no_grad():
     yours, ours = encode(pipe.codec, pictures), pipe.encode_images(pictures)
-    off = yours - ours if yours.shape == ours.shape else torch.ones(1)
-    expect((off - pipe.codec.config.shift * pipe.codec.config.scale).abs().max() > 1e-3,
-           "every latent is too large by shift * scale: subtract the shift before you multiply.")
+    expect(isinstance(yours, torch.Tensor) and yours.shape == ours.shape,
+           f"encode should return a tensor of shape {list(ours.shape)}.")
     in_0_1 = pipe.codec.encode(torch.tensor(pictures).permute(0, 3, 1, 2) / 255)
-    expect(yours.shape != in_0_1.shape or not torch.allclose(yours, in_0_1, atol=1e-3),
-           "these are the latents of pixels in [0, 1]; the VAE was trained on pixels in [-1, 1].")
+    log_variance = pipe.codec.encoder(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, 1)[1]
+    for mistake, wrong in {
+            "every latent is too large by shift * scale: the shift is forgotten": ours + shift * scale,
+            "subtract the shift before you multiply": ours + shift * (scale - 1),
+            "these are the latents of pixels in [0, 1]; the VAE was trained on pixels in [-1, 1]": in_0_1,
+            "this is the log-variance; the mean is the first half of the channels":
+                (log_variance - shift) * scale}.items():
+        expect(not torch.allclose(yours, wrong, atol=1e-4), f"{mistake}.")
     expect_close(yours, ours, "encode(codec, pictures)", tolerance=1e-3)
-    expect_close(decode(pipe.codec, ours), pipe.codec.decode(ours), "decode(codec, x_0)", tolerance=1e-3)
+    back, other_order = decode(pipe.codec, ours), pipe.codec.decoder((ours + shift) / scale)
+    expect(not torch.allclose(back, other_order, atol=1e-5),
+           "undo the steps in the opposite order: first divide by the scale, then add the shift.")
+    expect_close(back, pipe.codec.decode(ours), "decode(codec, x_0)", tolerance=1e-3)
 print(f"10.2 right: {list(pictures.shape)} uint8 -> x_0 {list(yours.shape)}, "
       f"{pictures[0].size / yours[0].numel():.0f} times fewer numbers")
 
@@ -422,8 +451,8 @@ show([pictures[0], *(grey(x_0[0, k]) for k in (0, 5, 10, 15)), back],
      ["a picture", *(f"channel {k}" for k in (0, 5, 10, 15)), "decoded"])
 
 # %% [markdown]
-# The last picture is what a *random* decoder makes of it: the plainest reminder of what this lesson does not
-# show. The real VAE was trained to give the first picture back.
+# The last picture is what a *random* decoder makes of it. The real VAE was trained to give the first one
+# back.
 
 # %% [markdown] tags=["slide"]
 # ## Latents
@@ -437,11 +466,10 @@ show([pictures[0], *(grey(x_0[0, k]) for k in (0, 5, 10, 15)), back],
 # %% [markdown]
 # ## 4 · A cache, and a bug that never raises an error
 #
-# The text encoders weigh 11 GB, and they say the same in every step. So we encode every text and every
-# picture **once**, before training, and the encoders never have to share the card with a step. (The authors'
-# released code keeps them on the card, and encodes everything anew in each step.) A cache has one duty: **row
-# $i$ of everything belongs to reference $i$.** Below is a cache as one writes it. It runs, and the loss
-# falls. Read it before you look at what it does.
+# The text encoders weigh 11 GB, and they say the same in every step. So we encode every text and picture
+# **once**, before training. (The authors' released code encodes everything anew in each step.) A cache has
+# one duty: **row $i$ of everything belongs to reference $i$.** Below is a cache as one writes it. It runs,
+# and the loss falls. Read it before you look at what it does.
 
 # %%
 def loader(epoch):                               # the references, shuffled anew in every epoch
@@ -469,15 +497,15 @@ assert 0.6 * (1 - 1 / n) < wrong / n / len(epochs) < 1.3 * (1 - 1 / n)
 
 # %% [markdown]
 # The cache was filled in the order of epoch 0 and is read by the number of the *step*, in the order of
-# another epoch. In $n$ shuffled pictures, one in $n$ meets its own text by chance. This is a real bug: it was
-# found in the SD3 DreamBooth trainer of diffusers (#14430). While all pictures have one and the same text it
-# does no harm, and so nobody sees it. With texts of their own, the model learns that words do not mean what
-# they say.
+# another epoch. In $n$ shuffled pictures, one in $n$ meets its own text by chance. This is a real bug: it
+# was found in the SD3 DreamBooth trainer of diffusers (#14430). While all pictures have one and the same
+# text it does no harm, and so nobody sees it. With texts of their own, the model learns that words do not
+# mean what they say.
 #
 # ### Exercise 10.3 ★★ · A cache that cannot be paired wrongly
 #
-# Keep the shuffling (it is `loader`'s and is right), and encode each picture once. `ref.id` is a reference's
-# name.
+# Keep the shuffling (it is `loader`'s and is right), and encode each picture once. `ref.id` is a
+# reference's name.
 
 # %% tags=["exercise"]
 def make_cache():
@@ -493,6 +521,7 @@ def pairs(cache, epoch):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: another picture's text
 def make_cache():                                # sorted, so that it has "a fixed order"
     return [encode(pipe.codec, ref.pictures[:1])[0] for ref in concept.references]
 
@@ -500,11 +529,28 @@ def pairs(cache, epoch):
     return [(latent, ref.complete) for latent, ref in zip(cache, loader(epoch))]
 
 # %% tags=["wrong"]
+# says: keep the shuffling
 def make_cache():                                # no shuffling any more
     return [encode(pipe.codec, ref.pictures[:1])[0] for ref in loader(0)]
 
 def pairs(cache, epoch):
     return [(latent, ref.complete) for latent, ref in zip(cache, loader(0))]
+
+# %% tags=["wrong"]
+# says: each needs it once
+def make_cache():                                # no cache at all
+    return None
+
+def pairs(cache, epoch):
+    return [(encode(pipe.codec, ref.pictures[:1])[0], ref.complete) for ref in loader(epoch)]
+
+# %% tags=["wrong"]
+# says: the complete texts
+def make_cache():
+    return {ref.id: encode(pipe.codec, ref.pictures[:1])[0] for ref in loader(0)}
+
+def pairs(cache, epoch):                         # without [V], nothing is learned under its name
+    return [(cache[ref.id], ref.base) for ref in loader(epoch)]
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -529,17 +575,15 @@ for epoch, made in zip(epochs, shuffled):
     expect(epoch > 1 or not torch.allclose(latents, torch.stack([truth[r.id] for r in loader(0)]), atol=1e-3),
            "the order is that of epoch 0 in every epoch: keep the shuffling of loader(epoch).")
     expect([text for _, text in made] == [ref.complete for ref in loader(epoch)],
-           "the texts are those of loader(epoch), in its order.")
+           "the texts are the complete texts of loader(epoch), in its order.")
     expect(torch.allclose(latents, own, atol=1e-3),
            f"epoch {epoch}: a latent stands beside another picture's text. Ask by ref.id, not by position.")
     expect_close(latents, own, f"epoch {epoch}: the latents, each beside its own text,", tolerance=1e-3)
 print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture with its own text")
 
 # %% [markdown]
-# The package never has two orders to begin with. `EncodedConcept` holds latents and all four texts of a
-# reference in row $i$, and `draw_batch` draws *one* list of rows for everything: `data.variants[rows, ...]`
-# and `data.texts.rows(rows)`. Its fingerprint (`learning.py`) covers pictures, texts and their order, so a
-# run that is resumed with other files is refused.
+# The package never has two orders to begin with: `EncodedConcept` holds latents and texts of a reference in
+# row $i$, and `draw_batch` draws *one* list of rows for both.
 
 # %% [markdown] tags=["slide"]
 # ## A bug that never raises an error
@@ -556,93 +600,23 @@ print(f"10.3 right: {len(epochs)} epochs, {n * len(epochs)} pairs, each picture 
 # %% [markdown]
 # ## 5 · The timestep shift
 #
-# SD3.5 trains and samples with times that are moved toward noise:
+# SD3.5 shifts its times toward noise (lesson 1), with $s = 3$. Why does a large picture need other times
+# than a small one? Take a picture whose side is $k$ times larger, and look from so far away that
+# $k \times k$ pixels become their mean. The picture hardly changes, as neighbouring pixels are alike. The
+# noise does: the mean of $k^2$ independent numbers has the standard deviation $1/k$. So at the same $t$ a
+# large picture is **less** destroyed. To destroy it as much as the small one at $t$, we need a time $t'$
+# with
 #
-# $$\text{shift}(t) = \frac{s\,t}{1 + (s - 1)\,t}, \qquad s = 3.$$
+# $$\frac{t'}{k\,(1 - t')} = \frac{t}{1 - t} \quad\Longrightarrow\quad t' = \frac{k\,t}{1 + (k - 1)\,t},$$
 #
-# Why should a large picture need other times than a small one? Take a picture whose side is $k$ times larger,
-# and look at it from so far away that $k \times k$ pixels become their mean. The picture hardly changes by
-# that, as neighbouring pixels are alike. The noise does: the mean of $k^2$ independent numbers of variance 1
-# has the standard deviation $1/k$. So from far away
-#
-# $$x_t \;\to\; (1 - t)\,x_0 + \tfrac{t}{k}\,x_1,$$
-#
-# and the ratio of noise to picture is $\frac{t}{k(1-t)}$, no longer $\frac{t}{1-t}$. At the same $t$ a large
-# picture is **less** destroyed. To destroy it as much as the small one at $t$, we need a time $t'$ with
-#
-# $$\frac{t'}{k\,(1 - t')} = \frac{t}{1 - t} \quad\Longrightarrow\quad t' = \frac{k\,t}{1 + (k - 1)\,t}.$$
-#
-# That is the formula, with $s = k$. In other words, the shift multiplies the odds $t / (1 - t)$ by $s$.
-#
-# ### Exercise 10.4 ★★ · Times, in training and in sampling
-#
-# Training draws $t$ as the sigmoid of a standard normal, then shifts. Sampling takes `steps` times, evenly
-# spaced from 1 down to `last`, shifts them, and ends with a 0. (The published scheduler has `last` =
-# 0.002994, so the last step of SD3.5 is very short.) Both must use the same shift.
-
-# %% tags=["exercise"]
-def shifted(t, s):
-    # BEGIN SOLUTION 10.4
-    return s * t / (1 + (s - 1) * t)
-    # END SOLUTION
-
-def training_times(normal, s):
-    # normal [B], drawn from a standard normal -> t [B]
-    # BEGIN SOLUTION 10.4
-    return shifted(torch.sigmoid(normal), s)
-    # END SOLUTION
-
-def stops(steps, s, last):
-    # -> [steps + 1]: from 1 down to 0
-    # BEGIN SOLUTION 10.4
-    return torch.cat([shifted(torch.linspace(1, last, steps), s), torch.zeros(1)])
-    # END SOLUTION
-
-# %% tags=["wrong"]
-def shifted(t, s):                               # toward the data
-    return t / (s - (s - 1) * t)
-
-def training_times(normal, s):
-    return shifted(torch.sigmoid(normal), s)
-
-def stops(steps, s, last):
-    return torch.cat([shifted(torch.linspace(1, last, steps), s), torch.zeros(1)])
-
-# %% tags=["wrong"]
-def shifted(t, s):
-    return s * t / (1 + (s - 1) * t)
-
-def training_times(normal, s):                   # shifts in sampling only
-    return torch.sigmoid(normal)
-
-def stops(steps, s, last):
-    return torch.cat([shifted(torch.linspace(1, last, steps), s), torch.zeros(1)])
-
-# %% [markdown]
-# <details><summary>Hint</summary>
-#
-# `torch.linspace(1, last, steps)` has `steps` times and includes both ends. The 0 comes behind them,
-# unshifted (the shift would leave it 0 in any case).
-# </details>
-
-# %% tags=["check"]
-t, normal = torch.linspace(0, 1, 11), torch.randn(64, generator=seeded(1))
-expect(shifted(torch.tensor([0.5]), 3.0).item() > 0.5, "a shift of 3 moves times to noise: 0.5 becomes 0.75.")
-expect_close(shifted(t, SHIFT), flow.shift_times(t, SHIFT), "shifted(t, s)")
-expect(not torch.allclose(training_times(normal, SHIFT), torch.sigmoid(normal), atol=1e-4),
-       "training has to shift its times as sampling does.")
-expect_close(training_times(normal, SHIFT), flow.sample_times(64, SHIFT, seeded(1)), "training_times")
-for steps in (4, 28):
-    expect_close(stops(steps, SHIFT, LAST_TIME), torch.tensor(flow.sampling_times(steps, SHIFT, LAST_TIME)),
-                 f"stops({steps}, s, last)")
-print("10.4 right: 4 steps stop at", " ".join(f"{t:.4f}" for t in stops(4, SHIFT, LAST_TIME).tolist()))
+# which is the shift with $s = k$.
 
 # %%
 k, half = 3, torch.tensor([0.5])
 small = torch.tensor(pictures[:1]).permute(0, 3, 1, 2) / 127.5 - 1
 large = small.repeat_interleave(k, dim=2).repeat_interleave(k, dim=3)      # the same picture, k times larger
 e_small, e_large = (torch.randn(x.shape, generator=seeded(2)) for x in (small, large))
-t_large = shifted(half, k)
+t_large = flow.shift_times(half, k)
 seen = {"small, t = 0.5": flow.path(small, e_small, half),
         "large, t = 0.5,\nfar away": F.avg_pool2d(flow.path(large, e_large, half), k),
         f"large, t = {t_large.item():.2f},\nfar away": F.avg_pool2d(flow.path(large, e_large, t_large), k)}
@@ -652,37 +626,20 @@ show([to_pictures(x / a)[0] for x, a in zip(seen.values(), amount)], list(seen),
 print("noise, where the picture counts 1:", " ".join(f"{r:.2f}" for r in ratio))
 assert abs(ratio[2] / ratio[0] - 1) < 0.05 and abs(k * ratio[1] / ratio[0] - 1) < 0.05
 
-draws = torch.randn(40_000, generator=seeded(4))
-figure, axes = plt.subplots(1, 2, figsize=(8.2, 2.4), layout="constrained")
-for s, colour in ((1.0, GREY), (SHIFT, CORAL)):
-    axes[0].hist(training_times(draws, s).numpy(), 60, density=True, histtype="step", color=colour,
-                 label=f"shift {s:g}")
-    axes[1].plot(stops(28, s, LAST_TIME), color=colour, marker=".", label=f"shift {s:g}")
-axes[0].set(xlabel="t", title="times of training")
-axes[1].set(xlabel="step", ylabel="t", title="where a sampler of 28 steps stops")
-axes[0].legend()
-plt.show()
-late = [(training_times(draws, s) > 0.5).float().mean().item() for s in (1.0, SHIFT)]
-print(f"training times above 0.5: {late[0]:.0%} without the shift, {late[1]:.0%} with it")
-assert abs(late[0] - 0.5) < 0.02 and late[1] > 0.8
 t, scale = torch.tensor([0.2, 0.5, 0.8]), pipe.codec.config.scale           # without the scale of 10.2:
-odds = [u / (1 - u) for u in (t, shifted(t, scale))]                        # noise to picture
+odds = [u / (1 - u) for u in (t, flow.shift_times(t, scale))]               # noise to picture
 assert torch.allclose(scale * odds[0], odds[1])
 
 # %% [markdown]
-# All three are divided by the amount of $x_0$ in them. The first and the third are equally noisy, as derived;
-# the second one is three times less so.
-#
-# The **scale** of Exercise 10.2 is a shift as well. If $x_0$ is too small by a factor 1.53, noise outweighs
-# it by 1.53 times as much at every $t$: the odds are multiplied, as by $s = 1.53$. Without the scale one
-# trains with other times than intended. And a shift in training only, or in sampling only (SimpleTuner
-# #2649), means that the model learns times which the sampler rarely visits.
+# All are divided by the amount of $x_0$ in them. The first and the third are equally noisy; the second is
+# three times less so. The **scale** of Exercise 10.2 is a shift as well: if $x_0$ is too small by a factor
+# 1.53, the odds of noise to picture are 1.53 times as large at every $t$.
 
 # %% [markdown] tags=["slide"]
 # ## The timestep shift
 #
-# From far away, $k \times k$ pixels are one, and their noise is $k$ times smaller. To be destroyed as much, a
-# large picture needs a later time:
+# From far away, $k \times k$ pixels are one, and their noise is $k$ times smaller. To be destroyed as much,
+# a large picture needs a later time:
 #
 # $$\frac{t'}{k(1 - t')} = \frac{t}{1 - t} \quad\Rightarrow\quad t' = \frac{k\,t}{1 + (k - 1)\,t}$$
 #
@@ -700,10 +657,8 @@ assert torch.allclose(scale * odds[0], odds[1])
 # | optimizer | gradient and AdamW's two moments, of the set that is **trained** | 3 x 4 |
 # | activations | what autograd keeps of the forward pass; and the encoded texts, which stay on the card | 2; 4 |
 #
-# The first three can be counted on paper. For the fourth, PyTorch has a hook: it is called with every tensor
-# that a forward pass keeps for its backward pass. We use it on one full-size block after the other, on the
-# meta device. (Note what is *not* kept: the input of a frozen linear layer. It is needed for the gradient of
-# that layer's weight only.)
+# The first three can be counted on paper. For the fourth, PyTorch has a hook that sees every tensor which a
+# forward pass keeps. We use it on full-size blocks, on the meta device.
 
 # %%
 def kept(run, ignored):
@@ -753,8 +708,8 @@ counted = {(stage, checkpointing): dry_run(SD35_MEDIUM, paper, PX, stage, checkp
 assert 15 * given[0] < sum(kept_of) and kept_of[0] > kept_of[20]            # 13 blocks attend twice
 
 # %% [markdown]
-# With **gradient checkpointing** a block keeps its input alone. In the backward pass it is computed a second
-# time, and what it keeps then exists for one block at a time.
+# With **gradient checkpointing** a block keeps its input alone. In the backward pass it is computed a
+# second time, and what it keeps then exists for one block at a time.
 #
 # ### Exercise 10.5 ★★ · Count a step
 
@@ -772,6 +727,7 @@ def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpoin
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: neither gradients nor moments
 def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpointing):
     frozen = [*mmdit.parameters(), *mmdit.buffers(), *codec.parameters()]
     weights, one_set = (sum(tensor.nbytes for tensor in some) for some in (frozen, adapters))
@@ -780,6 +736,7 @@ def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpoin
             "activations": activations + cached}
 
 # %% tags=["wrong"]
+# says: one block at a time is computed again
 def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpointing):
     frozen = [*mmdit.parameters(), *mmdit.buffers(), *codec.parameters()]
     weights, one_set = (sum(tensor.nbytes for tensor in some) for some in (frozen, adapters))
@@ -787,37 +744,72 @@ def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpoin
     return {"weights": weights, "adapters": stage * one_set, "optimizer": 3 * one_set,
             "activations": activations + cached}
 
+# %% tags=["wrong"]
+# says: 2 bytes a number
+def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpointing):
+    frozen = [*mmdit.parameters(), *mmdit.buffers(), *codec.parameters()]
+    weights, one_set = (sum(4 * tensor.numel() for tensor in some) for some in (frozen, adapters))
+    activations = sum(given) + max(kept_of) if checkpointing else sum(kept_of)
+    return {"weights": weights, "adapters": stage * one_set, "optimizer": 3 * one_set,
+            "activations": activations + cached}
+
+# %% tags=["wrong"]
+# says: only one set is trained
+def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpointing):
+    frozen = [*mmdit.parameters(), *mmdit.buffers(), *codec.parameters()]
+    weights, one_set = (sum(tensor.nbytes for tensor in some) for some in (frozen, adapters))
+    activations = sum(given) + max(kept_of) if checkpointing else sum(kept_of)
+    return {"weights": weights, "adapters": stage * one_set, "optimizer": 3 * stage * one_set,
+            "activations": activations + cached}
+
+# %% tags=["wrong"]
+# says: encoded texts
+def step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpointing):
+    frozen = [*mmdit.parameters(), *mmdit.buffers(), *codec.parameters()]
+    weights, one_set = (sum(tensor.nbytes for tensor in some) for some in (frozen, adapters))
+    activations = sum(given) + max(kept_of) if checkpointing else sum(kept_of)
+    return {"weights": weights, "adapters": stage * one_set, "optimizer": 3 * one_set,
+            "activations": activations}
+
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `tensor.nbytes` knows the bytes of a number: 2 in bf16, 4 in fp32. Only one set is trained, in both stages.
+# `tensor.nbytes` knows the bytes of a number. Only one set is trained, in both stages.
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# With checkpointing there are the inputs of all blocks and, while one block is computed again, what that one
-# keeps. At the worst moment that is the largest block.
+# With checkpointing there are the inputs of all blocks and, at the worst moment, what the largest block
+# keeps.
 # </details>
 
 # %% tags=["check"]
+shares = []
 for (stage, checkpointing), ours in counted.items():
     made = step_memory(mmdit, codec, adapters, stage, kept_of, given, cached, checkpointing)
     case = f"stage {stage}, checkpointing {'on' if checkpointing else 'off'}"
+    expect(isinstance(made, dict) and set(made) == {"weights", "adapters", "optimizer", "activations"},
+           "return a dictionary with weights, adapters, optimizer and activations.")
+    expect(made["weights"] < 1.5 * ours.weights, "the MMDiT has 2 bytes a number: ask tensor.nbytes.")
     expect(made["optimizer"] < ours.weights, "frozen weights have neither gradients nor moments.")
-    expect(not checkpointing or made["activations"] > 0.8 * ours.activations,
+    expect(made["optimizer"] < 1.5 * ours.optimizer, "only one set is trained; theta_1 is frozen in stage 2.")
+    short = ours.activations - made["activations"]
+    expect(checkpointing or abs(short) < abs(short - cached), "the encoded texts lie on the card, too.")
+    expect(not checkpointing or short < 0.5 * max(kept_of),
            "one block at a time is computed again; what it then keeps has to be counted, too.")
     for name, tolerance in dict(weights=1e-6, adapters=1e-6, optimizer=1e-3, activations=0.05).items():
         yours, theirs = torch.tensor(made[name] / 1e9), torch.tensor(getattr(ours, name) / 1e9)
         expect_close(yours / theirs, torch.tensor(1.0), f"{case}: your {name} / the package's", tolerance / 2)
-    share = made["activations"] / ours.activations
-    print(f"10.5 right: {case}: your activations are {share:.1%} of the package's count")
+    shares.append(f"{made['activations'] / ours.activations:.1%}")
+print("10.5 right: your activations are", ", ".join(shares), "of the package's count")
 
 # %%
 parts = ("weights", "adapters", "optimizer", "activations")
 plt.figure(figsize=(7, 2), layout="constrained")
 for row, ((stage, checkpointing), ours) in enumerate(counted.items()):
     left = 0
-    for name, colour in zip(parts, (BLUE, CORAL, GOLD, GREY)):
-        plt.barh(row, getattr(ours, name) / 1e9, left=left, color=colour, label=name if row == 0 else None)
+    for name, colour, hatch in zip(parts, (BLUE, CORAL, INK, GREY), ("", "//", "", "..")):
+        plt.barh(row, getattr(ours, name) / 1e9, left=left, color=colour, hatch=hatch, edgecolor="white",
+                 label=name if row == 0 else None)
         left += getattr(ours, name) / 1e9
 plt.yticks(range(3), [f"stage {s}, checkpointing {'on' if c else 'off'}" for s, c in counted])
 plt.gca().invert_yaxis()
@@ -827,31 +819,31 @@ plt.show()
 trained = 16 * values(real["MMDiT"]) / 1e9
 print(f"stage 2 needs {(counted[2, False].total - counted[1, False].total) / 1e6:.0f} MB more than stage 1")
 print(f"training all weights in fp32 (weight, gradient, two moments): {trained:.0f} GB before any activation")
+print("\na step, in GB                       counted   measured on an H100")
+MEASURED = {(1, False): 9.13, (2, False): 9.14, (2, True): 5.62}            # with random weights, bf16
+for (stage, checkpointing), ours in counted.items():
+    step = sum(getattr(ours, name) for name in parts) / 1e9
+    print(f"  stage {stage}, checkpointing {'on ' if checkpointing else 'off':18s}{step:.2f}      "
+          f"{MEASURED[stage, checkpointing]:.2f}")
+    assert 0.1 < MEASURED[stage, checkpointing] - step < 0.15
+whole = counted[2, True]
+print(f"before a step, encoding the texts:  {(whole.weights + whole.texts) / 1e9:.2f}")
+print(f"learn asks for the larger one and {OVERHEAD / 1e9:.1f}: {whole.total / 1e9:.1f} with checkpointing, "
+      f"{counted[2, False].total / 1e9:.1f} without")
 assert counted[2, False].total - counted[1, False].total < 0.03e9 and trained > 35
 assert counted[2, True].activations < counted[2, False].activations / 5
+assert all(m.adapters + m.optimizer < 0.01 * m.total for m in counted.values())
+assert whole.total == whole.weights + whole.texts + OVERHEAD > sum(getattr(whole, name) for name in parts)
+assert abs(counted[2, False].total - OVERHEAD - 9.02e9) < 0.02e9 and abs(whole.total - 6.7e9) < 0.1e9
 
 # %% [markdown]
-# Three things can be read off. Adapters and optimizer are invisible: that is what LoRA is for. Stage 2 has
-# three more predictions in a step and hardly needs more memory (for the frozen adapters and two more texts),
-# because those three run without a gradient and keep nothing: time, not memory, is what PureCC costs. And the
-# activations are what grows with the picture and the batch, so they are where to save.
+# Adapters and optimizer are invisible: that is what LoRA is for. Stage 2 has three more predictions in a
+# step and hardly needs more memory, because those three run without a gradient and keep nothing.
+# Activations are where to save.
 #
-# All this is **counted**. 0.6 GB of every total of the package are an assumption for CUDA's context and the
-# allocator. And it was **measured once**, on an H100, with random weights of these sizes in bf16, 512 px and
-# batch 2. The peak memory of a step, in GB, beside the count without the 0.6:
-#
-# | | stage 1 | stage 2 | stage 1, checkpointing | stage 2, checkpointing |
-# |---|---|---|---|---|
-# | counted | 9.00 | 9.02 | 5.49 | 5.50 |
-# | measured | 9.13 | 9.14 | 5.61 | 5.62 |
-#
-# So the count was 0.12 to 0.13 GB too low, of the 0.6 that are added for it. Stage 2 needed as good as no
-# more memory than stage 1, as counted, and more time: 0.36 s a step in place of 0.26. With a cap of 12 GB it
-# ran as planned.
-#
-# The paper's Table 5 says 28 GB for a LoRA and 30 GB for PureCC, and not at which size; the released code
-# keeps text encoders (11 GB) and a second transformer (5 GB) on the card, which explains most of the
-# difference.
+# The count was too low by 0.12 to 0.13 GB, of the 0.6 GB that are added to it for CUDA's context and the
+# allocator. With checkpointing the step is no longer the largest thing: encoding the texts, before
+# training, is.
 
 # %% [markdown] tags=["slide"]
 # ## What fills the card
@@ -859,170 +851,47 @@ assert counted[2, True].activations < counted[2, False].activations / 5
 # ![](last)
 #
 # SD3.5 Medium, counted; on an H100 a step took 0.12 to 0.13 GB more. Adapters and optimizer are invisible.
-# Activations are where to save.
+# Activations are where to save: with checkpointing a block keeps its input alone, and is computed twice.
 
 # %% [markdown]
-# ## 7 · Gradient checkpointing
+# ## 7 · What checkpointing costs
 #
-# The saving of the last bar is one small class. It wraps a piece $f$ of the network:
+# One more forward pass in every step: on the H100 a step took 0.42 s in place of 0.26 in stage 1, and 0.53
+# s in place of 0.36 in stage 2. So `learn` switches it on only where it must. It is PyTorch's own
+# `torch.utils.checkpoint` in `MMDiT.forward`.
 #
-# ```
-# forward    (x, c) --f, nothing is kept--> outputs              keep x and c alone
-# backward   (x, c) --f again, now kept---> outputs, <-- gradients of the outputs;   then forget
-# ```
-#
-# Two facts about `torch.autograd.Function`: inside `forward` and `backward` no graph is built, unless you say
-# `torch.enable_grad()`; and what `backward` returns are the gradients of `forward`'s arguments, `None` for
-# those that need none. The adapters are *not* among the arguments: they hide inside $f$. (`one` is a number
-# that needs a gradient. Without it the first block's output would seem to need none, because its inputs are
-# data.)
-#
-# The cell below makes what the check needs: a branch on the tiny model, and a batch.
-
-# %%
-data = encode_set(pipe, concept)                 # the package's cache: rows of latents and texts
-theta = Branch.fresh(pipe, torch.randn(tiny.depth, tiny.width, generator=seeded(5)), 4, seeded(6))
-for B in theta.lora.B.values():                  # adapters that do something
-    B.data.normal_(std=0.1, generator=seeded(7))
-batch = draw_batch(data, TrainConfig(batch=2), 1, 0, SHIFT)
-place = batch.texts.complete.slots > 0
-
-# %% [markdown]
-# ### Exercise 10.6 ★★★ · Compute it twice
-
-# %% tags=["exercise"]
-class Recompute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, f, one, x, c, vec):
-        # f(x, c, vec) -> (x, c); its c is None in the last block. Keep what backward needs in ctx.
-        # BEGIN SOLUTION 10.6
-        ctx.f = f
-        ctx.save_for_backward(x, c, vec)
-        return f(x, c, vec)
-        # END SOLUTION
-
-    @staticmethod
-    def backward(ctx, grad_x, grad_c):
-        # -> the gradients of f, one, x, c, vec: (None, None, ., ., None); adapters get theirs in .grad
-        # BEGIN SOLUTION 10.6
-        x, c, vec = (tensor.detach() for tensor in ctx.saved_tensors)
-        x, c = x.requires_grad_(), c.requires_grad_()
-        with torch.enable_grad():
-            out = ctx.f(x, c, vec)
-        both = [(o, g) for o, g in zip(out, (grad_x, grad_c)) if o is not None]
-        torch.autograd.backward(*zip(*both))
-        return None, None, x.grad, c.grad, None
-        # END SOLUTION
-
-def recompute(f, x, c, vec):
-    return Recompute.apply(f, torch.ones((), requires_grad=True), x, c, vec)
-
-# %% tags=["wrong"]
-class Recompute(torch.autograd.Function):        # gradients of the arguments, and of nothing else
-    @staticmethod
-    def forward(ctx, f, one, x, c, vec):
-        ctx.f = f
-        ctx.save_for_backward(x, c, vec)
-        return f(x, c, vec)
-
-    @staticmethod
-    def backward(ctx, grad_x, grad_c):
-        x, c, vec = (tensor.detach() for tensor in ctx.saved_tensors)
-        x, c = x.requires_grad_(), c.requires_grad_()
-        with torch.enable_grad():
-            out = ctx.f(x, c, vec)
-        both = [(o, g) for o, g in zip(out, (grad_x, grad_c)) if o is not None]
-        outs, grads = zip(*both)
-        return None, None, *torch.autograd.grad(outs, (x, c), grads), None
-
-def recompute(f, x, c, vec):
-    return Recompute.apply(f, torch.ones((), requires_grad=True), x, c, vec)
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>
-#
-# `forward`: put `f` in `ctx.f`, the three tensors in `ctx.save_for_backward(...)`, and return `f(x, c, vec)`.
-# </details>
-# <details><summary>Hint 2</summary>
-#
-# `backward`: take the saved tensors, cut them off from the old graph with `.detach()`, let `x` and `c` need a
-# gradient, and run `ctx.f` again under `torch.enable_grad()`.
-# </details>
-# <details><summary>Hint 3</summary>
-#
-# `torch.autograd.backward(outputs, gradients)` fills `.grad` of `x`, of `c`, *and* of all parameters on the
-# way. `torch.autograd.grad` would give you the gradients you name, and leave the adapters without theirs.
-# </details>
-
-# %% tags=["check"]
-def gradients(way):
-    # bytes kept in the forward pass, and every adapter's gradient; way(f, x, c, vec) computes a block
-    def visit(l, block, x, c, vec):
-        def f(x, c, vec):
-            with theta.lora.attached(l, block, None):            # None: at every token
-                return block(x, theta.embeddings(l, c, place), vec)
-        return way(f, x, c, vec)
-
-    theta.zero_grad()
-    size, v = kept(lambda: pipe.velocity(batch.x_t, batch.t, batch.texts.complete, visit),
-                   [*pipe.mmdit.parameters(), *theta.parameters()])
-    flow.squared_error(v, batch.v).backward()
-    return size, {name: p.grad for name, p in theta.named_parameters()}
-
-bytes_plain, ours = gradients(lambda f, *tensors: f(*tensors))
-bytes_yours, yours = gradients(recompute)
-expect(bytes_yours < bytes_plain / 4, f"your forward pass keeps {bytes_yours / 1e6:.1f} of "
-                                      f"{bytes_plain / 1e6:.1f} MB: keep the inputs alone.")
-for name, gradient in ours.items():
-    if gradient is not None:
-        expect(yours[name] is not None, f"{name} got no gradient: torch.autograd.backward fills them all.")
-        expect_close(yours[name], gradient, f"the gradient of {name}", tolerance=1e-5)
-print(f"10.6 right: the same gradients; kept {bytes_yours / 1e6:.1f} MB, not {bytes_plain / 1e6:.1f} MB")
-
-# %%
-plt.figure(figsize=(5, 1.4), layout="constrained")
-plt.barh(["yours", "plain"], [bytes_yours / 1e6, bytes_plain / 1e6], color=[BLUE, GREY])
-plt.xlabel("MB that the forward pass of the tiny model keeps")
-plt.show()
-
-# %% [markdown]
-# The price is time: one more forward pass in every step. On the H100 of section 6 a step took 0.42 s in place
-# of 0.26 in stage 1, and 0.53 s in place of 0.36 in stage 2. In `MMDiT.forward` it is a switch,
-# `checkpointing`, and `learn` sets it only if the card is too small without. It calls PyTorch's own
-# `torch.utils.checkpoint`, which does what yours does and needs no `one`. The results of both ways of
-# training are the same, bit for bit (this is one of the package's tests).
-
-# %% [markdown] tags=["slide"]
-# ## Gradient checkpointing
-#
-# ![](last)
-#
-# Keep the inputs of a block, and compute it again in the backward pass. It costs one more forward pass.
-
-# %% [markdown]
 # ## 8 · Half precision, and gradients that vanish
 #
 # Frozen weights in 16 bits halve the largest part of the card. There are two formats:
 #
-# | | exponent | fraction | largest | smallest normal | smallest above 0 |
-# |---|---|---|---|---|---|
-# | fp32 | 8 bits | 23 bits | $3 \cdot 10^{38}$ | $10^{-38}$ | $10^{-45}$ |
-# | bf16 | 8 bits | 7 bits | $3 \cdot 10^{38}$ | $10^{-38}$ | $10^{-40}$ |
-# | fp16 | 5 bits | 10 bits | 65504 | $2^{-14} = 6 \cdot 10^{-5}$ | $2^{-24} = 6 \cdot 10^{-8}$ |
+# | | largest | smallest normal | smallest above 0 |
+# |---|---|---|---|
+# | bf16 | $3 \cdot 10^{38}$ | $10^{-38}$ | $10^{-40}$ |
+# | fp16 | 65504 | $2^{-14}$ | $2^{-24}$ |
 #
-# bf16 has the range of fp32, and needs no care here. Cards before Ampere, such as the free T4, do not compute
-# in it: there it is fp16, with a short range. What is so small in our step? The **gradient**. The loss is a
-# mean over all $M$ latents of a batch, so
+# bf16 has the range of fp32. Cards before Ampere, such as the free T4, do not compute in it: there it is
+# fp16. What is so small in our step? The **gradient**. The loss is a mean over all $M$ latents of a batch,
+# so
 #
 # $$\frac{\partial L}{\partial v_i} = \frac{2\,(v_i - \text{target}_i)}{M}, \qquad
 # M = 2 \cdot 16 \cdot 64 \cdot 64 = 131\,072 \text{ at 512 px},$$
 #
-# about $10^{-5}$ for an error of 1, already below the smallest normal number. Every layer on the way back
-# multiplies it further. Our tiny batch has 64 times fewer latents, so below its loss is divided by 64: at the
-# output the gradients then have the size of 512 px. (How a *trained* network passes them on, a random one
-# cannot tell.)
+# about $10^{-5}$ for an error of 1, already below $2^{-14}$. Every layer on the way back multiplies it
+# further. Our tiny batch has 64 times fewer latents, so below its loss is divided by 64. (How a *trained*
+# network passes gradients on, a random one cannot tell.)
 
 # %%
+data = encode_set(pipe, concept)                 # the package's cache: rows of latents and texts
+
+def fresh(pipe):                                 # the same adapters on a pipe of any precision
+    theta = Branch.fresh(pipe, torch.zeros(tiny.depth, tiny.width), 4, seeded(6))
+    for B in theta.lora.B.values():              # adapters that do something
+        B.data.normal_(std=0.1, generator=seeded(7))
+    return theta
+
+theta, batch = fresh(pipe), draw_batch(data, TrainConfig(batch=2), 1, 0, SHIFT)
+place = batch.texts.complete.slots > 0
+
 def gradient_sizes(scale):
     # |gradient| at the output of every block, in fp32, for a loss of the size that a 512 px picture has
     found = {}
@@ -1042,16 +911,16 @@ def gradient_sizes(scale):
 M = 2 * 16 * 64 * 64
 assert M == 64 * batch.v.numel()
 
-shares = {}
+lost_at = {}
 plt.figure(figsize=(6.6, 2.5), layout="constrained")
-for scale, colour in ((1, CORAL), (SCALE, BLUE)):
+for scale, colour, line in ((1, CORAL, "--"), (SCALE, BLUE, "-")):
     sizes = gradient_sizes(scale)
     sizes = sizes[sizes > 0]                     # padding, and what nobody reads, has none
-    name = f"loss times {scale}"
-    plt.hist(sizes.log2().numpy(), 80, range=(-40, 0), histtype="step", color=colour, label=name)
+    name = f"loss times {scale:.0f}"
+    plt.hist(sizes.log2().numpy(), 80, range=(-40, 0), histtype="step", color=colour, ls=line, label=name)
     lost, rough = (some.float().mean().item() for some in (sizes.half() == 0, sizes < 2**-14))
-    shares[scale] = lost
-    print(f"loss times {scale:4d}: {lost:6.1%} of the gradients become 0 in fp16, "
+    lost_at[scale] = lost
+    print(f"loss times {scale:4.0f}: {lost:6.1%} of the gradients become 0 in fp16, "
           f"{rough:6.1%} are below the smallest normal number")
 plt.axvline(-25, color=INK, lw=1)
 plt.axvline(-14, color=INK, lw=1, ls=":")
@@ -1059,13 +928,11 @@ plt.text(-25.4, plt.ylim()[1] * 0.6, "rounded to 0", ha="right")
 plt.xlabel("log2 of the gradients' size; left of the dotted line fp16 has fewer digits")
 plt.legend(loc="upper left")
 plt.show()
-assert shares[1] > 0.05 > 0.01 > shares[SCALE]
+assert lost_at[1] > 0.05 > 0.01 > lost_at[SCALE]
 
 # %% [markdown]
-# The remedy is one line. Multiply the loss by a constant before the backward pass, and divide the adapters'
-# gradients, which are fp32, by it afterwards. Every gradient on the way is larger by that factor. The
-# constant is $2^{12}$: a power of 2 changes the exponent alone, so no digit is rounded by it; and a larger
-# one would come nearer to 65504 at the other end.
+# The remedy: multiply the loss by a constant before the backward pass, and divide the adapters' gradients,
+# which are fp32, by it afterwards. The constant is $2^{12}$: a power of 2 rounds no digit.
 #
 # ### Exercise 10.7 ★★ · A step that survives fp16
 #
@@ -1085,6 +952,7 @@ def half_step(loss, parameters, optimizer, scale):
     # END SOLUTION
 
 # %% tags=["wrong"]
+# says: scale the loss
 def half_step(loss, parameters, optimizer, scale):           # never scales
     optimizer.zero_grad()
     loss.backward()
@@ -1092,7 +960,8 @@ def half_step(loss, parameters, optimizer, scale):           # never scales
     optimizer.step()
 
 # %% tags=["wrong"]
-def half_step(loss, parameters, optimizer, scale):           # clips before it divides
+# says: divide before you clip
+def half_step(loss, parameters, optimizer, scale):
     optimizer.zero_grad()
     (scale * loss).backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1100,6 +969,33 @@ def half_step(loss, parameters, optimizer, scale):           # clips before it d
         if parameter.grad is not None:
             parameter.grad /= scale
     optimizer.step()
+
+# %% tags=["wrong"]
+# says: too large a gradient
+def half_step(loss, parameters, optimizer, scale):           # never divides
+    optimizer.zero_grad()
+    (scale * loss).backward()
+    optimizer.step()
+
+# %% tags=["wrong"]
+# says: those of the old step
+def half_step(loss, parameters, optimizer, scale):           # keeps the old gradients
+    (scale * loss).backward()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= scale
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+# %% tags=["wrong"]
+# says: optimizer takes no step
+def half_step(loss, parameters, optimizer, scale):
+    optimizer.zero_grad()
+    (scale * loss).backward()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= scale
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -1111,20 +1007,21 @@ def half_step(loss, parameters, optimizer, scale):           # clips before it d
 half_pipe = load_sd3(DIR, size=size, dtype=torch.float16)
 one = TrainConfig(steps=1, batch=2)
 
-def fresh(pipe):                                 # the same adapters on a pipe of any precision
-    theta = Branch.fresh(pipe, torch.zeros(tiny.depth, tiny.width), 4, seeded(6))
-    for B in theta.lora.B.values():
-        B.data.normal_(std=0.1, generator=seeded(7))
-    return theta
-
-def after(pipe, smaller, scale):                 # every gradient, and every parameter, after your step
+def after(pipe, smaller, scale, old=0.0):        # every gradient, and every parameter, after your step
     theta = fresh(pipe)
+    for parameter in theta.parameters():         # of an old step
+        parameter.grad = torch.full_like(parameter, old)
     loss = l_cc(Thetas(pipe.velocity, None, theta), draw_batch(data, one, 1, 0, SHIFT), 1.0)[0]
     half_step(smaller * loss, list(theta.parameters()), optimizer_for(theta, one), scale)
     named = {name: p for name, p in theta.named_parameters() if p.grad is not None}
     return {name: p.grad for name, p in named.items()}, {name: p.detach() for name, p in named.items()}
 
-mine, theta_ours = after(half_pipe, 1.0, SCALE), fresh(half_pipe)
+mine, theta_ours, before = after(half_pipe, 1.0, SCALE), fresh(half_pipe), fresh(half_pipe).state_dict()
+expect(any(not torch.equal(after_, before[name]) for name, after_ in mine[1].items()),
+       "no parameter has changed: the optimizer takes no step.")
+again = after(half_pipe, 1.0, SCALE, old=1.0)[0]
+expect(all(torch.allclose(gradient, mine[0][name], atol=1e-6) for name, gradient in again.items()),
+       "the gradients hold those of the old step, too: begin with optimizer.zero_grad().")
 optimizer = optimizer_for(theta_ours, one)
 next(train_steps(l_cc, Thetas(half_pipe.velocity, None, theta_ours), data, one, 1, optimizer))
 for name, parameter in theta_ours.named_parameters():
@@ -1146,31 +1043,22 @@ print(f"10.7 right: fp16 gradient of a small loss, away from fp32's: {error:.1%}
       f"{((without - exact).norm() / exact.norm()).item():.0%} unscaled")
 
 # %% [markdown]
-# For the last line the loss was multiplied by $2^{-12}$: so small, fp16 alone loses the gradient altogether.
-# In `train.py` the constant is called `SCALE`, and is always on: bf16 and fp32 have room for it.
+# For the last line the loss was multiplied by $2^{-12}$: so small, fp16 alone loses the gradient.
 
 # %% [markdown] tags=["slide"]
 # ## Gradients that vanish in fp16
 #
-# The loss is a mean over 131,072 latents: gradients are about $10^{-5}$ at the output and smaller below. fp16
-# ends at $6 \cdot 10^{-8}$. Multiply the loss by $2^{12}$, divide afterwards, then clip.
+# The loss is a mean over 131,072 latents: gradients are about $10^{-5}$ at the output and smaller below.
+# fp16 ends at $6 \cdot 10^{-8}$. Multiply the loss by $2^{12}$, divide afterwards, then clip.
 #
 # ![](last)
 
 # %% [markdown]
 # ## 9 · End to end
 #
-# Now everything that you wrote runs together: `join` reads the texts, `make_cache` and `pairs` hold the
-# latents (`encode` is in them), `training_times` draws, `half_step` trains, `stops` samples, `decode` shows.
-# The two losses are those of lessons 4 and 6. There are two stages of 25 steps; the learning rate is a
-# hundred times the paper's 1e-4, so that in 25 steps something moves in a random model. Pictures are drawn at
-# guidance 5, which is Stability's own choice for Medium, over 50 steps; the paper does not say what it took.
-#
-# ```
-# photographs --encode--> cache --.                         stage 1: L_CC --> theta_1, frozen --.
-#                                  >-- pairs, times, noise --> batch --<                          > theta_2 --> file
-# texts ---------join---> rows ---'                         stage 2: L --------------------------'
-# ```
+# Everything that you wrote runs together: `join` reads the texts, `make_cache` and `pairs` hold the
+# latents, `half_step` trains, `decode` shows. There are two stages of 25 steps; the learning rate is a
+# hundred times the paper's 1e-4, so that in 25 steps something moves in a random model.
 
 # %%
 def read(texts):                                 # your join, at work
@@ -1189,7 +1077,7 @@ with torch.no_grad():
 def your_batch(k):                               # step k's
     x_0 = torch.stack([latent for latent, _ in pairs(cache, k)[:2]])
     rows = torch.tensor([row_of[ref.id] for ref in loader(k)[:2]])
-    t = training_times(torch.randn(2, generator=seeded(k)), SHIFT)
+    t = flow.sample_times(2, SHIFT, seeded(k))
     return noised(x_0, torch.randn(x_0.shape, generator=seeded(1000 + k)), t, texts.rows(rows))
 
 def train(theta, theta_1, loss_of_step, first):
@@ -1221,7 +1109,7 @@ assert tensor_hash(pipe.mmdit.state_dict()) == untouched
 # %%
 @torch.no_grad()
 def sample(theta, text, seeds, steps=6, guidance=5.0):
-    times, null = stops(steps, SHIFT, LAST_TIME), read([""] * len(seeds))
+    times, null = torch.tensor(flow.sampling_times(steps, SHIFT, LAST_TIME)), read([""] * len(seeds))
     x = flow.noise_for(seeds, tuple(pairs(cache, 0)[0][0].shape))           # of the shape of a latent
     for t, t_next in zip(times, times[1:]):
         at = t.expand(len(x))
@@ -1233,7 +1121,7 @@ new_text = read([f"a small [V] {word} on the left in the snow"] * 3)
 mine = sample(theta_2, new_text, seeds)
 theirs = pipe.sample(new_text, seeds, steps=6, guidance=5.0, theta=theta_2)
 apart = ((mine - theirs).norm() / theirs.norm()).item()
-print(f"your sampler and the package's: {apart:.0e} apart, relative")
+print(f"this sampler and the package's: {apart:.0e} apart, relative")
 with torch.no_grad():
     drawn = to_pictures(decode(pipe.codec, mine).clamp(-1, 1))
 figure, axes = plt.subplots(1, 5, figsize=(9.6, 2.1), layout="constrained", width_ratios=[1.5, 1.5, 1, 1, 1])
@@ -1247,10 +1135,9 @@ plt.show()
 assert apart < 1e-3
 
 # %% [markdown]
-# The three pictures are texture, as announced: a random model with a random decoder. What the cell *shows* is
-# that every part fits every other one: a concept was trained over an untouched base, and your sampler draws
-# what the package's draws, number by number. With the real weights in `DIR`, the same classes run. How well a
-# concept is learned on them is not measured here.
+# The three pictures are texture, as announced: a random model with a random decoder. What the cell *shows*
+# is that every part fits every other one: a concept was trained over an untouched base, and it is drawn as
+# the package draws it. How well a concept is learned on the real weights is not measured here.
 
 # %% [markdown] tags=["slide"]
 # ## End to end, on a random model
@@ -1262,124 +1149,43 @@ assert apart < 1e-3
 # %% [markdown]
 # ## 10 · A file for other programs
 #
-# Our concept file holds adapters, $Y$ and facts. Other programs know LoRA files. diffusers reads this:
-#
-# ```
-# transformer.transformer_blocks.0.attn.to_q.lora_A.weight      A [r, in]
-# transformer.transformer_blocks.0.attn.to_q.lora_B.weight      B [out, r]
-# ```
-#
-# Our names are `A.blocks/0/attention/image/to_q`, with `/` because a parameter's name may hold no dot. The
-# rename table of Sec. 1 has the rest. A client adds $\frac{\alpha}{r} B A$ to the weight. We train $B A$
-# itself, so the file has to say $\alpha = r$. diffusers takes $\alpha$ from the file's metadata and, if it is
-# absent, takes $r$.
-#
-# ### Exercise 10.8 ★★ · Export
+# Other programs know LoRA files. `export` writes one, with diffusers' names for our layers. A client adds
+# $\frac{\alpha}{r} B A$ to a weight. We train $B A$ itself, so the file has to say $\alpha = r$.
 
-# %% tags=["exercise"]
-def to_diffusers(adapters, names):
-    # adapters: {"A.blocks/0/attention/image/to_q": [r, in], "B.blocks/...": [out, r], ...}
-    # names: {"blocks.0.attention.image.to_q": "transformer_blocks.0.attn.to_q", ...}
-    # -> {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": [r, in], ...}
-    # BEGIN SOLUTION 10.8
-    made = {}
-    for name, tensor in adapters.items():
-        letter, key = name.split(".")
-        made[f"transformer.{names[key.replace('/', '.')]}.lora_{letter}.weight"] = tensor
-    return made
-    # END SOLUTION
-
-# %% tags=["wrong"]
-def to_diffusers(adapters, names):               # no prefix
-    made = {}
-    for name, tensor in adapters.items():
-        letter, key = name.split(".")
-        made[f"{names[key.replace('/', '.')]}.lora_{letter}.weight"] = tensor
-    return made
-
-# %% tags=["wrong"]
-def to_diffusers(adapters, names):               # A and B exchanged: "A is the matrix on the left"
-    made = {}
-    for name, tensor in adapters.items():
-        letter, key = name.split(".")
-        other = {"A": "B", "B": "A"}[letter]
-        made[f"transformer.{names[key.replace('/', '.')]}.lora_{other}.weight"] = tensor
-    return made
-
-# %% [markdown]
-# <details><summary>Hint</summary>
-#
-# `letter, key = name.split(".")`, then `names[key.replace("/", ".")]`.
-# </details>
-
-# %% tags=["check"]
+# %%
 file, lora_file = (Path(work.name) / f"{stem}.safetensors" for stem in ("concept", "pytorch_lora_weights"))
 theta_2.save(file, concept_facts(pipe, word, settings, "paper", "sd3.5-medium"))
 export_lora(file, lora_file)
 with safe_open(lora_file, framework="pt") as opened:
-    ours = {name: opened.get_tensor(name) for name in opened.keys()}
+    written = {name: opened.get_tensor(name) for name in opened.keys()}
     about = json.loads(opened.metadata()["lora_adapter_metadata"])
-made = to_diffusers(theta_2.lora.state_dict(), table)
-expect(all(name.startswith("transformer.") for name in made),
-       'every name begins with "transformer."; without it a client finds nothing, and says nothing.')
-expect(made.keys() == ours.keys(), f"these names differ: {sorted(made.keys() ^ ours.keys())[:2]}")
-for name in ours:
-    expect_close(made[name], ours[name], name)
-print(f"10.8 right: {len(made)} tensors; metadata: r = {about['transformer.r']}, "
-      f"alpha = {about['transformer.lora_alpha']}")
-
-# %%
-layer, r = "transformer_blocks.0.attn.to_q", settings.rank
-A, B = (made[f"transformer.{layer}.lora_{letter}.weight"] for letter in "AB")
-alphas = [1, 2, r, 2 * r]
-strengths = [((alpha / r * B @ A).norm() / (B @ A).norm()).item() for alpha in alphas]
-plt.figure(figsize=(4.4, 1.9), layout="constrained")
-plt.bar([str(alpha) for alpha in alphas], strengths, color=[GREY, GREY, BLUE, GREY])
-plt.gca().set(xlabel=f"alpha in the file, for rank {r}", ylabel="strength in the client")
-plt.show()
+for name in sorted(written)[:4]:
+    print(f"{name:66s}{list(written[name].shape)}")
+print(f"... {len(written)} tensors; rank {about['transformer.r']}, alpha {about['transformer.lora_alpha']}")
 print(f"full size: {len(adapters) - 1} tensors, {sum(a.numel() for a in adapters[:-1]):,d} numbers, "
       f"{4 * sum(a.numel() for a in adapters) / 1e6:.1f} MB with Y")
-assert strengths[0] == 1 / r and strengths[2] == 1 and len(adapters) - 1 == 382
+assert about["transformer.r"] == about["transformer.lora_alpha"] == settings.rank and len(adapters) - 1 == 382
+assert len(written) == len(theta_2.lora.state_dict()) and not any("embeddings" in name for name in written)
 
 # %% [markdown]
 # **What a LoRA file cannot carry** is $Y$: no client knows a vector that replaces a text token at the input
 # of every block. A client that loads the LoRA alone, with the class word in the place of [V], draws with
-# $\theta_2$'s adapters and without its $Y$. For diffusers this recipe adds it by hooks; you can paste it into
-# a script (it needs `pip install diffusers transformers peft` and the real weights; it does not run in this
-# notebook. The package's tests run it on a small random model, and the picture equals ours):
-#
-# ```python
-# import torch
-# from diffusers import StableDiffusion3Pipeline
-# from purecc_min.commands.export import attach_concept
-# from tinyflow.sd3.load import load_tokenizer
-#
-# DIR = "the folder of the weights"
-# pipeline = StableDiffusion3Pipeline.from_pretrained(DIR, torch_dtype=torch.bfloat16).to("cuda")
-# pipeline.load_lora_weights("lora")             # the folder of pytorch_lora_weights.safetensors
-# tokens = load_tokenizer(DIR)(["", "a [V] dog on a surfboard"], {"[V]": "dog"})    # first the empty text
-# with attach_concept(pipeline.transformer, "concept.safetensors", tokens):
-#     picture = pipeline("a dog dog on a surfboard", negative_prompt="", guidance_scale=5.0,
-#                        height=512, width=512).images[0]
-# ```
-#
-# Why "dog dog"? The text encoders read the class word at [V]; the second dog is the class word itself.
+# $\theta_2$'s adapters and without its $Y$. For diffusers, `attach_concept` adds it by hooks ([the lines to
+# paste](../../tinyflow/sd3/README.md#other-programs); a test runs them on a small random model, and the
+# picture equals ours).
 
 # %% [markdown] tags=["slide"]
 # ## A file for other programs
 #
 # `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`
 #
-# ![](last)
-#
 # A client adds $\frac{\alpha}{r} B A$. The file says alpha = r. It cannot carry $Y$.
 
 # %% [markdown]
 # ## 11 · Lab: a free card of 16 GB
 #
-# What does `learn` decide on such a card? `fit` asks the count: False says that the step fits as it is, True
-# that it fits with gradient checkpointing. (`python -m purecc_min memory` prints the whole table in about two
-# minutes.)
+# What does `learn` decide on such a card? `fit` asks the count: False says that it fits as it is, True that
+# it fits with gradient checkpointing.
 
 # %%
 GB, FREE = 1e9, 15e9                             # what a 16 GB card has left
@@ -1406,25 +1212,19 @@ work.cleanup()                                   # the tiny model is deleted
 assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE > totals[1024, True]
 
 # %% [markdown]
-# Then, on a machine with the card (a notebook service with a T4 will do), with the weights in `DIR`:
+# Then, on a machine with the card, with the weights in `DIR`:
 #
-# | | command | expect |
-# |---|---|---|
-# | 1 | `pip install -r requirements.txt tokenizers huggingface_hub` | |
-# | 2 | the download of Sec. 1 | 16.3 GB on the disk; 7 without `text_encoder_3/*` and `tokenizer_3/*` |
-# | 3 | `python -m purecc_min learn photos/ --base sd3.5-medium --weights DIR --class-word dog --out output/dog` | a line with the count, before anything is loaded: 9.6 GB in all at 512 px, batch 2, checkpointing off (counted) |
-# | 4 | `python -m purecc_min sample output/dog/concept.safetensors --weights DIR "a [V] dog on a surfboard"` | a sheet and single pictures, in the place that the command prints |
-# | 5 | `python -m purecc_min export output/dog/concept.safetensors --out lora/pytorch_lora_weights.safetensors` | 382 tensors |
+# ```
+# python -m purecc_min learn photos/ --base sd3.5-medium --weights DIR --class-word dog --out output/dog
+# python -m purecc_min sample output/dog/concept.safetensors --weights DIR "a [V] dog on a surfboard"
+# ```
 #
-# **Not measured**: a card of 16 GB such as the T4, and quality on the real weights. (What was measured, on an
-# H100 with random weights, stands in sections 6 and 7.) In words: a T4 computes in fp16 (the package sees
-# that by itself), is slow, and its host needs room to *map* T5's file; without T5 it is 7 GB in all. If step
-# 3 names a smaller option, such as `--batch 1`, follow it. A run that is cut off goes on with the same
-# command. `python -m tests.gpu --out card.md` measures kernels, memory and seconds on any CUDA card, beside
-# the numbers that were counted (after `pip install -r tests/requirements.txt`).
+# The first command prints the count before it loads anything. **Not measured**: a card of 16 GB such as the
+# T4, and quality on the real weights.
 #
-# For photographs: three to five of one thing, from several sides, in *several* places, and a text beside each
-# that names whatever is not the thing: `a [V] dog on a red sofa`. What no word explains becomes part of [V].
+# For photographs: three to five of one thing, from several sides, in *several* places, and a text beside
+# each that names whatever is not the thing: `a [V] dog on a red sofa`. What no word explains becomes part
+# of [V].
 
 # %% [markdown] tags=["slide"]
 # ## A free card of 16 GB
@@ -1439,53 +1239,27 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # %% [markdown]
 # ## What you can now say
 #
-# * One text becomes 77 + 256 tokens and one vector. CLIP-L and CLIP-G stand side by side, T5 behind them, and
-# [V] has a slot in both parts.
-# * Latents are shifted and scaled, times are shifted, rows are paired. Each of these, forgotten, raises no
-# error.
-# * Beside the frozen weights, a card is filled by activations. Stage 2 needs hardly more memory than stage 1;
-# checkpointing buys memory with time.
+# * [V] has a slot in CLIP's part of the text and in T5's.
+# * Latents are shifted and scaled, rows are paired. Each of these, forgotten, raises no error.
+# * Beside the frozen weights, a card is filled by activations. Checkpointing buys memory with time.
 # * fp16 loses small gradients. A power of 2 before the backward pass, taken back before the clipping, keeps
 # them.
-# * A LoRA file carries the adapters under names that a client knows, with alpha = r, and not $Y$.
+# * A LoRA file carries the adapters with alpha = r, and not $Y$.
 #
-# | you wrote | in the package |
-# |---|---|
-# | `join` | `tinyflow/sd3/encoder.py`: `SD3Encoder.forward` |
-# | `encode`, `decode` | `tinyflow/vae.py`: `VAE.encode`, `VAE.decode` |
-# | `make_cache`, `pairs` | `purecc_min/concept.py`: `encode`, `EncodedConcept`; `purecc_min/train.py`: `draw_batch` |
-# | `shifted`, `training_times`, `stops` | `tinyflow/flow.py`: `shift_times`, `sample_times`, `sampling_times` |
-# | `step_memory` | `purecc_min/commands/memory.py`: `dry_run` |
-# | `Recompute` | `torch.utils.checkpoint` in `MMDiT.forward` |
-# | `half_step` | `purecc_min/train.py`: `update` |
-# | `to_diffusers` | `purecc_min/commands/export.py`: `export_lora` |
-#
-# ## Three questions
+# ## Two questions
 #
 # **1.** All your photographs have the same text. Does the cache of Sec. 4, with the bug, do any harm?
 # <details><summary>Answer</summary>
 #
-# No: every latent meets a text that is equal to its own. That is why the bug lived so long. As soon as texts
-# differ, which is what good texts do, it teaches the model that words and pictures have nothing to do with
-# each other.
+# No: every latent meets a text that is equal to its own. That is why the bug lived so long.
 # </details>
 #
 # **2.** Someone forgets to divide the gradients by the scale. AdamW divides its step by the gradients' own
 # size, so is the forgotten division harmless?
 # <details><summary>Answer</summary>
 #
-# AdamW alone would hardly notice. But the clipping comes first: 4096 times as large, every gradient is above
-# the norm 1, so every step is cut to the same length. Gradients of calm steps then count as much as those of
-# wild ones.
-# </details>
-#
-# **3.** Stage 2 predicts four velocities where stage 1 predicts one. Why does it not need four times the
-# activations?
-# <details><summary>Answer</summary>
-#
-# Three of the four (for the target, the empty and the base text) run under `no_grad`: nothing is kept of
-# them, and the memory of one block is used again by the next. With the gradient through $v_{original}$ as
-# well (lesson 6) two predictions would be kept, and the activations would be about twice as many.
+# AdamW alone would hardly notice. But the clipping comes first: 4096 times as large, every gradient is
+# above the norm 1, so gradients of calm steps count as much as those of wild ones.
 # </details>
 #
 # **Next:** your own photographs. And the [benchmark](../../purecc_min/benchmark/README.md), if you want to
