@@ -472,7 +472,7 @@ figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.3), layout="constrained", shar
 for axis, t in zip(axes, (0.8, 0.4, 0.2)):
     change = (density(t + dt) - density(t - dt)) / (2 * dt)                    # d p / dt
     outflow = (flux(t)[2:] - flux(t)[:-2]) / (2 * dx)                          # d (p v*) / dx
-    axis.plot(x, density(t), color=GREY, ls=":", label="$p_t$")
+    axis.plot(x, density(t), color=CORAL, ls=":", label="$p_t$")
     axis.plot(x, change, color=BLUE, lw=3, alpha=0.5, label="$\\partial p_t / \\partial t$")
     axis.plot(x[1:-1], -outflow, color=INK, lw=1, ls="--", label="$-\\partial (p_t v^*) / \\partial x$")
     apart = (change[1:-1] + outflow).abs().max()
