@@ -414,19 +414,19 @@ for name in ("base model", "DreamBooth", "LoRA"):
     print(f"{name:12s} the concept's traits on the robot with [V]: {beside[name][0]:.2f}, "
           f"on the other one: {beside[name][1]:.2f}")
 for on_V, on_other in (beside["DreamBooth"], beside["LoRA"]):
-    assert on_other > beside["base model"][1] + 0.2 and on_other > 0.5 * on_V
+    assert beside["base model"][1] < 0.2 < on_other - 0.1 and on_other > 0.5 * on_V
 
 # %% [markdown] tags=["slide"]
 # ## Two robots, one of them [V]
 #
 # ![](last)
 #
-# The text says which robot is [V]. Both get its hat, its checks and its eye.
+# The text says which robot is [V]. The other one gets its traits, too.
 
 # %% [markdown]
-# No: the other robot gets the traits nearly as often as the one that is [V]. A loss on pictures of *one*
-# robot never asked the model to tell two apart. Lesson 9 looks into the attention for the reason, and finds
-# a remedy.
+# Hardly. The base model's other robot has next to none of the traits; now it has more than half as many as
+# the robot with [V]. A loss on pictures of *one* robot never asked the model to tell two apart. Lesson 9
+# looks into the attention for the reason, and finds a remedy.
 #
 # **Diversity is lost.** A model that has seen one individual for long draws its cousins. No single picture
 # shows it (section 4 measures it).
@@ -591,19 +591,16 @@ assert 0.02 < covered < 0.25 and value("class drift", RUN) < 0.15 and len(traits
 # are coarse*: with six traits, one that is learned in every picture is a sixth. Here are all.
 
 # %%
-def table_of(read):
-    print(f"{'':20s}" + "".join(f"{name:>15s}" for name in runs) + f"{'nothing':>12s}{'perfect':>12s}")
-    for name in asked:
-        row = MEASURES[name]
-        ends = ["depends" if end is None else f"{end:g}" for end in (row.nothing, row.perfect)]
-        print(f"{name:20s}" + "".join(f"{value(name, run):15.2f}" for run in runs)
-              + "".join(f"{end:>12s}" for end in ends))
-
-table_of(read)
+print(f"{'':20s}" + "".join(f"{name:>15s}" for name in runs) + f"{'nothing':>12s}{'perfect':>12s}")
+for name in asked:
+    row = MEASURES[name]
+    ends = ["depends" if end is None else f"{end:g}" for end in (row.nothing, row.perfect)]
+    print(f"{name:20s}" + "".join(f"{value(name, run):15.2f}" for run in runs)
+          + "".join(f"{end:>12s}" for end in ends))
 
 # %% [markdown]
 # *Nothing* is the base model itself, *perfect* a method that changes the concept's robot and not one pixel
-# besides. Which run is the best in each row?
+# besides.
 #
 # ## 4 · Four of them, written by you
 #
