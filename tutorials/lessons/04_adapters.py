@@ -478,7 +478,7 @@ for name in ours:
     A, B = pair_of(yours[name], "A and B, for each layer")
     expect(not isinstance(A, nn.Parameter), "that is the package's set: draw the numbers yourself.")
     expect(A.min() < 0, "A is drawn from both sides of zero: 2 rand - 1 lies between -1 and 1.")
-    refuse(A * A.shape[1] ** 0.5, ours[name][0].detach(), "the bound is 1 over the root of in, not 1 over in.")
+    refuse(A * A.shape[1] ** 0.5, ours[name][0].detach(), "the bound is one over the root of in.")
     expect(not B.any(), "B is zero at the start.")
     expect_close(A, ours[name][0], f"A of {name}", tolerance=1e-6)
     expect_close(B, ours[name][1], f"B of {name}", tolerance=1e-6)
@@ -1150,7 +1150,7 @@ for l in range(depth):
     expect(returned is not None, "your visit returned None: return what the block returns.")
     changed = not torch.equal(c_test, kept)
     expect(not changed, "you have written into c, which others use, too: make a new tensor with torch.where.")
-    refuse(given[-1], kept, f"block {l} is given no Y: the token is replaced at every block, not at the first."
+    refuse(given[-1], kept, f"block {l} is given no Y: the token is replaced at every block, not at one."
            if l else "block 0 is given c as it was: Y^0 comes in before the block, not after it.")
     refuse(given[-1], kept + slots[..., None] * Y_test[l], "you add Y to the token: it takes its place.")
     refuse(given[-1], Y_test[l].expand_as(kept), "every token is replaced: only those in a slot should be.")

@@ -278,8 +278,8 @@ for name, method, pictures in (("DreamBooth", "DreamBooth", data), ("LoRA", "LoR
     assert last < 0.9 * first
 
 # %% [markdown]
-# The loss has fallen in all three. By this number, everything went well. Now let them draw five **groups**
-# of four pictures:
+# The loss has fallen. By this number, everything went well. Now let them draw five **groups** of four
+# pictures:
 #
 # | group | an example | asks |
 # |---|---|---|
@@ -414,19 +414,19 @@ for name in ("base model", "DreamBooth", "LoRA"):
     print(f"{name:12s} the concept's traits on the robot with [V]: {beside[name][0]:.2f}, "
           f"on the other one: {beside[name][1]:.2f}")
 for on_V, on_other in (beside["DreamBooth"], beside["LoRA"]):
-    assert on_other > beside["base model"][1] + 0.2 and on_other > 0.5 * on_V
+    assert beside["base model"][1] < 0.2 < on_other - 0.1 and on_other > 0.5 * on_V
 
 # %% [markdown] tags=["slide"]
 # ## Two robots, one of them [V]
 #
 # ![](last)
 #
-# The text says which robot is [V]. Both get its hat, its checks and its eye.
+# The text says which robot is [V]. The other one gets its traits, too.
 
 # %% [markdown]
-# No: the other robot gets the traits nearly as often as the one that is [V]. A loss on pictures of *one*
-# robot never asked the model to tell two apart. Lesson 9 looks into the attention for the reason, and finds
-# a remedy.
+# Hardly. The base model's other robot has next to none of the traits; now it has more than half as many as
+# the robot with [V]. A loss on pictures of *one* robot never asked the model to tell two apart. Lesson 9
+# looks into the attention for the reason, and finds a remedy.
 #
 # **Diversity is lost.** A model that has seen one individual for long draws its cousins. No single picture
 # shows it (section 4 measures it).
@@ -588,22 +588,19 @@ assert 0.02 < covered < 0.25 and value("class drift", RUN) < 0.15 and len(traits
 
 # %% [markdown]
 # *Pixel changes are small numbers*: a robot covers only a small part of its picture. And *shares of traits
-# are coarse*: with six traits, one that is learned in every picture is a sixth. Here are all three.
+# are coarse*: with six traits, one that is learned in every picture is a sixth. Here are all.
 
 # %%
-def table_of(read):
-    print(f"{'':20s}" + "".join(f"{name:>15s}" for name in runs) + f"{'nothing':>12s}{'perfect':>12s}")
-    for name in asked:
-        row = MEASURES[name]
-        ends = ["depends" if end is None else f"{end:g}" for end in (row.nothing, row.perfect)]
-        print(f"{name:20s}" + "".join(f"{value(name, run):15.2f}" for run in runs)
-              + "".join(f"{end:>12s}" for end in ends))
-
-table_of(read)
+print(f"{'':20s}" + "".join(f"{name:>15s}" for name in runs) + f"{'nothing':>12s}{'perfect':>12s}")
+for name in asked:
+    row = MEASURES[name]
+    ends = ["depends" if end is None else f"{end:g}" for end in (row.nothing, row.perfect)]
+    print(f"{name:20s}" + "".join(f"{value(name, run):15.2f}" for run in runs)
+          + "".join(f"{end:>12s}" for end in ends))
 
 # %% [markdown]
 # *Nothing* is the base model itself, *perfect* a method that changes the concept's robot and not one pixel
-# besides. Which run is the best in each row?
+# besides.
 #
 # ## 4 · Four of them, written by you
 #
@@ -1039,9 +1036,9 @@ def path_kl(theta, theta_other, x_0, x_1, text): # the sum over the batch, too
 
 # %% tags=["check"]
 x_0, x_1 = torch.zeros(3, 1, 1, 2), torch.ones(3, 1, 1, 2)                  # two numbers a picture
-mine = path_kl(lambda x_t, t, text: x_t, lambda x_t, t, text: 0 * x_t, x_0, x_1, None)   # the velocities differ by t
+mine = path_kl(lambda x_t, t, text: x_t, lambda x_t, t, text: 0 * x_t, x_0, x_1, None)
 weights = [(1 - t) / t * t * t for t in TIMES]
-right = torch.tensor(2 * np.mean(weights))
+right = torch.tensor(2 * np.mean(weights))       # the two velocities differ by x_t, and here x_t is t
 refuse(mine, 2 * np.mean([t / (1 - t) * t * t for t in TIMES]), "the weight is upside down.")
 refuse(mine, 2 * np.mean([t * t for t in TIMES]), "the weight (1 - t) / t is missing.")
 refuse(mine, right / 2, "nats a picture: sum over the picture's numbers, do not average.")
@@ -1145,7 +1142,7 @@ for n in (5, 2, 3, 30):
     refuse(mine[1], q * scatter, "that is for a single value: the mean's spread is less, by the root of n.")
     if n < 30:
         refuse(mine[1], 1.96 * scatter / n ** 0.5, "you take 1.96 whatever n is: take Student's quantile.")
-        refuse(mine[1], STUDENT_T[n] * scatter / n ** 0.5, "the quantile is that of n - 1 degrees of freedom.")
+        refuse(mine[1], STUDENT_T[n] * scatter / n ** 0.5, "it is the quantile of n - 1 degrees of freedom.")
     expect(abs(mine[1] - theirs[1]) < 1e-9,
            f"for {n} values the half-width is {theirs[1]:.3f}, and yours is {mine[1]:.3f}.")
 print("5.7 right: the benchmark's tables have the same intervals")
