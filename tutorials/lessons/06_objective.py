@@ -214,7 +214,7 @@ print(f"6.1 right: four texts, and L_CC = {yours:.3f} on the first batch, before
 
 # %% [markdown]
 # With this loss, train the **extractor** $\theta_1$: adapters and the embeddings $Y^l$ of lesson 4, over the
-# untouched base model. The loop is the package's, and calls your `l_cc`. Then $\theta_1$ is frozen.
+# untouched base model, by the package's loop. Then $\theta_1$ is frozen.
 
 # %%
 def train(loss_of_step, thetas, stage, eta=1.0, steps=config.steps):
@@ -889,9 +889,9 @@ assert lam[n] > 0 and pushes[0] < -0.01 < pushes[1] < 0.01 < pushes[2] < pushes[
 # %% [markdown]
 # Read the last column. With $l$ below $\lambda^*$ the loss pushes the concept back; with $l$ above it, it
 # pulls the concept ahead, until $\lambda^* = l$: a constant $l$ *prescribes* how strong the concept becomes
-# ($l = 1$ is the paper's ablation in Table 3). At $l = \lambda^*$ the cosine is zero. **$L_{PureCC}$ does not
-# ask for more of the concept, nor for less: its gradient in $v_{complete}$ has no part along $R_t$. It says:
-# nothing beside this direction. That the concept becomes strong is asked for by $L_{CC}$ alone.**
+# ($l = 1$ is the paper's ablation in Table 3). At $l = \lambda^*$ the cosine is zero. **$L_{PureCC}$ asks
+# neither for more of the concept nor for less: its gradient in $v_{complete}$ has no part along $R_t$. It
+# says: nothing beside this direction. That the concept becomes strong is asked for by $L_{CC}$ alone.**
 #
 # ## 6 · The envelope: four gradients by hand
 #
@@ -981,7 +981,7 @@ print(f"when lambda* is detached, it changes by at most {change:.0e}")
 assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(through, cut))
 
 # %% [markdown]
-# Why "envelope"? Move $v_{complete}$ along a line, here nearly in the direction of $R_t$, and draw the loss
+# Why "envelope"? Move $v_{complete}$ along a line, here nearly along $R_t$, and draw the loss
 # over $w$. The thick curve is the lower edge of all thin ones and touches each of them. Where two curves
 # touch, they have the same slope.
 
@@ -1136,7 +1136,7 @@ assert norms["v_original is not"]["theta_2"] < length
 assert torch.cosine_similarity(seen["v_original is not"][1], g, dim=0) < 0.95
 
 # %% [markdown]
-# * **$\lambda^*$**: the same gradient. That is the envelope theorem, in the real network.
+# * **$\lambda^*$**: the same gradient, the envelope theorem in the real network.
 # * **$\theta_1$ has two locks**, `no_grad` and `requires_grad_(False)`; a gradient arrives where both are
 # missing.
 # * **The last row** no `detach` can mend: $\theta_2$ was given $\theta_1$'s $Y$ itself, not a copy.
@@ -1323,7 +1323,8 @@ assert min(np.abs(change).mean() for change in plain) > 0.01
 #
 # `python -m purecc_min.algorithm` is all of it, to be read from top to bottom: it opens the references,
 # trains $\theta_1$ (lines 1 to 7 of the paper's Algorithm 1), freezes it, trains $\theta_2$ (lines 8 to 18),
-# draws and saves. Here is its second stage, read from the file, and a run of ten steps a stage.
+# draws and saves. Below: its second stage, read from the file, and a run of ten steps a stage. (The default,
+# 200, shows more.)
 
 # %%
 lines = (Path(package.__file__).parent / "algorithm.py").read_text(encoding="utf-8").splitlines()
@@ -1352,8 +1353,8 @@ print(f"L_PureCC {terms.loss_purecc:.6f}, yours {rejection_loss(terms.R_complete
 assert torch.allclose(lam, terms.lam, 1e-4) and with_one > terms.loss_purecc
 
 # %% [markdown]
-# The paper does not say whether $\lambda^*$ is one number for a sample or for the batch. Try the other in the
-# script: import `lambda_star`, and give `pcc_loss` a rule as its last argument,
+# The paper does not say whether $\lambda^*$ is one number for a sample or for the batch. Try the latter in
+# the script: import `lambda_star`, and give `pcc_loss` a rule as its last argument,
 # `lambda R_c, R_t: lambda_star(R_c, R_t).mean().expand(len(R_t))`. $L_{PureCC}$ becomes larger, as above, for
 # each sample's own $\lambda^*$ makes it smallest. Do the pictures change?
 #

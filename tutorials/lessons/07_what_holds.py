@@ -98,7 +98,9 @@ theta_2, start = fresh(), fresh()                # start stays untrained
 snapshots = {"PureCC": train(methods.paper, theta_1, theta_2)}
 
 def in_lines(text):
-    return text.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ")
+    for word in (" on ", " in ", " at ", " and "):
+        text = text.replace(word, "\n" + word[1:])
+    return text
 
 def several(answer, what):                       # for the checks: an answer of as many parts as `what`
     expect(answer is not None, "it returned None: is the return missing?")
@@ -146,8 +148,8 @@ assert gone["PureCC"] > gone["base model"] + 0.15
 
 # %% [markdown]
 # These are the extractor and the stage 2 of lesson 6, at twice the learning rate, so that more is learned.
-# The three columns on the left ask for [V]. The three on the right do not: a plain robot, and two other
-# things. The plain robot has turned into *the* robot.
+# The three columns on the left ask for [V], the three on the right do not. The plain robot has turned into
+# *the* robot.
 #
 # ## 1 · How far has $v_{original}$ moved?
 #
@@ -353,9 +355,9 @@ print(f"the share of L_PureCC, for eta = 1:  in the loss {in_loss:.1%}, in the g
 assert in_loss < 0.15 and in_gradient > 2 * in_loss
 
 # %% [markdown]
-# $L_{PureCC}$ is a small part of the loss, and a much larger part of the gradients. So it does something.
-# What? How a prediction answers to a step is a **directional derivative**: with the parameters $w$, a
-# direction $d$, and the Jacobian $J$ of the prediction,
+# $L_{PureCC}$ is a small part of the loss, and a much larger part of the gradients. What does it do? How a
+# prediction answers to a step is a **directional derivative**: with the parameters $w$, a direction $d$, and
+# the Jacobian $J$ of the prediction,
 #
 # $$\frac{v(w+h\,d)-v(w-h\,d)}{2h} = J d+O(h^2).$$
 #
@@ -469,7 +471,7 @@ for when, by_name in found.items():
               + f"{cosine:16.3f}{onward:16.3f}")
 for o, c, R, cosine, _ in held.values():
     assert o > 0.5 * c and R < 0.8 * o and cosine > 0.7
-assert held["begin", "g_CC"][4] > 0.1
+assert held["begin", "g_CC"][4] > 0.1 and held["end", "g_CC"][4] < 0
 
 def strength(R):
     return R.square().mean(1).sqrt()             # [B, H, W]
@@ -502,8 +504,8 @@ plt.show()
 # * **At the beginning $-g_{CC}$ leads $v_{original}$ to where it ends** (last column). At the end this one
 # batch's gradient points partly *back*: the way is the sum of all steps, not the last one. Section 6 shows
 # that $L_{CC}$ is enough: a LoRA without $L_{PureCC}$ drifts as far.
-# * **$-g_{PureCC}$ moves $v_{original}$ too.** Its loss pushes $v_{complete}$ alone; only the small part in
-# the column R_complete does what the loss asks for.
+# * **$-g_{PureCC}$ moves $v_{original}$ too.** Only the small part in the column R_complete does what its
+# loss asks for.
 # * **So no $\eta$ helps.** No term of Eq. 15 knows where $v_{original}$ *was*. Something has to say so: a
 # loss, a switch, or the place where adapters act.
 #
@@ -753,7 +755,7 @@ assert all(reach[name, False] > 0 for name in layers)
 # With $Y^l$ in every block, exactly two layers reach the picture; the zeros are exact. (In the right column
 # nothing overwrites the slot, and every layer counts. The argument holds *because of* Eq. 7.) So a bound set
 # has adapters on `to_k` and `to_v` of the text stream and nowhere else: $y=Wx+m\cdot BAx$, where the mask $m$
-# is 1 at the places where it acts and 0 at every other token.
+# is 1 where it acts and 0 at every other token.
 #
 # ### Exercise 7.6 ★★★ · Bound adapters
 #
@@ -958,7 +960,7 @@ for name, loss in (("LoRA", l_cc), ("anchored", with_anchor)):
     snapshots[name] = train(loss, theta_1, runs[name])
 for name in ("token", "phrase"):
     snapshots[name] = train(l_cc, theta_1, runs[name], config=replace(config, steps=200))
-drawn = {"base model": drawn["base model"]} | {name: pictures(theta, theta_0) for name, theta in runs.items()}
+drawn = {name: pictures(runs.get(name), theta_0) for name in ("base model", *runs)}
 show_all(drawn)
 for name in ("token", "phrase"):                 # also after the training
     with torch.no_grad():
@@ -1001,6 +1003,19 @@ for name, x in drawn.items():
 show([p for x in two.values() for p in to_pictures(x)], [in_lines(text) for text in beside], list(two),
      columns=4)
 
+close, moves, with_it, without, near, shares = ({name: row[k] for name, row in table.items()}
+                                                for k in range(6))
+others = [near[name] for name in ("PureCC", "LoRA", "anchored", "token")]
+assert min(close[name] for name in runs) > close["base model"] + 0.3
+assert abs(moves["PureCC"] - moves["LoRA"]) < 0.2 * moves["LoRA"]
+assert all(like(drawn[name][3:4]) > gone["base model"] + 0.15 for name in ("PureCC", "LoRA"))
+assert 0 < moves["anchored"] < 0.8 * min(moves["LoRA"], moves["PureCC"])
+assert 0 < without["anchored"] < min(without["LoRA"], without["PureCC"])
+assert all(moves[name] == without[name] == 0 for name in ("token", "phrase"))
+assert with_it["anchored"] == min(with_it[name] for name in runs) > 0.02
+assert near["phrase"] < 0.6 * min(others)
+assert min(shares["token"], shares["phrase"]) > 3 * max(shares["LoRA"], shares["PureCC"])
+
 # %% [markdown]
 # *Like the references* is the cosine between what the reader network sees in the three pictures with [V] and
 # in the references. The last pictures hold two robots, of which one is [V].
@@ -1008,8 +1023,8 @@ show([p for x in two.values() for p in to_pictures(x)], [in_lines(text) for text
 # * **LoRA and PureCC** drift alike, and the plain robot is gone in both rows: $L_{CC}$ alone is enough.
 # * **The anchor's** request is heard in part: its drift is smaller, and not zero.
 # * **The bound runs** have two zeros, which hold by construction.
-# * **Pictures *with* [V] change in every row**, and the token's are not spared: PLACEHOLDER
-# * **Beside [V]** only the phrase keeps a plain robot plain.
+# * **Pictures *with* [V] change in every row**, least with the anchor. (The robot itself is a part of it.)
+# * **Beside [V]** only the phrase leaves the plain robot nearly as it was.
 # * **The last column** says what $L_{PureCC}$ is worth. While both predictions move alike it sees next to
 # nothing. With $v_{original}$ held, the whole concept is in $R_c$, and it has work to do. Which?
 #
@@ -1023,17 +1038,18 @@ found = dict(zip(("g_CC", "g_PureCC"), two_gradients(theta_1, runs["phrase"], ba
 with torch.no_grad():
     of_o, of_c = predict_with(runs["phrase"])()
 R_c = of_c - of_o
-print("phrase, a step along     v_original   |R_c| grows by    L_CC grows by")
+print("phrase, a step along     v_original goes   |R_c| grows by")
 grows = {}
 for name, g in found.items():
     Jd_o, Jd_c = answer(runs["phrase"], -g / g.norm(), predict_with(runs["phrase"]), h)
-    grows[name] = (R_c * Jd_c).sum() / R_c.norm(), -(found["g_CC"] @ g) / g.norm()
-    print(f"-{name:20s}{Jd_o.norm():14.3f}" + "".join(f"{value:17.4f}" for value in grows[name]))
+    grows[name] = ((R_c * Jd_c).sum() / R_c.norm()).item()
+    print(f"-{name:20s}{Jd_o.norm():19.3f}{grows[name]:17.2f}")
     assert Jd_o.norm() == 0
-assert grows["g_PureCC"][0] < 0 < grows["g_PureCC"][1] and grows["g_CC"][1] < 0
+assert grows["g_PureCC"] < 0
 
 nowhere = Path("nowhere")                        # no folder: the results that came with the repository
-on_phrase = tables.grouped(gather(plan("phrase"), nowhere, shipped=True))
+rows = gather(plan("phrase"), nowhere, shipped=True)
+on_phrase = tables.grouped([row for row in rows if "braces" not in row["concept"]])
 by_eta = {0: "bound learning_rate=0.004 rank=4", 0.3: "bound-paper rank=4 eta=0.3", 1: "bound-paper rank=4"}
 by_eta = {eta: on_phrase[name,] for eta, name in by_eta.items()}
 measures = "fidelity", "outside change", "mask IoU", "neighbour leak"
@@ -1048,15 +1064,16 @@ main = gather(plan("main"), nowhere, shipped=True)
 level = tables.pairs_at_equal_fidelity(main, "bound-paper", "bound")
 print("\nat equal fidelity, the paper's objective on the phrase minus L_CC on the phrase:")
 for name in ("neighbour leak", "outside change"):
-    seeds = tables.mean_by_seed([(run["seed"], own[name] - other[name]) for run, own, other in level])
+    seeds = tables.mean_by_seed([(run["seed"], own[name] - other[name]) for run, own, other in level
+                                if name in own])
     print(f"    {name:16s}{tables.plus_minus(name, seeds, signed=True)}")
     middle, half = tables.mean_and_interval(seeds)
     assert abs(middle) < half                    # within the noise
 
 # %% [markdown]
-# Nothing reaches $v_{original}$ now, and $R_c$ is all that $L_{PureCC}$ can move. It shortens it, and
-# $L_{CC}$ rises: **$\eta$ is a brake.** With more $\eta$ less changes outside the object, and less is
-# learned. At equal fidelity, as the next section reads it, nothing is left of the gain.
+# Nothing reaches $v_{original}$ now, and $R_c$ is all that $L_{PureCC}$ can move: a step along $-g_{PureCC}$
+# shortens it. In the benchmark **$\eta$ is a brake**: with more $\eta$ less changes outside the object, and
+# less is learned. At equal fidelity (next section) nothing is left of the gain.
 #
 # ## 7 · At equal fidelity
 #
@@ -1134,8 +1151,7 @@ x_0 = pipe.sample(text, list(range(4)), steps=8)
 unseen = noised(x_0.repeat(2, 1, 1, 1), flow.noise_for(list(range(8)), x_0.shape[1:]),
                 torch.tensor([0.3] * 4 + [0.7] * 4), None)
 texts = text[torch.arange(4).repeat(2)]
-asked = [*with_V, "a small [V] robot on the right in the meadow", "a big [V] robot on the left at night",
-         "a small [V] robot in the middle in the room"]
+asked = [*with_V, "a small [V] robot on the right in the meadow"]
 
 @torch.no_grad()
 def measured(theta):                             # -> likeness to the references, damage
@@ -1165,6 +1181,9 @@ print(f"{'':12s}{'at the end: fidelity':>22s}{'damage':>10s}   damage at fidelit
 at_level = {name: damage_at(front, level) for name, front in fronts.items()}
 for name, front in fronts.items():
     print(f"{name:12s}{front[-1][0]:22.3f}{front[-1][1]:10.3f}{at_level[name]:16.3f}")
+assert level > 0.4 and at_level["token"] == at_level["phrase"] == 0 < at_level["anchored"]
+assert at_level["anchored"] < 0.9 * at_level["LoRA"]
+assert abs(at_level["PureCC"] - at_level["LoRA"]) < 0.3 * at_level["LoRA"]
 
 # %% [markdown] tags=["slide"]
 # ## At equal fidelity
@@ -1174,8 +1193,8 @@ for name, front in fronts.items():
 # Read all runs on the vertical line: the highest fidelity that all of them reach.
 
 # %% [markdown]
-# On the vertical line everybody has learned the same. PureCC and the LoRA pay alike, the anchored run pays
-# less, and the bound runs nothing at all. (One concept, one seed, six pictures a point.)
+# On the vertical line everybody has learned the same. PureCC and the LoRA pay about alike, the anchored run
+# less, and the bound runs nothing. (One concept, one seed, four pictures a point.)
 #
 # ## 8 · What to use
 #
