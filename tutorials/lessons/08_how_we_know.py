@@ -358,7 +358,7 @@ assert abs(over_seeds[0] - over_concepts[0]) < 1e-6 and over_concepts[1] > 4 * o
 #
 # For each concept and seed take the run of `method` and that of `reference`. The level is **the lower of
 # their two final similarities**. Read both there, with `at_similarity(run, level, start)`, where `start`
-# holds the measures of the original model on that concept (it returns `None` where a run never gets). Take
+# holds the measures of the original model on that concept (`None` where a run never gets there). Take
 # method minus reference, and average over concepts: one number for each seed. `name_of(run)` knows the way
 # of sampling: "lora, own empty text" is another row than "lora".
 
