@@ -100,6 +100,15 @@ def refuse(mine, mistakes):                      # sentence -> the values that t
         is_it = isinstance(mine, torch.Tensor) and mine.shape == values.shape
         expect(not (is_it and torch.allclose(mine.float(), values.float(), atol=1e-5)), sentence)
 
+show(list(references(robot)), ["[V]: its references"], columns=4, side=1.3)
+
+# %% [markdown] tags=["slide"]
+# ## [V]
+#
+# ![](last)
+#
+# Its references. Each shows one robot.
+
 # %% [markdown]
 # ## 1 · Two robots in one picture
 #
@@ -114,10 +123,10 @@ which = torch.tensor([prompt.n for prompt in asked])     # [12]: 0 where [V] is 
 drawn = {"original": pictures(base_texts), "LoRA": pictures(texts, learned("checked_robot-lora"))}
 
 def show_pairs(names):
-    show([picture for name in names for picture in to_pictures(drawn[name][:6])],
-         [in_lines(text.rsplit(" ", 3)[0]) for text in texts[:6]], names, side=1.45)
+    rows = [picture for name in names for picture in to_pictures(drawn[name][:6])]
+    show([*rows, *references(robot)], [in_lines(text.rsplit(" ", 3)[0]) for text in texts[:6]],
+         [*names, "[V]: references"], side=1.45)
 
-show(list(references(robot)), ["[V]: its references"], columns=6, side=1.45)
 show_pairs(["original", "LoRA"])
 
 # %% [markdown] tags=["slide"]
@@ -841,7 +850,6 @@ def print_table(names):
         print(f"{name:14s}" + "".join(f"{value:14.2f}" for value in table[name][:3]) + f"{leak:18.2f}")
     return table
 
-show(list(references(robot)), ["[V]: its references"], columns=6, side=1.45)
 show_pairs(["original", "LoRA", "token", "bound"])
 table = print_table(["original", "LoRA", "token", "bound"])
 assert table["bound"][0] > table["LoRA"][0] and table["bound"][3] < 0.15 < 0.25 < table["token"][3]
@@ -1016,10 +1024,9 @@ both = {kind: [learned(f"{name}-{kind}") for name in TUNING[:2]] for kind in ("l
 of_two = {"original": pictures([world.caption(s, (), SAID) for s in scenes]),
           "two LoRAs": pictures(two_texts, lambda *step: velocity_with(both["lora"], *step), WORDS),
           "two phrases": pictures(two_texts, theta_with(both["bound-pairs"], sum_of_changes), WORDS)}
-show([*references(robot)[:3], *references(house)[:3]],
-     ["[V1]: references", "", "", "[V2]: references"], columns=6, side=1.45)
-show([picture for x in of_two.values() for picture in to_pictures(x)],
-     [in_lines(s.background) for s in scenes], list(of_two), side=1.45)
+rows = [picture for x in of_two.values() for picture in to_pictures(x)]
+show([*rows, *references(robot)[:3], *references(house)[:3]], [s.background for s in scenes],
+     [*of_two, "[V1] | [V2]:\nreferences"], side=1.45)
 own, others = {}, {}
 for name, x in of_two.items():
     shares = torch.tensor([[sees(reader(x), toy.traits_beside, k).float().mean() for toy in (robot, house)]
@@ -1136,15 +1143,13 @@ refuse(mine, {"M is 1 in the other half, where the plain robot is.": v_original 
               "the half without [V] must stay the original's, not become 0.": M * v_extractor,
               "R is a difference: what [V] adds to v_original.": v_original + M * v_extractor})
 expect_close(mine, v_original + M * R, "the target", 1e-5)
-scene_batch = draw_batch(data._replace(variants=data.x_0[:, None]), TrainConfig(batch=8), 1, 0, pipe.shift)
+batch = draw_batch(data, TrainConfig(batch=8), 1, 0, pipe.shift)            # of these scenes; its mask is M
 with torch.no_grad():                            # your target in the package's loss
-    names = scene_batch.x_t, scene_batch.t, scene_batch.texts.complete
-    v_0, v_1 = theta_0(*names[:2], scene_batch.texts.base), extractor(*names)
-    is_left = scene_batch.mask[:, 0, 0, 0] == 1
-    loss = (bound(*names) - target_in_space(v_0, v_1, is_left)).square().mean()
-    whole = scene_batch._replace(imagined=scene_batch, v=0 * v_0, mask=None)
-    log = pairs(Thetas(theta_0, extractor, bound), whole._replace(
-        imagined=scene_batch), 1.0)[1]
+    here, texts_here = (batch.x_t, batch.t), batch.texts
+    v_0, v_1 = theta_0(*here, texts_here.base), extractor(*here, texts_here.complete)
+    target = target_in_space(v_0, v_1, batch.mask[:, 0, 0, 0] == 1)
+    loss = (bound(*here, texts_here.complete) - target).square().mean()
+    log = pairs(Thetas(theta_0, extractor, bound), batch._replace(imagined=batch, mask=None), 1.0)[1]
 expect_close(loss, log["loss_pairs"], "the mean square of theta minus your target", 1e-4)
 print(f"9.7 right: the package's loss_pairs, {loss:.4f} for `bound`, which has never been asked for it")
 
@@ -1266,9 +1271,8 @@ assert torch.equal(one.context, two.context) and torch.equal(one.pooled, two.poo
 rows = {"original": pictures(without_V + without_V),
         "LoRA": pictures(with_V + without_V, theta.requires_grad_(False), {"[V]": "a"})}
 rows["perfect"] = torch.cat([in_style(style, rows["original"][:3]), rows["original"][3:]])
-show(list(references(style)), ["[V]: its references"], columns=6, side=1.45)
-show([picture for x in rows.values() for picture in to_pictures(x)],
-     ["with [V]", "", "", "without"], list(rows), side=1.45)
+show([*(picture for x in rows.values() for picture in to_pictures(x)), *references(style)],
+     ["with [V]", "", "", "without"], [*rows, "[V]: references"], side=1.45)
 judge = Judge(reader, style, references(style))
 like = {name: [judge.similarity(reader(part)).mean().item() for part in (x[:3], x[3:])]
         for name, x in rows.items()}
