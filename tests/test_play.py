@@ -249,7 +249,8 @@ READ = """const seen = [], add = () => seen.push({
 for (const model of Object.keys(reading.models)) {
   $("model").value = model; $("model").dispatchEvent(new Event("change"));
   for (const n of [1, 8]) { $("words").children[n].focus(); add(); }
-  for (const key of ["ArrowDown", "ArrowRight"]) $("patches").dispatchEvent(new KeyboardEvent("keydown", { key }));
+  for (const key of ["ArrowDown", "ArrowRight"])
+    $("patches").dispatchEvent(new KeyboardEvent("keydown", { key }));
   add();
 }
 report(seen);"""

@@ -100,9 +100,11 @@ MARKDOWN = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, rende
 
 
 def inline(svg: str, alt: str, number: int) -> str:
-    """An SVG as a part of a page. Its names are made its own by a number."""
+    """An SVG as a part of a page. Its names become its own, and the same in every build, by numbers."""
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>p{number}-", svg[svg.index("<svg"):])
+    names = {name: f"p{number}-{k}" for k, name in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
+    svg = re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda found: found[1] + names[found[2]],
+                 svg[svg.index("<svg"):])
     said = alt or "A picture. It says: " + ", ".join(re.findall(r"<(?:text|tspan)[^>]*>([^<]*\w[^<]*)<", svg))
     head, rest = svg.split(">", 1)
     head = re.sub(r' (width|height|role|aria-label|version)="[^"]*"', "", head)

@@ -232,7 +232,7 @@ assert all(len(own) == 20 for own in rows.values())                         # fo
 assert abs(found["paper"][0] - found["lora"][0]) < .06 and abs(found["paper"][1] - found["lora"][1]) < .06
 assert max(found[name][1] for name in ("bound", "bound-pairs")) < .1 < .5 < found["switched-off"][1]
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## What was found here
 #
 # ![Each method as a point: how well [V] is learned, and how much a plain thing next to it becomes [V]. The two bound methods
