@@ -334,7 +334,7 @@ def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):
         assert not line_of.exists() or "spawn_main" not in line_of.read_text()
     again = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "min on" in again.stdout and "| bound (2 steps)" in again.stdout and len(done) < 3
+    assert "cells to do" in again.stdout and "| bound (2 steps)" in again.stdout and len(done) < 3
     assert all(file.read_bytes() == content for file, content in done.items())
     results = json.loads((tmp_path / "main" / "results.json").read_text())
     assert {result["method"] for result in results} == {"nothing", "perfect", "bound"}

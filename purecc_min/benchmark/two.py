@@ -28,6 +28,7 @@ from purecc_min.benchmark.cells import ALL, FEW_STEPS, KEPT, Cell, Work, learned
 from purecc_min.benchmark.entries import Setup, as_sampled
 from purecc_min.benchmark.tables import markdown
 from purecc_min.branch import Branch, Thetas, velocity_with
+from purecc_min.measure.judge import sees
 from purecc_min.measure.toy import HELD_OUT
 from purecc_min.sheets import draw_texts
 from tinyflow.picturebook import world
@@ -110,17 +111,12 @@ def draw_pair(pair: Pair, method: str, branches: list[Branch], named: tuple[int,
     return draw_texts(pipe, pair.texts(named)[:count], words, steps=FEW_STEPS, **sampler)
 
 
-def seen_share(reading: Reading, n: int, traits: dict) -> float:
-    """The share of these traits that are seen at object n."""
-    return float(np.mean([[seen == value for seen in reading.names(head, n)]
-                          for head, value in traits.items()]))
-
-
 def judged(pair: Pair, reading: Reading, n: int) -> dict[str, float]:
     """"own": the share of n's traits seen at n; "other's": of the other concept's, where the two differ."""
     traits, other = (pair.setups[k].toy.known_traits for k in (n, 1 - n))
     foreign = {head: value for head, value in other.items() if head != "object" and traits[head] != value}
-    return {"own": seen_share(reading, n, traits), "other's": seen_share(reading, n, foreign)}
+    return {"own": sees(reading, traits, n).double().mean().item(),
+            "other's": sees(reading, foreign, n).double().mean().item()}
 
 
 def run_two(two: Two, folder: Path) -> dict:
