@@ -58,7 +58,8 @@ def test_a_picture_that_was_drawn_for_the_slide_is_a_part_of_the_page():
 
 
 def test_notes_are_the_slides_own_or_the_lessons_paragraphs():
-    first, second = (new_markdown_cell("A *crowd* walks.\n\n### Exercise 1.1 ★\n\nWrite it.") for _ in range(2))
+    text = "A *crowd* walks.\n\n### Exercise 1.1 ★\n\nWrite it."
+    first, second = (new_markdown_cell(text) for _ in range(2))
     own, others, none = sections(first, slide("# One\n???\nSay it."), second, new_code_cell("x = 1"),
                                  slide("# Two"), slide("# Three"))
     assert "<aside><p>Say it.</p>" in own and "crowd" not in own

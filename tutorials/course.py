@@ -7,7 +7,6 @@ in place of a traceback. So does an exception inside an answer, with the learner
 import functools
 import inspect
 import linecache
-import os
 import sys
 import traceback
 from typing import Sequence
@@ -16,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
+
+from tinyflow.device import leave_busy_cores
 
 INK, CORAL, BLUE, GOLD, GREY = "#2b2d42", "#e4572e", "#2e86ab", "#e9a23b", "#b9bac4"
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
@@ -30,8 +31,7 @@ HINTS = {                                        # what an exception's own words
     "values to unpack": " Does each function return as many things as the exercise says?",
 }
 
-if hasattr(os, "getloadavg"):                    # a notebook has loaded torch, so PASSIVE would come too late
-    torch.set_num_threads(max(1, torch.get_num_threads() - round(os.getloadavg()[0])))
+leave_busy_cores()
 
 
 def show(pictures: Sequence[np.ndarray], titles: Sequence[str] = (), left: Sequence[str] = (),
