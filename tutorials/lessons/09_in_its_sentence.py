@@ -866,9 +866,9 @@ assert lights["original"] == "day" != lights["bound"] and lights["LoRA"] != "day
 # *token*: $Y^l$ in the word's place. *bound*: the word kept, adapters on the phrase.
 
 # %% [markdown]
-# In the last row [V] is where the text says, and the neighbour is plain. Without [V] nothing changes: the
-# difference is exactly 0. (But on the beach the light of the scene turns, as with the LoRA. The leak, which
-# counts [V]'s traits, does not see that.)
+# In the row *bound* [V] is where the text says, and the neighbour is plain, but for a hat in the snow.
+# Without [V] nothing changes: the difference is exactly 0. (But on the beach the light of the scene turns, as
+# with the LoRA. The leak, which counts [V]'s traits, does not see that.)
 #
 # Which remedy did it? Take them apart: *token* without its $Y^l$, and *bound* with its mask cut to a part of
 # the phrase. How far does each move the velocity, in each half?
