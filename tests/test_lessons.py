@@ -62,9 +62,10 @@ def test_a_check_names_the_mistake_and_an_exception_is_one_line(tmp_path):
                wrong("2 times", "return 4 * x"), wrong("a tensor is wanted", "return 1.0"),
                wrong("in your `double`, line 4 of the cell, `return x @ y`, with NameError", "return x @ y"),
                wrong("Something is None there: is a return missing?", "return (lambda y: None)(x) + 1"),
+               wrong("in your `double`, line 4", "return sum(y @ None for y in [x])"),
                wrong("flow.path is the package's own answer", "return flow.path(x, 3 * x, x)"),
                '# %% tags=["wrong"]\n# says: package\ndouble = flow.path\n']
-    assert "10 answers refused" in try_out(tmp_path, EXERCISE, *answers, TENSORS)
+    assert "11 answers refused" in try_out(tmp_path, EXERCISE, *answers, TENSORS)
 
 
 def test_code_below_the_raise_is_told_from_a_blank():

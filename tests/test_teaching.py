@@ -2,10 +2,14 @@
 notebooks with chosen blanks, and archives in which students find no solution.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 import zipfile
 from collections import defaultdict
 from fractions import Fraction
@@ -231,9 +235,10 @@ def exercises() -> set[str]:
 
 def test_a_teachers_page_cites_exercises_and_sections_that_exist():
     text = page("README.md")
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ") and line.count("|") > 4]
-    prose = "\n".join(line for line in text.splitlines() if line.count("|") <= 4) + "\n".join(rows)
-    named = set(re.findall(r"(?<![\d.])(\d{1,2}\.\d)(?![\d.]| %| GB)", prose))
+    before, table = text.split("## Numbers to expect")
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"(?<![\d.])(\d{1,2}\.\d)(?![\d.])", "\n".join([before, *rows])))
+    named -= set(re.findall(r"nbgrader (\d\.\d)|Python (\d\.\d)", text)[0])
     assert named and named <= exercises(), named - exercises()
     cited = re.findall(r"(?:lesson )?(\d+), sections? (\d+)(?: (?:to|and) (\d+))?", text)
     assert cited
@@ -243,9 +248,10 @@ def test_a_teachers_page_cites_exercises_and_sections_that_exist():
             assert re.search(rf"^# ## {section} · ", source, re.MULTILINE), (lesson, section)
 
 
-def test_a_syllabus_of_half_a_day_adds_up():
-    table = page("README.md").split("**Half a day (3 h 30 min)**")[1].split("**Two days")[0]
-    assert sum(int(number) for number in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)) == 210
+def test_the_minutes_of_a_syllabus_add_up():
+    days = re.split(r"\n\| minutes \|", page("README.md"))[1:]
+    rows = [re.findall(r"^\| (\d+) \| [^|]*\|$", day.split("\n\n")[0], re.MULTILINE) for day in days]
+    assert [sum(map(int, minutes)) for minutes in rows] == [210, 360, 360]
 
 
 def test_minutes_are_words_and_stars():
@@ -332,7 +338,7 @@ def test_a_students_archive_has_no_solution_and_no_dead_link(students):
     for number, path in LESSONS.items():
         text = students.read(next(name for name in notebooks if f"/{number:02}_" in name)).decode()
         blanks = sum("exercise" in tags(cell) for cell in jupytext.read(path).cells)
-        assert text.count("# Exercise ") == blanks and "YourTurn(" in text
+        assert text.count('"# Exercise ') == blanks and "YourTurn(" in text
 
 
 def test_a_teachers_archive_has_what_students_lack(tmp_path, students):
@@ -372,3 +378,45 @@ def test_every_notebook_begins_with_the_first_cell_and_has_marks_for_nbgrader():
         assert len({mark["grade_id"] for mark in marks}) == len(marks) == 2 * sum(
             cell.source.startswith("# Exercise ") for cell in code)
         assert {mark["points"] for mark in marks if mark["grade"]} <= {1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A Jupyter server that was started as the README says, in the course's folder; its address."""
+    pytest.importorskip("jupyter_server", reason="pip install -r tutorials/requirements.txt")
+    runtime = tmp_path_factory.mktemp("runtime")
+    line = [sys.executable, "-m", "jupyter_server", "--no-browser", "--ServerApp.port=0", "--allow-root",
+            "--IdentityProvider.token=course"]
+    own = {**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)}
+    running = subprocess.Popen(line, cwd=FOLDER.parent, env=own, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if found := list(runtime.glob("jpserver-*.json")):
+                yield json.loads(found[0].read_text())["url"]
+                return
+            time.sleep(0.1)
+        pytest.fail("the server does not start")
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def test_a_running_server_finds_each_link_of_the_blank_notebooks(server):
+    def asked(address: str) -> int:
+        request = urllib.request.Request(server + address, headers={"Authorization": "token course"})
+        try:
+            return urllib.request.urlopen(request, timeout=60).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert asked("api/contents/tutorials/no-such-file?content=0") == 404
+    targets = set()
+    for path in LESSONS.values():
+        notebook = versions(jupytext.read(path))["learner"]
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                targets |= {os.path.normpath(f"tutorials/notebooks/{link}") for link in links_of(cell.source)}
+    assert len(targets) > 10
+    for target in targets:                       # a page's address, and the file itself: no folder has one
+        assert asked(f"api/contents/{target}?content=0") == asked(f"files/{target}") == 200, target

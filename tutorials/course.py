@@ -167,7 +167,8 @@ def stopped(error: BaseException, cells: dict) -> str | None:
     hint = next((hint for words, hint in HINTS.items() if words in said), "")
     place = f"the check {mark.removeprefix(CHECK)} stops in its line {line}"
     if exercise:
-        inside = "its cell" if code.co_name == "<module>" else f"your `{code.co_name}`"
+        name = code.co_qualname.split(".<locals>")[0]
+        inside = "its cell" if name == "<module>" else f"your `{name}`"
         place = f"exercise {mark.removeprefix(EXERCISE)} stops in {inside}, line {line} of the cell"
     text = linecache.getline(code.co_filename, line).split("  #")[0].strip()
     return f"Not yet: {place}, `{text[:90]}`, with {type(error).__name__}: {said[:200].rstrip('.')}.{hint}"

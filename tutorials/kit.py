@@ -16,11 +16,13 @@ from tutorials.course import EXERCISE
 FOLDER = Path(__file__).parent
 RECIPES = {
     "half-day": "1.1 1.3 4.7 6.2 6.3 6.4 7 9",
-    "two-day": "1.1 1.2 1.3 1.4 1.5 1.6 2.3 2.5 2.7 4.2 4.3 4.5 4.7 4.8 6.1 6.2 6.3 6.4 6.5 6.6 7.* 9",
+    "two-day": "1.1 1.2 1.3 1.4 1.5 1.6 2.3 2.5 2.7 4.2 4.3 4.5 4.7 4.8 5 6.1 6.2 6.3 6.4 6.5 6.6 7.* "
+               "9.1 9.3 9.4 10",
     "eight-week": "1.* 2.* 3.* 4.* 5.* 6.* 7.* 8.* 9.* 10.*",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
-GIVEN_BACK = re.compile(r"the\s+solved\s+notebook\s+is\s+in\s+\[`?\.\./solved`?\]\(\.\./solved/?\)")
+SOLVED = re.compile(r"\[`?\.\./solved`?\]\(\.\./solved/?\)")
+KEPT_BACK = re.compile(r"olved\s+notebook\s+is\s+in\s+the\s+folder\s+`tutorials/solved`")
 TOP = "purecc-min"                               # the folder in both archives
 EVERYONE = ["README.md", "LICENSE", "CITATION.cff", "pyproject.toml", "requirements.txt", "tinyflow",
             "purecc_min"]
@@ -95,7 +97,7 @@ def without_dead_links(text: str, place: str, names: set[str]) -> str:
     def link(match: re.Match) -> str:
         return match[0] if alive(match[3]) else match[2]
 
-    text = GIVEN_BACK.sub("your teacher has the solved notebook", text)
+    text = KEPT_BACK.sub("olved notebook comes from your teacher", text)
     rows = [(line, re.match(r"\| " + LINK.pattern, line)) for line in text.split("\n")]
     return "\n".join(LINK.sub(link, line) for line, row in rows if not row or alive(row[3]))
 

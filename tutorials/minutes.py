@@ -33,7 +33,7 @@ def minutes(lesson) -> Minutes:
     texts = [cell.source for cell in lesson.cells
              if cell.cell_type == "markdown" and "slide" not in cell.metadata.get("tags", [])]
     lines = "\n".join(texts).splitlines()
-    title = next(line for line in lines if line.startswith("# "))[2:]
+    title = next((line[2:] for line in lines if line.startswith("# ")), "")
     spent, words, level, fenced = {False: 0.0, True: 0.0}, 0, 99, False
     for line in lines:
         fenced ^= line.startswith("```")
