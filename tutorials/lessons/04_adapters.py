@@ -104,7 +104,7 @@ def refuse(yours, wrong, hint):                  # for the checks: a usual mista
 def in_lines(text):
     for little in (" on ", " in ", " at ", " with "):
         text = text.replace(little, f"\n{little[1:]}")
-    return text
+    return text.replace(", ", ",\n")
 
 show([ref.picture for ref in concept.references], [in_lines(ref.complete) for ref in concept.references],
      columns=len(concept.references), side=1.6)
@@ -145,9 +145,9 @@ def pictures(theta, prompts, steps=12):
     text = pipe.encode_text(prompts, {"[V]": word})
     return list(pipe.decode_images(pipe.sample(text, list(range(len(prompts))), steps, theta=theta)))
 
-def show_rows(rows, prompts):                    # rows: name -> pictures, one for each prompt
+def show_rows(rows, prompts, side=1.35):         # rows: name -> pictures, one for each prompt
     show([picture for row in rows.values() for picture in row], [in_lines(prompt) for prompt in prompts],
-         list(rows), columns=len(prompts))
+         list(rows), columns=len(prompts), side=side)
 
 def apart(a, b):                                 # mean difference of two rows of pictures, in parts of white
     return sum(abs(p.astype(float) - q).mean() for p, q in zip(a, b)) / len(a) / 255
@@ -169,7 +169,7 @@ def judged(rows):            # prints what the network sees; name -> shares of t
 
 base_row = pictures(pipe.velocity, prompts)
 told_row = pictures(pipe.velocity, told)
-show_rows({"base model": told_row}, told)
+show_rows({"base model": told_row}, told, side=1.7)
 seen = judged({"the references": references, "base model, [V]": base_row, "base model, in words": told_row})
 in_words = seen["base model, in words"][1]
 assert min(seen["the references"][1:]) > 0.9 and seen["base model, [V]"][1] < 0.3
