@@ -50,12 +50,12 @@ def enlarged(figure) -> str:
     from matplotlib.text import Text
 
     size, engine, file = figure.get_size_inches().copy(), figure.get_layout_engine(), io.StringIO()
-    letters = {text: text.get_fontsize() for text in figure.findobj(Text)}
     images = {image: image.get_interpolation() for image in figure.findobj(AxesImage)}
     for image in images:
         image.set_interpolation("none")          # SVG keeps the pixels of a picture as they are
+    figure.draw_without_rendering()              # only now there are ticks, and their labels
+    letters = {text: text.get_fontsize() for text in figure.findobj(Text)}
     try:
-        figure.draw_without_rendering()
         if len(figure.axes) > 8:                 # a sheet of pictures keeps its layout, which takes long
             figure.set_layout_engine("none")
         for wider in (1, 1.3, 1.7, 2.2, 3, 4):    # until the texts have room
@@ -65,7 +65,7 @@ def enlarged(figure) -> str:
                 box = figure.get_tightbbox()
                 scale = min(WIDE / box.width, HIGH / box.height) / 72                # px a point
                 for text, points in letters.items():
-                    text.set_fontsize(max(points, LETTERS / scale))
+                    text.set_fontsize(max(points, least(text.get_text()) / scale))
             if width < size[0] * wider or not overlapping(figure):
                 break
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "slides"}):
@@ -79,6 +79,11 @@ def enlarged(figure) -> str:
             text.set_fontsize(points)
         for image, how in images.items():
             image.set_interpolation(how)
+
+
+def least(text: str) -> float:
+    """The least letters of a text, in px. A formula's indices are smaller than the rest of it, by .7."""
+    return LETTERS / .7 if re.search(r"\$.*[_^]", text) else LETTERS
 
 
 def overlapping(figure) -> bool:
@@ -96,7 +101,16 @@ def mathml(text: str, options: dict) -> str:
     return made.replace('<mi mathvariant="double-struck">E</mi>', "<mi>&#x1D53C;</mi>")  # browsers want it so
 
 
-MARKDOWN = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, renderer=mathml)
+def formula(text: str, options: dict) -> str:
+    """A formula in the notes: as LaTeX where it cannot be drawn."""
+    try:
+        return mathml(text, options)
+    except Exception:                            # latex2mathml has errors of its own for what it cannot read
+        return f"<code>{html.escape(text)}</code>"
+
+
+MARKDOWN, NOTES = (MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, renderer=renderer)
+                   for renderer in (mathml, formula))
 
 
 def inline(svg: str, alt: str, number: int) -> str:
@@ -173,4 +187,4 @@ def slide(text: str, notes: str, tags: list[str], last: tuple[str | None, str] |
     made = re.sub(r"<p>(<svg.*?</svg>|<img [^>]*>)</p>", r"<figure>\1</figure>", made, flags=re.DOTALL)
     if re.search(r"\[V\d?\]", made) and "no-references" not in tags:
         made += "".join(references(name) for name in [tag for tag in tags if tag != "slide"] or [CONCEPT])
-    return f"<section>\n{made}<aside>{MARKDOWN.render(notes)}</aside></section>"
+    return f"<section>\n{made}<aside>{NOTES.render(notes)}</aside></section>"
