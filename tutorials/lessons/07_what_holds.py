@@ -112,7 +112,7 @@ def several(answer, what):                       # for the checks: an answer of 
 def unlike(yours, mistakes):                     # for the checks: values that usual mistakes give
     for hint, value in mistakes.items():
         if isinstance(yours, Tensor) and yours.shape == value.shape:
-            expect(not torch.allclose(yours, value, 1e-4, 1e-6), hint)
+            expect(not torch.allclose(yours, value, 1e-4, 1e-5), hint)
 
 with_V = ["a small [V] robot on the left in the snow", "a big [V] robot in the middle at night",
           "a big [V] robot on the right on the beach"]
@@ -1103,9 +1103,18 @@ def damage_at(front, level):                     # the first point beyond it: ha
     return next((d for f, d in front if f >= level), None)
 
 # %% tags=["wrong"]
-# says: FIRST crossing
+# says: return None where
 def damage_at(front, level):                     # np.interp wants ascending fidelities, and never says no
     return float(np.interp(level, [f for f, _ in front], [d for _, d in front]))
+
+# %% tags=["wrong"]
+# says: FIRST crossing
+def damage_at(front, level):                     # the last one
+    found = None
+    for (f_0, d_0), (f_1, d_1) in zip(front, front[1:]):
+        if f_0 < level <= f_1:
+            found = d_0 + (level - f_0) / (f_1 - f_0) * (d_1 - d_0)
+    return found
 
 # %% tags=["wrong"]
 # says: None where
