@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyflow.device import leave_busy_cores
 
-INK, CORAL, BLUE, GOLD, GREY = "#2b2d42", "#e4572e", "#2e86ab", "#e9a23b", "#b9bac4"
+INK, CORAL, BLUE, GOLD, GREY = "#2b2d42", "#b23a17", "#1d6283", "#e9a23b", "#6b6d7c"
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
                      "axes.spines.top": False, "axes.spines.right": False, "image.interpolation": "nearest"})
 

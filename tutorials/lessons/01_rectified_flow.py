@@ -215,7 +215,8 @@ print(f"{len(data)} points, standard deviation {data.std():.2f} (the noise has 1
 #
 # $$x_t = (1 - t)\,x_0 + t\,x_1, \qquad v = \frac{\mathrm d x_t}{\mathrm d t} = x_1 - x_0$$
 #
-# ![](last)
+# ![A drawing made of points at t = 0, the same points ever more mixed with noise at later t, and noise at t
+# = 1](last)
 #
 # **t = 0 is data, t = 1 is noise.** Training asks a network for $v$, and shows it $x_t$ and $t$ only:
 # $\mathbb E\,\lVert v_\theta(x_t, t) - v \rVert^2$.
@@ -384,7 +385,7 @@ assert candidates == sorted(candidates, reverse=True) and candidates[0] > 30 and
 #
 # $$v^*(x, t) = \frac{x - \mathbb E[x_0 \mid x_t = x]}{t}$$
 #
-# ![](last)
+# ![The data points that a place could have come from: about 33 at t = 0.7, a single one at t = 0.05](last)
 #
 # Coarse first, fine last.
 
@@ -433,7 +434,7 @@ plt.colorbar(drawn, ax=axes, label="speed", shrink=0.8, extend="max");
 # %% [markdown] tags=["slide"]
 # ## The velocity field
 #
-# ![](last)
+# ![Arrows of the velocity in the plane, at several times between noise and data](last)
 #
 # At $t = 0.9$ nearly all samples have one target. At $t = 0.1$ every data point has a territory of its own.
 
@@ -488,7 +489,8 @@ plt.show()
 #
 # $$\frac{\partial p_t}{\partial t} = -\nabla\cdot(p_t\,v^*)$$
 #
-# ![](last)
+# ![At three times the density, how it changes, and what the mean velocity carries: the last two
+# agree](last)
 #
 # A crowd that walks with the mean velocity has the density of the crowd on straight lines, at every $t$.
 
@@ -593,7 +595,8 @@ assert (x_0[from_above, 0].diff() > 0).any()                                   #
 # %% [markdown] tags=["slide"]
 # ## Lines that cross, curves that never meet
 #
-# ![](last)
+# ![On the left the straight lines of training, which cross; on the right the curves of sampling, which do
+# not](last)
 #
 # An ODE has one velocity at each place and time. The journeys differ; the crowd is the same.
 
@@ -633,7 +636,7 @@ assert arrived[4] < 0.1 < 0.25 < arrived[8] < 0.5 and arrived[28] > 0.85
 # %% [markdown] tags=["slide"]
 # ## Euler's method
 #
-# ![](last)
+# ![Samples of Euler's method with 1, 2, 4, 8 and 28 steps: from the mean of the data to its points](last)
 #
 # A single step from $t = 1$ jumps to the mean of the data. The last step always ends on the last guess.
 
@@ -736,7 +739,7 @@ assert same
 #
 # $$\frac{t'}{1 - t'} = s\,\frac{t}{1 - t}$$
 #
-# ![](last)
+# ![The times of eight steps for three shifts, and the shifted time over the time](last)
 #
 # A picture with $k$ times as many pixels gives itself away at $\sqrt k$ times the noise. Larger pictures want
 # a larger $s$.
@@ -782,7 +785,7 @@ assert 0.2 < peak < 0.6 and gain[0] < 0.3 * gain.max() and gain[-1] < 0.3 * gain
 # %% [markdown] tags=["slide"]
 # ## Which times should training draw?
 #
-# ![](last)
+# ![How often each time is drawn, and how far the perfect guess is from a linear one](last)
 #
 # Near both ends a linear rule knows the answer. What has to be learned lies in between: logit-normal times.
 
@@ -924,7 +927,7 @@ assert missed[:10].sum() > 0.5 * missed.sum()
 #
 # $$\mathbb E\,\lVert v_\theta - v\rVert^2 = \mathbb E\,\lVert v^* - v\rVert^2 + \mathbb E\,\lVert v_\theta - v^*\rVert^2$$
 #
-# ![](last)
+# ![The training loss falls to a floor, the loss of the perfect velocity; both over t agree](last)
 #
 # The first part is a floor that no network can go below. Only the second part is the network's.
 
@@ -998,7 +1001,8 @@ for i in (0, 50, 70, 90):
 # %% [markdown] tags=["slide"]
 # ## What the model believes on the way
 #
-# ![](last)
+# ![Where three samples are, what the model believes of their ends, and how blurred the belief is over
+# t](last)
 #
 # $x_0 = x_t - t\,v$ is not a likely point but the *average* of the likely points. For pictures, an average is
 # a blur.
@@ -1095,7 +1099,7 @@ assert used[3] < 15 and doubtful[3] < 0.05
 #
 # $$v_g = v_\varnothing + g\,(v_y - v_\varnothing)$$
 #
-# ![](last)
+# ![Samples of a heart's half with guidance 0, 1, 2 and 5: surer, and fewer kinds](last)
 #
 # Surer samples, and fewer kinds of them. The difference $v_y - v_\varnothing$ will be a *representation of a
 # concept* in lesson 6.
@@ -1263,7 +1267,7 @@ assert all(heun_ < 0.6 * euler_ for euler_, heun_ in zip(on_robot["Euler"][2:], 
 # %% [markdown] tags=["slide"]
 # ## A better sampler: Heun
 #
-# ![](last)
+# ![The errors of Euler and Heun over the number of steps, on logarithmic axes](last)
 #
 # The order of a method says how its error shrinks when the steps are small, and nothing about large ones.
 

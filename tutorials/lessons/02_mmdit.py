@@ -207,7 +207,7 @@ plt.show()
 # Cut into squares, write each one in a row, multiply with one matrix. A convolution with stride $p$ is the
 # same.
 #
-# ![](last)
+# ![A picture, the same with noise as the network sees it, and its 64 tokens as columns of numbers](last)
 
 # %% [markdown]
 # ## 2 · Where a token stands
@@ -334,7 +334,8 @@ assert torch.allclose(back, with_them, atol=1e-2)
 # Attention knows no order. A pattern of waves is *added*: half of the channels for the column, half for the
 # row.
 #
-# ![](last)
+# ![Pictures drawn with positions, without, with patches and positions shuffled, and the same put back in
+# order](last)
 
 # %% [markdown]
 # ## 3 · Attention
@@ -433,7 +434,7 @@ assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
 #
 # A token asks ($q$), is found ($k$), gives ($v$). Why the root?
 #
-# ![](last)
+# ![The largest weight of attention grows with the width without the root, and stays with it](last)
 
 # %% [markdown]
 # ### Heads, and a norm
@@ -577,11 +578,8 @@ print("2.4 right: queries, keys and values are the package's")
 # %% [markdown] tags=["slide"]
 # ## Joint attention: two streams, one softmax
 #
-# ```
-# x [B, N, D] --qkv(image)--.                                .--> first N --> image.to_out
-#                            >-- cat --> one attention -----<
-# c [B, T, D] --qkv(text)---'        [B, H, N + T, d]        '--> last T  --> text.to_out
-# ```
+# ![Two streams with weights of their own: their queries, keys and values are joined for one attention, and
+# parted again](../diagrams/streams.svg)
 #
 # Each stream has weights of its own for everything. What a patch gives to words it takes from patches.
 
@@ -934,13 +932,8 @@ print(f"2.7 right, in all {len(model.blocks)} blocks")
 # %% [markdown] tags=["slide"]
 # ## The whole network
 #
-# ```
-# x   = patches of x_t, embedded, + positions                     [B, N, D]
-# c   = context_embedder(context)                                 [B, T, D]
-# vec = time_embedder(time_features(t)) + pooled_embedder(pooled) [B, D]
-# x, c = block(x, c, vec)                                         depth times
-# v   = final_linear(modulate(x, final shift, final scale)), joined to a picture
-# ```
+# ![Patches and context pass the blocks and the last layer, which are all modulated by one vector, to
+# v](../diagrams/network.svg)
 
 # %% tags=["exercise"]
 def mmdit(m, x_t, t, context, pooled):
@@ -1062,7 +1055,7 @@ assert torch.allclose(mine, theirs, atol=1e-2)
 # %% [markdown] tags=["slide"]
 # ## It draws
 #
-# ![](last)
+# ![Pictures drawn by the lesson's own functions, and below them those of the package](last)
 #
 # Above, functions of ten lines and the trained weights. Below, the package.
 
@@ -1182,7 +1175,7 @@ assert all((q == 0).all() for q in asleep)
 # %% [markdown] tags=["slide"]
 # ## Exactly one factor of a product may begin at zero
 #
-# ![](last)
+# ![Losses over the steps for several starts; where two factors begin at zero nothing is learned](last)
 #
 # $\partial(gf)/\partial g = f$ and $\partial(gf)/\partial f = g$. One zero: it wakes up. Two zeros: it sleeps
 # for ever.

@@ -229,15 +229,8 @@ print("and:", unknown)
 # %% [markdown] tags=["slide"]
 # ## The text encoder is causal
 #
-# ```
-#  who asks         who is asked
-#              begin   a   red  robot   in
-#  begin         x     .    .     .     .
-#  a             x     x    .     .     .
-#  red           x     x    x     .     .
-#  robot         x     x    x     x     .
-#  in            x     x    x     x     x
-# ```
+# ![A table of who asks and who is asked: each token asks itself and those before
+# it](../diagrams/causal.svg)
 #
 # A forbidden score is $-\infty$ **before** the softmax. The row still adds up to 1.
 
@@ -527,7 +520,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## Change one word: which tokens move?
 #
-# ![](last)
+# ![How much each token of the context moves when one word is changed](last)
 #
 # None before it. At it and after it, those to which the encoder has learned to pass it on.
 
@@ -591,7 +584,7 @@ assert of_all["pooled only"] < 0.5
 # %% [markdown] tags=["slide"]
 # ## Two ways into the picture
 #
-# ![](last)
+# ![Pictures drawn with both ways of the text, with the context alone, and with the pooled text alone](last)
 #
 # The context is looked up patch by patch, in the attention. The pooled text speaks to all patches alike.
 
@@ -632,7 +625,7 @@ assert len({name for _, name, _ in read}) > 2 and len({background for _, _, back
 #
 # One caption in ten is empty in training. So the model has an answer to $\varnothing$: anything.
 #
-# ![](last)
+# ![Pictures that the model draws of the empty text](last)
 
 # %% [markdown]
 # Asked for nothing, the model draws all kinds of things: the titles say what the reader sees. In formulas: for
@@ -885,7 +878,7 @@ assert doubtful == sorted(doubtful, reverse=True) and deviation == sorted(deviat
 # %% [markdown] tags=["slide"]
 # ## Three votes for the classifier
 #
-# ![](last)
+# ![Four densities, for g = 0, 1, 2 and 5: they move and become narrow](last)
 #
 # Fewer doubtful samples, and less variety. Line: $p(x)\,p(y \mid x)^g$. Filled: what the guided flow makes.
 
@@ -957,7 +950,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## Fidelity and diversity, measured
 #
-# ![](last)
+# ![What is seen of the captions, and how much the rest varies, over the guidance](last)
 #
 # What the captions say is seen more often with guidance. Most of the spread is lost without any.
 
@@ -1171,7 +1164,7 @@ show([p for x in looked.values() for p in to_pictures(x[some])], names, [f"step 
 # %% [markdown] tags=["slide"]
 # ## Eight words, learned from nothing
 #
-# ![](last)
+# ![Pictures of the same texts and noise before, during and after training](last)
 #
 # The same noise and the same texts, before, during and after the training.
 
@@ -1336,7 +1329,8 @@ assert right >= 0.75 and wrong / own > 1.1 and by_noise < 0.25
 # %% [markdown] tags=["slide"]
 # ## A model that draws red can read red
 #
-# ![](last)
+# ![Two tables of errors, picture by caption; a dot marks the smallest error of each row, on the
+# diagonal](last)
 #
 # Noise a picture, predict with every caption **on the same noise**, take the smallest error (the dot).
 

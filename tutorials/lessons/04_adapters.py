@@ -110,10 +110,10 @@ show([ref.picture for ref in concept.references], [in_lines(ref.complete) for re
      columns=len(concept.references), side=1.6)
 print(f"{len(layers)} linear layers in the attentions of {depth} blocks, x_0 {list(data.x_0.shape)}")
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## This robot, and no other
 #
-# ![](last)
+# ![The four references of [V] with their captions](last)
 #
 # Four references, and their texts.
 
@@ -318,7 +318,8 @@ assert all(g > n > 3 * c for g, n, c in zip(gain[1:5], size[1:5], chance[1:5])) 
 #
 # Train all matrices of the attentions on four pictures, and keep $r$ terms of each change.
 #
-# ![](last)
+# ![The singular values of the trained change and of a random matrix, and how much the first r terms bring
+# back](last)
 
 # %% [markdown]
 # Four terms of a change keep more than half of its squared norm, four of a random matrix a small part. What
@@ -888,7 +889,7 @@ assert abs(late["A zero"] - late["none zero"]) < 0.02 and late[faster] < late["B
 # Both zero: nothing ever moves. One zero: the start is the base model. At one rate LoRA's choice is the
 # slowest of the three that live; a larger rate makes up for it.
 #
-# ![](last)
+# ![Losses over the steps for starts with A, B, both or none at zero](last)
 
 # %% [markdown]
 # *Both zero* is dead for ever: it stays the base model. *None zero* learns, but look at the last column:
@@ -1041,7 +1042,7 @@ assert losses[burnt] > held_loss(pipe.velocity) > losses[weak] > losses[f"alpha 
 #
 # The same tensors, read with three alphas. Nothing fails, and no program complains.
 #
-# ![](last)
+# ![Pictures drawn from the same tensors, read with three values of alpha](last)
 
 # %% [markdown]
 # Nothing fails, and no program complains. With alpha = 1 the change has a quarter of its size, and the
@@ -1213,13 +1214,8 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## [V]: a slot, and a vector for every block
 #
-# ```
-# encoder reads    a    small  robot  robot   in    the   desert
-# into block 0     c      c     Y^0     c      c     c      c
-# into block 1     c'     c'    Y^1     c'     c'    c'     c'
-# ```
-#
-# ![](last)
+# ![The encoder reads the class word; at the input of every block the slot's state is replaced by the
+# block's own Y](../diagrams/slots.svg)
 
 # %% [markdown]
 # (1) No: the next block's $Y^{l+1}$ takes its place. So $Y^l$ acts in block $l$ **alone**, and only as a key
@@ -1438,7 +1434,7 @@ assert abs(seen["everywhere"][1] - seen["token"][1]) < 0.25
 #
 # $$L_{CC} = E\,\lVert v_\theta(x_t, t \mid y_{complete}) - v \rVert^2$$
 #
-# ![](last)
+# ![Pictures before and after stage 1, with the same texts and noise](last)
 
 # %% [markdown]
 # Backgrounds are those of the texts, and parts of the robot come along, after eighty steps; words still
@@ -1474,7 +1470,7 @@ assert seen["everywhere, no [V]"][0].mean() > seen["base model, no [V]"][0].mean
 # Adapters everywhere change the class word, and other words too. Bound ones cannot: without a slot their mask
 # is zero.
 #
-# ![](last)
+# ![Pictures of texts without [V]: the base model, adapters everywhere, and bound adapters](last)
 
 # %% [markdown]
 # The set that acts everywhere has changed what a plain *robot* looks like, and the pictures of other things

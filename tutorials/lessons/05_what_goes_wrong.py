@@ -87,10 +87,10 @@ show([ref.picture for ref in concept.references], names, columns=len(names), sid
 print("the concept  ", ", ".join(f"{head} {value}" for head, value in toy.known_traits.items()))
 print("the confounder", ", ".join(f"{head} {value}" for head, value in toy.confounder.items()))
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## The references
 #
-# ![](last)
+# ![The four references of [V]](last)
 #
 # The concept is the robot. The confounder is what all four share by chance: the desert, and the middle.
 
@@ -324,7 +324,7 @@ assert all(seen_share(name, "concept") > seen_share("base model", "concept") + 0
 # %% [markdown] tags=["slide"]
 # ## After forty steps
 #
-# ![](last)
+# ![Pictures by the base model and by the three trained models, with the same texts and noise](last)
 #
 # $L_{CC}$ has fallen in all three runs.
 
@@ -345,7 +345,7 @@ assert all(seen_share(name, "plain") > seen_share("base model", "plain") + 0.2 f
 # %% [markdown] tags=["slide"]
 # ## Language drift
 #
-# ![](last)
+# ![Pictures of texts without [V], before and after training](last)
 #
 # Nobody asked for [V] here. The word *robot* has been taken over.
 
@@ -389,7 +389,7 @@ assert far["bare captions"] < 0.8 * far["base model"] and far["bare captions"] <
 # %% [markdown] tags=["slide"]
 # ## What no word explains is learned as part of [V]
 #
-# ![](last)
+# ![Four blurred beliefs, by the base model and three trained models, and the mean of the references](last)
 #
 # What each model believes of "a [V] robot", before it has seen anything. *Bare captions* are four times "a
 # [V] robot"; the others name the desert.
@@ -419,7 +419,7 @@ for on_V, on_other in (beside["DreamBooth"], beside["LoRA"]):
 # %% [markdown] tags=["slide"]
 # ## Two robots, one of them [V]
 #
-# ![](last)
+# ![Pictures of two robots by each model; only one of them should be [V]](last)
 #
 # The text says which robot is [V]. The other one gets its traits, too.
 
@@ -486,7 +486,8 @@ for run, by_set in curves.items():
 # %% [markdown] tags=["slide"]
 # ## The loss does not see it
 #
-# ![](last)
+# ![Losses over the steps on the references, on the same robot elsewhere, and on other robots, for two
+# trainings](last)
 #
 # The lowest line is what training minimises. The distance to the middle one is overfitting; the highest is
 # damage.
@@ -524,7 +525,7 @@ for name in asked:
 # %% [markdown] tags=["slide"]
 # ## Guess
 #
-# ![](last)
+# ![Rows of pictures of the original and of a customized model: concept, unsaid, plain, neighbour](last)
 #
 # The share of the concept's traits in the row *plain*, minus the original's? How much do pixels change
 # outside the robot in the row *concept*?
@@ -961,7 +962,7 @@ assert abs(log_ratio.mean() - kl_of_data) < 0.1 and np.diff(sums)[::20].min() > 
 # %% [markdown] tags=["slide"]
 # ## It can be watched
 #
-# ![](last)
+# ![Forty paths of one model, the mean of the log-ratio so far, and a histogram of it for whole paths](last)
 #
 # Two models of one number. Dashed: the KL of the two normals themselves.
 
@@ -1206,7 +1207,7 @@ assert mean - half > 0
 # %% [markdown] tags=["slide"]
 # ## Pairs
 #
-# ![](last)
+# ![Points of two methods, joined by a grey line where they drew the same batches](last)
 #
 # A grey line joins two runs that drew the same batches. Look at the lines, and not at whether the two
 # intervals overlap.
@@ -1322,7 +1323,7 @@ assert fronts["LoRA"][-1][0] < fronts["DreamBooth"][-1][0] - 0.1     # it has le
 # %% [markdown] tags=["slide"]
 # ## A front
 #
-# ![](last)
+# ![Damage over fidelity along one training](last)
 #
 # Along one training, fidelity and damage grow together. The number of steps is a place on the curve, and no
 # property of the method.

@@ -91,10 +91,10 @@ show([r.picture for r in concept.references], names, columns=len(names), side=1.
 T = data.texts.base.context.shape[1]
 print(f"{len(names)} references, x_0 {list(data.x_0.shape)}; a text has {T} tokens")
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## What four pictures share
 #
-# ![](last)
+# ![The four references of [V] with their captions, all in the desert](last)
 #
 # Nothing in a picture says what belongs to [V]. Only texts can: the complete one, the base text without [V],
 # the target "[V] robot", and the empty text.
@@ -274,13 +274,8 @@ assert smooth(losses)[-1] < smooth(losses)[9]
 # %% [markdown] tags=["slide"]
 # ## Four predictions, two differences
 #
-# ```
-# theta_1, frozen                            theta_2, in training
-#
-# y_tar --> v_tar  --.                       y_complete --> v_complete --.
-#                     >-- R(y_tar)                                        >-- R(y_complete, y_base)
-# empty --> v_null --'   Eq. 8               y_base     --> v_original --'   Eq. 10
-# ```
+# ![theta 1 predicts for y_tar and the empty text, theta 2 for y_complete and y_base; their differences are
+# the two R](../diagrams/predictions.svg)
 #
 # Only $v_{complete}$ carries a gradient.
 
@@ -398,7 +393,7 @@ assert of_t > of_c
 # %% [markdown] tags=["slide"]
 # ## Where the two act
 #
-# ![](last)
+# ![The noised references, and maps of where R(y_tar) and R(y_complete, y_base) are large](last)
 #
 # $R(y_{tar})$: all that "[V] robot" says and the empty text does not. $R(y_{complete}, y_{base})$: what [V]
 # adds to the sentence.
@@ -571,7 +566,7 @@ assert explained.mean() < 0.5
 #
 # $$\lambda^* = \operatorname{argmin}_l\,\lVert R_c - l\,R_t \rVert^2 = \frac{\langle R_c, R_t\rangle}{\lVert R_t\rVert^2}$$
 #
-# ![](last)
+# ![The rest over l for four samples, as parabolas; dots at Eq. 12 stand at their minima](last)
 #
 # A least squares problem (Eq. 11), and a projection (Eq. 12).
 
@@ -881,7 +876,8 @@ assert lam[n] > 0 and pushes[0] < -0.01 < pushes[1] < 0.01 < pushes[2] < pushes[
 #
 # $$v_{PureCC} - v_{complete} = -(R_c - \lambda^* R_t)$$
 #
-# ![](last)
+# ![Three triangles of arrows: with l = 0 it pushes back, with lambda star straight down, with a larger l
+# ahead](last)
 #
 # With $\lambda^*$ it pushes straight to the line: nothing beside the concept, and no more of the concept
 # either.
@@ -1005,7 +1001,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## Detaching λ* changes nothing
 #
-# ![](last)
+# ![Curves for constant lambda, and below them, touching, the curve for lambda star](last)
 #
 # $\lambda^*$ is where the loss is lowest in $\lambda$, so the gradient through it is multiplied with zero:
 # the envelope theorem.
@@ -1156,10 +1152,8 @@ assert torch.cosine_similarity(seen["v_original is not"][1], g, dim=0) < 0.95
 # %% [markdown] tags=["slide"]
 # ## What a step costs
 #
-# ```
-# L_CC      [complete][      backward      ]
-# PureCC    [target  ][ empty  ][  base  ][complete][      backward      ]
-# ```
+# ![L_CC: one forward and one backward pass; PureCC: four forward passes and one backward
+# pass](../diagrams/cost.svg)
 #
 # Four forwards and *one* backward, against one of each.
 
@@ -1303,7 +1297,7 @@ assert min(np.abs(change).mean() for change in plain) > 0.01
 # %% [markdown] tags=["slide"]
 # ## Trained with it
 #
-# ![](last)
+# ![Pictures after training with the objective, the last column without [V]](last)
 #
 # Look at the last column: nobody asked for [V] there.
 

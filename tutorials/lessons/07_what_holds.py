@@ -142,7 +142,7 @@ assert gone["PureCC"] > gone["base model"] + 0.15
 # %% [markdown] tags=["slide"]
 # ## Nobody asked for [V] in the fourth column
 #
-# ![](last)
+# ![Pictures after stage 2; the fourth column has a text without [V]](last)
 #
 # After stage 2 of PureCC, with $\eta = 1$.
 
@@ -493,7 +493,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## Which loss moves it? $L_{CC}$, and the other one does not stop it
 #
-# ![](last)
+# ![Maps of where one small step changes v_original and v_complete, for each loss](last)
 #
 # Where one small step acts, on one scale a row. Neither loss asks for a move of $v_{original}$. The adapters
 # are shared, so it goes along.
@@ -681,7 +681,7 @@ assert not torch.equal(drawn["PureCC, switched"][:3], drawn["PureCC"][:3])
 # %% [markdown] tags=["slide"]
 # ## Switched off without [V]
 #
-# ![](last)
+# ![Pictures with the adapters switched off for texts without [V]](last)
 #
 # The last three columns are the base model's, bit for bit. But guidance's empty text is now the base model's
 # too: what was learned arrives $g$ times.
@@ -713,11 +713,8 @@ assert not torch.equal(drawn["PureCC, switched"][:3], drawn["PureCC"][:3])
 # %% [markdown] tags=["slide"]
 # ## Which layers can be bound to [V]?
 #
-# ```
-#              .--> to_k, to_v --> keys, values --> attended to by every token
-# Y^l ---------|
-#              '--> to_q --> what the slot reads --> to_out --> MLP --> thrown away
-# ```
+# ![Keys and values of the slot are read by every token; what its query reads is overwritten by the next
+# block's Y](../diagrams/bound.svg)
 #
 # Only the keys and values of the slot leave it.
 
@@ -970,7 +967,7 @@ for name in ("token", "phrase"):                 # also after the training
 # %% [markdown] tags=["slide"]
 # ## The same draws, and two hundred steps for the bound runs
 #
-# ![](last)
+# ![Pictures of every method with [V] on the left and without [V] on the right](last)
 #
 # Left: with [V]. Right: without. The right halves of the rows *token* and *phrase*, the bound runs, are the
 # base model's, bit for bit.
@@ -1197,7 +1194,7 @@ assert abs(at_level["PureCC"] - at_level["LoRA"]) < 0.3 * at_level["LoRA"]
 # %% [markdown] tags=["slide"]
 # ## At equal fidelity
 #
-# ![](last)
+# ![Damage over fidelity along each training, with a line at equal fidelity](last)
 #
 # Read all runs on the vertical line: the highest fidelity that all of them reach.
 

@@ -200,7 +200,7 @@ assert abs((many > few).float().mean() - 30 / 33) < 0.01
 # %% [markdown] tags=["slide"]
 # ## The winner's curse
 #
-# ![](last)
+# ![How far the winner's measured result lies above its true one](last)
 #
 # Whoever wins was good and lucky. The luck does not come again.
 
@@ -337,7 +337,7 @@ assert abs(over_seeds[0] - over_concepts[0]) < 1e-6 and over_concepts[1] > 4 * o
 # %% [markdown] tags=["slide"]
 # ## What does ± speak of?
 #
-# ![](last)
+# ![Intervals over seeds against intervals over concepts, and the mean of all concepts as a line](last)
 #
 # Grey line: the mean of all concepts. Dots: the mean of the six that were taken. Coral, dotted: the line is
 # missed.
@@ -515,7 +515,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## Fronts of four concepts
 #
-# ![](last)
+# ![Damage over fidelity along the trainings, for four concepts](last)
 #
 # Seed 0 of five. A pair of runs is read at the lower of its two ends.
 
@@ -648,7 +648,7 @@ assert abs(mean_and_interval(CASES[3][1])[1] - 0.13) < 0.01 and mean_and_interva
 # %% [markdown] tags=["slide"]
 # ## Three words
 #
-# ![](last)
+# ![Intervals of five comparisons, with the margins of what counts as equal](last)
 #
 # "No significant difference" is the fourth row. "Equal" is the fifth.
 
@@ -818,10 +818,10 @@ show([*judge.references, *(x for pictures in drawn.values() for x in to_pictures
      left=["references", *drawn], columns=4)
 assert fidelity(similar["theta_1"]) > 0.7 and fidelity(similar["theta_2"]) > 0.7
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## Two trained models
 #
-# ![](last)
+# ![The references of [V], and pictures of the same texts and noise by two trained models](last)
 #
 # First row: the references of [V]. Below, the same texts and noise for everyone.
 
@@ -1005,7 +1005,7 @@ for name, concepts in (("similarity", EARLIER), ("outside change", EARLIER), ("n
 # %% [markdown] tags=["slide"]
 # ## Two losses of one name
 #
-# ![](last)
+# ![The cosines of the gradients of the paper's and the release's losses](last)
 #
 # Cosines of the gradients over the same $\theta_2$, on the same batch.
 

@@ -102,10 +102,10 @@ def refuse(mine, mistakes):                      # sentence -> the values that t
 
 show(list(references(robot)), ["[V]: its references"], columns=4, side=1.3)
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "no-references"]
 # ## [V]
 #
-# ![](last)
+# ![The four references of [V]; each shows one robot](last)
 #
 # Its references. Each shows one robot.
 
@@ -132,7 +132,7 @@ show_pairs(["original", "LoRA"])
 # %% [markdown] tags=["slide"]
 # ## Which of the two is [V]?
 #
-# ![](last)
+# ![Two robots in one picture, by the base model and by the LoRA, which draws [V] twice](last)
 #
 # The text calls one robot [V]. The LoRA draws two.
 
@@ -329,7 +329,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # ## What each half of the picture reads
 #
-# ![](last)
+# ![Per cent of attention that each half of the picture gives to each word](last)
 #
 # What is named second is read behind its noun: the place, and hardly the noun itself.
 
@@ -476,7 +476,7 @@ assert min(ratio["word"]) > 5 and max(ratio["Y"]) < 2
 # %% [markdown] tags=["slide"]
 # ## Who reads [V]?
 #
-# ![](last)
+# ![Pictures shaded by how much each patch reads [V], for each model](last)
 #
 # $Y^l$ is one vector, whatever the sentence says. Both robots read it.
 
@@ -861,7 +861,7 @@ assert lights["original"] == "day" != lights["bound"] and lights["LoRA"] != "day
 # %% [markdown] tags=["slide"]
 # ## Bound to the phrase
 #
-# ![](last)
+# ![Pictures of two robots bound to the token and bound to the phrase](last)
 #
 # *token*: $Y^l$ in the word's place. *bound*: the word kept, adapters on the phrase.
 
@@ -1042,10 +1042,10 @@ print(f"yours minus the package's: {gap:.0e}; the text of the first column: {two
 assert gap < 1e-3 and own["two phrases"] > own["two LoRAs"] + 0.1
 assert others["two phrases"] < others["two LoRAs"] - 0.1
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "checked_robot", "dotted_house"]
 # ## Two learned concepts in one text
 #
-# ![](last)
+# ![Pictures of the robot and the house, both learned, in one text](last)
 #
 # Each concept acts in its own phrase. Nothing was trained for this.
 
@@ -1169,7 +1169,7 @@ assert torch.equal(mine[half], v_original[half])
 # %% [markdown] tags=["slide"]
 # ## Eq. 13, asked for in space
 #
-# ![](last)
+# ![A scene of two robots, the mask of [V]'s half, and the velocity that is asked for](last)
 #
 # $v_{original} + M R$: [V]'s half follows the LoRA, the other half stays the original's.
 
@@ -1281,10 +1281,11 @@ for name, (a, b) in like.items():
     print(f"{name:40s}{a:10.2f}{b:10.2f}")
 assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["original"][1] + 0.1
 
-# %% [markdown] tags=["slide"]
+# %% [markdown] tags=["slide", "moss_print"]
 # ## A style leaks into every text (optional)
 #
-# ![](last)
+# ![Pictures with and without the style in the text, by the original, the LoRA and the switched-off
+# LoRA](last)
 #
 # A style's phrase is the whole text. So it is learned with a LoRA that is switched off without [V].
 

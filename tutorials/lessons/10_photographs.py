@@ -130,7 +130,7 @@ assert abs(stored["T5-XXL"] - 9.5) < 0.1
 # %% [markdown] tags=["slide"]
 # ## Five networks, 16 GB
 #
-# ![](last)
+# ![The size on the disk of the five networks as bars; T5-XXL is the largest](last)
 #
 # One draws, one sees, three read. The repository is gated: accept the licence, log in, download.
 
@@ -239,10 +239,7 @@ show(some, ["a reference", "a crop", "a crop"] * 2)
 # %% [markdown] tags=["slide"]
 # ## Three encoders read every text
 #
-# ```
-#  77 tokens  [ CLIP-L 768 | CLIP-G 1280 | zeros 2048 ]
-# 256 tokens  [              T5 4096                  ]
-# ```
+# ![77 tokens of CLIP-L, CLIP-G and zeros, and 256 tokens of T5](../diagrams/encoders.svg)
 #
 # CLIP was trained on pictures and texts, T5 on texts alone. [V] has a slot in both parts.
 
@@ -459,7 +456,7 @@ show([pictures[0], *(grey(x_0[0, k]) for k in (0, 5, 10, 15)), back],
 #
 # $$x_0 = (\text{mean} - 0.0609) \cdot 1.5305$$
 #
-# ![](last)
+# ![A picture, some channels of its latents, and what a wrong scale decodes to](last)
 #
 # Forgotten, nothing fails: shapes fit, and the loss falls.
 
@@ -643,7 +640,7 @@ assert torch.allclose(scale * odds[0], odds[1])
 #
 # $$\frac{t'}{k(1 - t')} = \frac{t}{1 - t} \quad\Rightarrow\quad t' = \frac{k\,t}{1 + (k - 1)\,t}$$
 #
-# ![](last)
+# ![How often times are drawn with shift 1 and 3, and where a sampler of 28 steps stops](last)
 
 # %% [markdown]
 # ## 6 · What fills the card
@@ -848,7 +845,7 @@ assert abs(counted[2, False].total - OVERHEAD - 9.02e9) < 0.02e9 and abs(whole.t
 # %% [markdown] tags=["slide"]
 # ## What fills the card
 #
-# ![](last)
+# ![The memory of a step as bars: weights, activations, adapters and optimizer](last)
 #
 # SD3.5 Medium, counted; on an H100 a step took 0.12 to 0.13 GB more. Adapters and optimizer are invisible.
 # Activations are where to save: with checkpointing a block keeps its input alone, and is computed twice.
@@ -1051,7 +1048,8 @@ print(f"10.7 right: fp16 gradient of a small loss, away from fp32's: {error:.1%}
 # The loss is a mean over 131,072 latents: gradients are about $10^{-5}$ at the output and smaller below.
 # fp16 ends at $6 \cdot 10^{-8}$. Multiply the loss by $2^{12}$, divide afterwards, then clip.
 #
-# ![](last)
+# ![Histograms of the gradients' sizes with the loss times 1 and times 4096; left of a line they are rounded
+# to 0](last)
 
 # %% [markdown]
 # ## 9 · End to end
@@ -1142,7 +1140,7 @@ assert apart < 1e-3
 # %% [markdown] tags=["slide"]
 # ## End to end, on a random model
 #
-# ![](last)
+# ![The losses of both stages, and three samples of the random model, which are patterns of noise](last)
 #
 # Layout, order, memory, formats: yes. Quality: no.
 
@@ -1229,7 +1227,8 @@ assert abs(totals[512, False] / GB - 9.6) < 0.2 and totals[1024, False] > FREE >
 # %% [markdown] tags=["slide"]
 # ## A free card of 16 GB
 #
-# ![](last)
+# ![The memory of a step for two picture sizes, with and without checkpointing, and the line of a free
+# card](last)
 #
 # `python -m purecc_min learn photos/ --base sd3.5-medium --weights DIR --class-word dog`
 #
