@@ -1,11 +1,11 @@
-"""Algorithm 1 of the paper, as a script: read it from top to bottom, run it, change a line, run it again.
+"""Algorithm 1 of the paper, as a script: read it, run it, change a line, run it again (with another --out).
 
     python -m purecc_min.algorithm                                 learns the robot in measure/references
     python -m purecc_min.algorithm photos/ --class-word robot      learns from your own pictures
 
-Stage 1 (lines 1-7 of the algorithm) teaches the representation extractor theta_1 on the flow-matching loss.
-Stage 2 (lines 8-18) teaches theta_2 with L_PCC. `python -m purecc_min learn` does the same with more methods,
-resumed runs and measurements. Read next: methods.py.
+Stage 1 (the paper's lines 1-7) teaches the representation extractor theta_1 on the flow-matching loss. Stage
+2 (lines 8-18) teaches theta_2 with L_PCC. `python -m purecc_min learn --method paper` does the same, can be
+stopped, and measures. Read next: methods.py.
 """
 
 import argparse
@@ -72,7 +72,7 @@ for step in (bar := tqdm(range(config.steps), "stage 2: theta_2")):
     batch = draw_batch(data, config, 2, step, pipe.shift)
     loss, terms = pcc_loss(theta_1, theta_2, batch, config.eta)                         # Eq. 8 to 15
     update(theta_2, optimizer, loss)
-    bar.set_postfix({"lambda*": f"{terms.lam.mean():.2f}", "L_PureCC": f"{terms.loss_purecc:.4f}"})
+    bar.set_postfix({"mean lambda*": f"{terms.lam.mean():.2f}", "L_PureCC": f"{terms.loss_purecc:.4f}"})
 
 # ------------------------------------------------------------------------------------------ draw, and save
 texts = [f"a small {TOKEN} {word} on the left at night", f"a big {TOKEN} {word} on the right in the meadow",

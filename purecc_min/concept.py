@@ -111,7 +111,7 @@ class Batch(NamedTuple):
     t: Tensor                                    # [B]
     v: Tensor                                    # [B, C, H, W] the target velocity of Eq. 2
     texts: Texts
-    mask: Tensor | None = None                   # [B, 1, H, W]: weights in L_CC; of imagined scenes, M
+    mask: Tensor | None = None                   # [B, 1, H, W]: weights in L_CC; in pairs.py, [V]'s half
     imagined: "Batch | None" = None              # a batch of imagined scenes (pairs.py)
 
 

@@ -9,7 +9,7 @@ of R(y_complete, y_base) on R(y_tar).
 With lambda*, L_PureCC is the mean square of the part of R(y_complete, y_base) that is orthogonal to R(y_tar).
 So only L_CC moves theta_2 toward the concept; L_PureCC never does. The paper does not say whether v_original
 carries a gradient; here it does not. (lambda* is detached, too. This changes no gradient, because lambda*
-minimises L_PureCC.) Read next: train.py.
+minimises L_PureCC; with another lambda_rule it does.) Read next: train.py.
 """
 
 from typing import Callable, NamedTuple
@@ -53,7 +53,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def pcc_loss(theta_1: Velocity, theta_2: Velocity, batch: Batch, eta: float,
              lambda_rule: Callable[[Tensor, Tensor], Tensor] = lambda_star) -> tuple[Tensor, Terms]:
-    """L_PCC of one step, and its terms. lambda_rule: (R_complete, R_target) -> [B] (ablations.py)."""
+    """L_PCC of one step, and its terms. lambda_rule: (R_complete, R_target) -> [B]; see ablations.py."""
     x_t, t, texts = batch.x_t, batch.t, batch.texts
     with torch.no_grad():
         v_tar, v_null = in_one_batch(theta_1, x_t, t, texts.target, texts.null)

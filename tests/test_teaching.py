@@ -144,7 +144,7 @@ def test_a_teachers_archive_has_what_students_lack(tmp_path, students):
     main(["--teacher", "--out", str(tmp_path)])
     names = set(zipfile.ZipFile(tmp_path / "purecc-min-teachers.zip").namelist())
     for name in ("teaching/exam_keys.md", "teaching/problem_keys.md", "lessons/06_objective.py",
-                 "solved/06_objective.ipynb", "teaching/nbgrader_config.py"):
+                 "solved/06_objective.ipynb", "teaching/nbgrader_config.json"):
         assert f"purecc-min/tutorials/{name}" in names - set(students.namelist())
 
 

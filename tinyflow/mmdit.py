@@ -63,7 +63,7 @@ def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
 
 
 class AdaLN(nn.Module):
-    """Maps vec [B, D] to `count` tensors [B, 1, D]: a shift, a scale and mostly a gate per sublayer."""
+    """Maps vec [B, D] to `count` tensors [B, 1, D]: shift, scale and, but for the ends, gate per sublayer."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
