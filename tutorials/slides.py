@@ -36,7 +36,7 @@ IN_KERNEL = ["--IPKernelApp.exec_lines=import sys; sys.path.insert(0, '../..')",
 
 def draw_twice() -> None:
     """From now on figures come as SVG, too. It runs in the kernel of a lesson."""
-    import matplotlib_inline.backend_inline      # noqa: F401, I001  (it removes formatters when it is imported)
+    import matplotlib_inline.backend_inline      # noqa: F401, I001  (its import removes formatters)
     from IPython import get_ipython
     from matplotlib.figure import Figure
 
