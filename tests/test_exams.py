@@ -65,7 +65,7 @@ def numeric_keys(exam: str) -> dict[str, list[str]]:
     v_p = v_o + lam * R_t
     at = [(0.4, 0.10), (0.6, 0.30)], [(0.3, 0.05), (0.5, 0.15)]
     if not first:
-        at = [(0.5, 0.10), (0.7, 0.30)], [(0.2, 0.06), (0.6, 0.18)]
+        at = [(0.5, 0.10), (0.7, 0.30)], [(0.5, 0.08), (0.6, 0.18)]
     level = min(at[0][-1][0], at[1][-1][0])
     (low, below), (high, above) = at[0]
     read = below + (level - low) / (high - low) * (above - below)
@@ -95,7 +95,7 @@ def test_each_number_of_a_key_is_computed(exam):
         for text in wanted:
             assert text in keys[number], (number, text, keys[number])
     question = answers(f"{exam}.md")["13"]
-    for fidelity, damage in ((0.4, 0.10), (0.3, 0.05)) if exam == "exam" else ((0.5, 0.10), (0.2, 0.06)):
+    for fidelity, damage in ((0.4, 0.10), (0.3, 0.05)) if exam == "exam" else ((0.5, 0.10), (0.5, 0.08)):
         assert f"({fidelity}, {damage:.2f})" in question
 
 

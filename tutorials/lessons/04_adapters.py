@@ -1477,7 +1477,7 @@ assert seen["everywhere, no [V]"][0].mean() > seen["base model, no [V]"][0].mean
 # as well: $L_{CC}$ mentions neither. The bound set has changed **nothing**, and this is no measurement but
 # an identity: without a slot the mask is zero at every token, and no token is replaced. It holds for any
 # $A$, $B$ and $Y$. What it costs is not seen in four pictures. On the benchmark's six concepts, after 200
-# steps, such a set has a fidelity of .829 ± .009, and a LoRA of .916 ± .003 ([main
+# steps, such a set has a fidelity (1: perfect) of .829 ± .009, and a LoRA .916 ± .003 ([main
 # table](../../purecc_min/benchmark/report_pages/main.md)).
 #
 # ## 9 · Relatives: what else one can train (optional)

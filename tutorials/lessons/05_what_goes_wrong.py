@@ -900,7 +900,7 @@ assert max(spreads.values()) > 0 and min(spreads.values()) > -0.15
 #
 # **2.** The diffusion $dx=-\frac{x}{1-t}\,dt+g\,dW$ has at every time the flow's distribution, if
 # $g^2=\frac{2t}{1-t}$ (the variance of $x_t$ given $x_0$ must stay $t^2$). Backward in time its drift is
-# $f-g^2\,\nabla\log p_t$; with 1 that is $b=\frac{x}{1-t}+2v$.
+# $-\frac{x}{1-t}-g^2\,\nabla\log p_t$; with step 1, $b=\frac{x}{1-t}+2v$.
 #
 # **3.** A step of length $h$ goes to a normal with the mean $x-h\,b$ and the variance $g^2h$; the other
 # model's mean is $2h\,(v-v')$ away. Their KL is the squared distance over twice the variance,

@@ -252,7 +252,7 @@ assert smooth(losses)[-1] < smooth(losses)[9]
 # ## 2 · Four predictions, two differences
 #
 # Stage 2 trains a second branch, $\theta_2$: fresh adapters, and a *copy* of $\theta_1$'s $Y^l$. One noised
-# picture $(x_t, t)$ goes through both networks, with all four texts:
+# picture $(x_t, t)$ goes through both networks, each with two of the texts:
 #
 # ```
 #    theta_1, frozen                                 theta_2, in training
@@ -1306,7 +1306,7 @@ assert min(np.abs(change).mean() for change in plain) > 0.01
 # loss, a gentle correction of a LoRA; at $\eta = 8$ $L_{CC}$ pays for it. The adapters that make the
 # rejection small make all of $R_c$ small (R_complete).
 #
-# The last column holds the most important fact of this lesson, the *if* of section 4. For every $\eta$,
+# The table's last column holds the most important fact of this lesson, the *if* of section 4. For every $\eta$,
 # $v_{original}$ has moved away from the untouched model *further* than [V] makes a difference. The adapters
 # act on every text, and what they do to both predictions alike cancels in $R_c$. The last column of pictures
 # shows it, where nobody asked for [V]. $L_{PureCC}$ keeps the *difference* pure; nothing in Eq. 15 holds

@@ -501,7 +501,7 @@ plt.show()
 # %% [markdown]
 # * **One step moves both predictions nearly alike.** $L_{CC}$ never sees the base text. But adapters that act
 # on every token cannot change the picture of "a [V] robot" and leave that of "a robot".
-# * **At the beginning $-g_{CC}$ leads $v_{original}$ to where it ends** (last column). At the end this one
+# * **At the beginning $-g_{CC}$ leads $v_{original}$ partly to where it ends** (last column). At the end this one
 # batch's gradient points partly *back*: the way is the sum of all steps, not the last one. Section 6 shows
 # that $L_{CC}$ is enough: a LoRA without $L_{PureCC}$ drifts as far.
 # * **$-g_{PureCC}$ moves $v_{original}$ too.** Only the small part in the column R_complete does what its
@@ -1070,7 +1070,7 @@ for name in ("neighbour leak", "outside change"):
 # %% [markdown]
 # Nothing reaches $v_{original}$ now, and $R_c$ is all that $L_{PureCC}$ can move: a step along $-g_{PureCC}$
 # shortens it. In the benchmark **$\eta$ is a brake**: with more $\eta$ less changes outside the object, and
-# less is learned. At equal fidelity (next section) nothing is left of the gain.
+# less is learned. At equal fidelity (next section) no gain is seen.
 #
 # ## 7 · At equal fidelity
 #
@@ -1227,14 +1227,14 @@ assert neighbour["switched-off"] > .6 and learned["bound-pairs"] > max(learned["
 assert learned["switched-off"] > learned["bound"] and 0 < class_leak["anchor"] < class_leak["lora"] / 2
 
 # %% [markdown]
-# **Bind to the phrase.** It learns what a LoRA learns, a text without [V] cannot change, and the thing beside
+# **Bind to the phrase.** It learns about as much as a LoRA, a text without [V] cannot change, and the thing beside
 # [V] stays what it is. `learn --method bound` is one pass forward and one back. `bound-pairs`, which is
 # `learn`'s default on the tiny model, also asks for Eq. 13 in space (lesson 9): it learns more, and costs
 # more passes.
 #
 # **When not:**
 #
-# * **A style.** Its phrase is all words of the text, and one of the two styles was not learned so. Use
+# * **A style.** Its phrase is all words of the text, and one of the two styles was not fully learned in this way. Use
 # `switched-off`.
 # * **Never two of a kind in one picture, and a program that can switch.** `switched-off` learns a little
 # more.
@@ -1275,7 +1275,7 @@ assert learned["switched-off"] > learned["bound"] and 0 < class_leak["anchor"] <
 #
 # * Adapters **bound to [V]'s phrase**: nothing changes without [V], and a plain thing beside it stays plain.
 # * A style, or never two of a kind in one picture: a LoRA, **switched off** without [V].
-# * $\eta$ is a brake: on bound adapters it buys nothing at equal fidelity.
+# * $\eta$ is a brake: on bound adapters no gain is seen at equal fidelity.
 
 # %% [markdown] tags=["slide"]
 # ## Three questions

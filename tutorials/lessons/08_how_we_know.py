@@ -524,8 +524,8 @@ plt.show()
 # the noise: what looked like a fault of the method was a training that got less far.
 # * What comes along unsaid, and what the neighbour takes on, is better with `bound` at equal fidelity, too.
 # * "The same" needs no statistics: no text without [V] can change under either method (lesson 7).
-# * PureCC and a LoRA differ nowhere at equal fidelity. "Within the noise" says that twenty pairs cannot
-# tell them apart, and not that they are equal (section 4).
+# * Between PureCC and a LoRA all six rows are within the noise at equal fidelity: twenty pairs cannot tell
+# them apart. That is not equality (section 4).
 #
 # One more trap: if nothing differed anywhere, one of six independent rows would still say otherwise with a
 # probability of $1 - 0.95^6$, about a quarter. So name the row that decides *before* you look.

@@ -1199,7 +1199,7 @@ assert table["bound-pairs"][0] > 0.8 and abs(table["bound-pairs"][3]) < 0.1
 # | `bound-pairs` | .891 | .876 | .009 |
 # | `bound-pairs` minus `bound` | +.032 ± .022 | +.098 ± .046 | -.022 ± .012 |
 #
-# The place of the adapters does most, and Eq. 13 in space adds a part. Its price is 5.84 forward and 3
+# The place of the adapters does most, and Eq. 13 in space adds a part. Its price is on average 5.84 forward and 3
 # backward passes a step, in place of 1 and 1, with the extractor's training and the imagined scenes.
 # `bound-pairs` is `learn`'s default on the tiny model.
 #
@@ -1293,7 +1293,7 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 # Without [V] the LoRA draws in the style, too. A robot leaks into the word "robot", a style into everything.
 # A style's phrase is all words of the text, and some are stronger than the style: of the report's two styles
 # `bound` learns one, and .57 of the other, where "at night" and "in the desert" win. `switched-off` learns
-# both (1.02 and 1.00), and without [V] it drifts by 0, where a LoRA drifts by .195. Nobody stands *beside* a
+# both (1.02 and 1.00; 1 is the renderer's picture), and without [V] it drifts by 0, where a LoRA drifts by .195. Nobody stands *beside* a
 # style, so a switch has no weakness here. That is why `learn` takes `switched-off` for a style.
 #
 # ## What you can now say
