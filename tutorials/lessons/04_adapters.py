@@ -1483,7 +1483,7 @@ assert seen["everywhere, no [V]"][0].mean() > seen["base model, no [V]"][0].mean
 # ## 9 · Relatives: what else one can train (optional)
 #
 # Where may a concept live? The cell counts what some relatives would train on *this* model. The first four
-# change no weight. Three of them put their vectors in front of the text encoder; $Y^l$ stands behind it.
+# change no weight. Three of them put their vectors in front of the text encoder; $Y^l$ stands after it.
 
 # %%
 E, hidden = pipe.encoder.config.width, 128

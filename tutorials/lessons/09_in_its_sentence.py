@@ -331,7 +331,7 @@ plt.show()
 #
 # ![Per cent of attention that each half of the picture gives to each word](last)
 #
-# What is named second is read behind its noun: the place, and hardly the noun itself.
+# What is named second is read after its noun: at the words of its place, and hardly at the noun.
 
 # %%
 noun, place = {}, {}
