@@ -1,6 +1,5 @@
 """The benchmark on a toy budget: methods, resuming, the tables' arithmetic, pictures, and the recipes."""
 
-import json
 import re
 import signal
 import subprocess
@@ -332,11 +331,8 @@ def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):
     time.sleep(1)
     for line_of in (Path(f"/proc/{pid}/cmdline") for pid in workers):
         assert not line_of.exists() or "spawn_main" not in line_of.read_text()
-    again = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "cells to do" in again.stdout and "| bound (2 steps)" in again.stdout and len(done) < 3
+    again = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert again.stdout.readline().startswith(f"{3 - len(done)} of 3 cells to do")
+    again.kill()                                 # end_to_end.py runs this command to its end
+    again.communicate()
     assert all(file.read_bytes() == content for file, content in done.items())
-    results = json.loads((tmp_path / "main" / "results.json").read_text())
-    assert {result["method"] for result in results} == {"nothing", "perfect", "bound"}
-    for name in ("results.csv", "table.md", "fronts.png", "samples-striped_cat.png"):
-        assert (tmp_path / "main" / name).stat().st_size > 100, name

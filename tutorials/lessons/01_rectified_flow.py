@@ -880,8 +880,8 @@ print("loss, mean of every 500 steps:", *torch.tensor(history).view(-1, 500).mea
 # The loss stops far above zero. Is the network too small, or the training too short? Even $v^*$ misses: at a
 # crossing it answers the average, while each traveller goes one way or the other. What is left over is the
 # spread of the possible $x_0$ around the guess, and no network can go below it. For any other velocity the
-# loss is this minimum **plus** the mean squared distance to $v^*$ (the mixed term averages out, because $v^*$ is the
-# conditional mean):
+# loss is this minimum **plus** the mean squared distance to $v^*$ (the mixed term averages out, because $v^*$
+# is the conditional mean):
 #
 # $$\mathbb E\,\lVert v_\theta-v\rVert^2 = \mathbb E\,\lVert v^*-v\rVert^2 + \mathbb E\,\lVert v_\theta-v^*\rVert^2 .$$
 #

@@ -501,8 +501,8 @@ plt.show()
 # %% [markdown]
 # * **One step moves both predictions nearly alike.** $L_{CC}$ never sees the base text. But adapters that act
 # on every token cannot change the picture of "a [V] robot" and leave that of "a robot".
-# * **At the beginning $-g_{CC}$ leads $v_{original}$ partly to where it ends** (last column). At the end this one
-# batch's gradient points partly *back*: the way is the sum of all steps, not the last one. Section 6 shows
+# * **At the beginning $-g_{CC}$ leads $v_{original}$ partly to where it ends** (last column). At the end this
+# one batch's gradient points partly *back*: the way is the sum of all steps, not the last one. Section 6 shows
 # that $L_{CC}$ is enough: a LoRA without $L_{PureCC}$ drifts as far.
 # * **$-g_{PureCC}$ moves $v_{original}$ too.** Only the small part in the column R_complete does what its
 # loss asks for.
