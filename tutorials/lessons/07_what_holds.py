@@ -1227,15 +1227,15 @@ assert neighbour["switched-off"] > .6 and learned["bound-pairs"] > max(learned["
 assert learned["switched-off"] > learned["bound"] and 0 < class_leak["anchor"] < class_leak["lora"] / 2
 
 # %% [markdown]
-# **Bind to the phrase.** It learns about as much as a LoRA, a text without [V] cannot change, and the thing beside
-# [V] stays what it is. `learn --method bound` is one pass forward and one back. `bound-pairs`, which is
+# **Bind to the phrase.** It learns about as much as a LoRA, a text without [V] cannot change, and the thing
+# beside [V] stays what it is. `learn --method bound` is one pass forward and one back. `bound-pairs`, which is
 # `learn`'s default on the tiny model, also asks for Eq. 13 in space (lesson 9): it learns more, and costs
 # more passes.
 #
 # **When not:**
 #
-# * **A style.** Its phrase is all words of the text, and one of the two styles was not fully learned in this way. Use
-# `switched-off`.
+# * **A style.** Its phrase is all words of the text, and one of the two styles was not fully learned in this
+# way. Use `switched-off`.
 # * **Never two of a kind in one picture, and a program that can switch.** `switched-off` learns a little
 # more.
 # * **Another program wants a LoRA file.** It cannot carry a phrase or a switch. An anchored LoRA leaks less

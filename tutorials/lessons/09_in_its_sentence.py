@@ -1294,7 +1294,8 @@ assert like["LoRA"][0] > like["original"][0] + 0.2 and like["LoRA"][1] > like["o
 # A style's phrase is all words of the text, and some are stronger than the style: of the report's two styles
 # `bound` learns one, and .57 of the other, where "at night" and "in the desert" win. `switched-off` learns
 # both (1.02 and 1.00; 1 is the renderer's picture), and without [V] it drifts by 0, where a LoRA drifts by
-# .195. Nobody stands *beside* a style, so a switch has no weakness here. That is why `learn` takes `switched-off` for a style.
+# .195. Nobody stands *beside* a style, so a switch has no weakness here. That is why `learn` takes
+# `switched-off` for a style.
 #
 # ## What you can now say
 #
