@@ -214,7 +214,7 @@ def build(source: Path, check: bool) -> str:
     import nbformat
 
     lesson = jupytext.read(source)
-    made, took = versions(lesson), minutes(lesson)
+    took, made = minutes(lesson), versions(lesson)       # in this order: versions rewrites links
     if check:
         refused = sum("error" in cell.metadata for cell in made["check"].cells)
         seconds = execute(made["check"], source.name)
