@@ -153,3 +153,9 @@ def test_the_notebooks_are_those_of_the_sources(path):
         kept = nbformat.read(FOLDER / folder / f"{path.stem}.ipynb", as_version=4)
         assert [cell.source for cell in kept.cells] == [cell.source for cell in cells]
     assert (FOLDER / "slides" / f"{path.stem}.html").exists()
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "solved").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_solved_lesson_names_no_place_on_the_machine_that_made_it(path):
+    """Lesson 6 once printed the temporary folder in which its script had run."""
+    assert not re.search(r"/(tmp|home|root|Users)/", path.read_text(encoding="utf-8"))

@@ -42,6 +42,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path.cwd().parents[1]))   # the repository, two folders up
 
+import contextlib
+import io
 import runpy
 import tempfile
 
@@ -1326,10 +1328,12 @@ first, last = (next(n for n, line in enumerate(lines) if words in line)
                for words in ("stage 2: pure learning", "draw, and save"))
 print("\n".join(lines[first:last]))
 
-out = Path(tempfile.mkdtemp()) / "algorithm"
-sys.argv = ["algorithm", str(FOLDER / TUNING[0]), "--class-word", "robot", "--steps", "10", "--out", str(out)]
-script = runpy.run_module("purecc_min.algorithm")                           # what the command does
-picture = np.array(Image.open(out / "pictures.png"))
+with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+    out = Path(place) / "algorithm"
+    sys.argv = ["algorithm", str(FOLDER / TUNING[0]), "--class-word", "robot", "--steps", "10",
+                "--out", str(out)]
+    script = runpy.run_module("purecc_min.algorithm")                       # what the command does
+    picture = np.array(Image.open(out / "pictures.png"))
 plt.figure(figsize=(5.6, 4.3), layout="constrained")
 plt.imshow(picture)
 plt.yticks([picture.shape[0] * (n + 0.5) / 3 for n in range(3)], ["base model", "theta_1", "theta_2"])
