@@ -4,8 +4,8 @@
     python -m purecc_min.algorithm photos/ --class-word robot      learns from your own pictures
 
 Stage 1 (the paper's lines 1-7) teaches the representation extractor theta_1 on the flow-matching loss. Stage
-2 (lines 8-18) teaches theta_2 with L_PCC. `python -m purecc_min learn --method paper` does the same, can be
-stopped, and measures. Read next: methods.py.
+2 (lines 8-18) teaches theta_2 with L_PCC. `learn FOLDER --class-word WORD --method paper` does the same, can
+be stopped, and measures. Read next: methods.py.
 """
 
 import argparse

@@ -20,8 +20,8 @@ from tinyflow.flow import path, velocity_target
 from tinyflow.pipeline import Pipeline, Text
 
 TOKEN = "[V]"                                    # the new concept's name in every text
-STYLE_WORD = "a"                                 # of a style: "[V] red ball" is encoded as "a red ball"
-STYLE_WORDS = (STYLE_WORD, "style")              # or "style": "a red ball in [V] style"
+STYLE_WORD = "a"                                 # a style's class word (tiny): "[V] red ball" is "a red ball"
+STYLE_WORDS = (STYLE_WORD, "style")              # elsewhere it is "style": "a red ball in [V] style"
 STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])", re.IGNORECASE)
 
 
@@ -68,8 +68,8 @@ class Texts(NamedTuple):
     target: Text
     null: Text
 
-    def rows(self, rows: Tensor) -> "Texts":
-        return Texts(*(text[rows] for text in self))
+    def rows(self, chosen: Tensor) -> "Texts":
+        return Texts(*(text[chosen] for text in self))
 
 
 class EncodedConcept(NamedTuple):
@@ -77,7 +77,7 @@ class EncodedConcept(NamedTuple):
     ids: list[str]
     variants: Tensor                             # [n, K, C, H, W]: each picture, then its crops and flips
     texts: Texts
-    class_text: Text                             # base texts, or the class word; slots mark the class word
+    class_text: Text                             # base texts (the word where it is missing); slots: the word
     masks: Tensor | None = None                  # [n, K, 1, H, W] in [0, 1], if the references have masks
     imagined: "EncodedConcept | None" = None     # scenes that the base model sampled itself (pairs.py)
 
@@ -87,7 +87,7 @@ class EncodedConcept(NamedTuple):
 
 
 def encode(pipe: Pipeline, concept: ConceptSet) -> EncodedConcept:
-    """Encodes a ConceptSet. Raises InputError for words that the text encoder does not know."""
+    """Encodes a ConceptSet. Raises InputError for a text that the tokenizer refuses."""
     references, word = concept.references, concept.class_word
     kinds = ([r.complete for r in references], [r.base for r in references], [r.target for r in references],
              [""] * len(references))
@@ -109,7 +109,7 @@ class Batch(NamedTuple):
     """The random batch of one step. All predictions of the step use this x_t and t."""
     x_t: Tensor                                  # [B, C, H, W]
     t: Tensor                                    # [B]
-    v: Tensor                                    # [B, C, H, W] the target velocity of Eq. 2
+    v: Tensor                                    # [B, C, H, W] the target velocity x_1 - x_0 of Eq. 2
     texts: Texts
     mask: Tensor | None = None                   # [B, 1, H, W]: weights in L_CC; in pairs.py, [V]'s half
     imagined: "Batch | None" = None              # a batch of imagined scenes (pairs.py)

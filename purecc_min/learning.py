@@ -36,7 +36,8 @@ def stage(pipe: Pipeline, data: EncodedConcept, config: TrainConfig, folder: Pat
         name: a prefix of the file names.
         origin: a fingerprint of the data. A checkpoint of other data is refused.
     """
-    number, Y = 1 if theta_1 is None else 2, None
+    number = 1 if theta_1 is None else 2
+    Y = None
     generator = generator_for(config.seed, number, step=-1)
     if method.embeddings:
         trained = theta_1 and theta_1.embeddings
@@ -84,7 +85,7 @@ def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConce
     try:
         for row in train_steps(loss_of_step, thetas, data, config, number, optimizer, first):
             log.append(row)
-            yield row                            # before it is saved: a sheet that is cut off is drawn again
+            yield row                            # first: a step that is stopped here is done again
             if row["step"] % SAVE_EVERY == 0 or row["step"] == config.steps:
                 write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())
                 save_checkpoint(checkpoint, theta, optimizer, facts, row["step"])

@@ -4,13 +4,13 @@ Each adapted linear layer computes W x + B A x, with A [r, in] and B [out, r]. B
 set changes nothing. While a set is `attached` to a block, hooks add its B A x to the outputs of the block's
 layers. So the frozen extractor and the trainable model are two sets over ONE base model in memory. `where`:
 
-    everywhere    all attention projections of image and text, at all tokens (as in the paper)
+    everywhere    all projections of the joint attention, image and text, at all tokens (as in the paper)
     phrase        the text keys and values, at the tokens of [V]'s phrase
     token         the text keys and values, at [V] alone
 
 With phrase or token, the velocity of a text without [V] is exactly the base model's. B A x is not scaled; in
 programs with alpha this is alpha = rank. A and B are fp32, and used in the dtype of the layer's input.
-Read next: branch.py.
+(As the first size of a shape, B is the batch.) Read next: branch.py.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ of R(y_complete, y_base) on R(y_tar).
 With lambda*, L_PureCC is the mean square of the part of R(y_complete, y_base) that is orthogonal to R(y_tar).
 So only L_CC moves theta_2 toward the concept; L_PureCC never does. The paper does not say whether v_original
 carries a gradient; here it does not. (lambda* is detached, too. This changes no gradient, because lambda*
-minimises L_PureCC; with another lambda_rule it does.) Read next: train.py.
+minimises L_PureCC; with another rule it could.) Read next: train.py.
 """
 
 from typing import Callable, NamedTuple
@@ -25,7 +25,7 @@ from tinyflow.pipeline import Velocity, in_one_batch
 class Terms(NamedTuple):
     """The intermediate results of one step, for logs, lessons and figures. Velocities are [B, C, H, W]."""
     v_original: Tensor                           # v_theta2(x_t | y_base)
-    v_complete: Tensor                           # v_theta2(x_t | y_complete), which carries the gradient
+    v_complete: Tensor                           # v_theta2(x_t | y_complete), the only one with a gradient
     v_purecc: Tensor
     R_target: Tensor                             # R(y_tar), frozen
     R_complete: Tensor                           # R(y_complete, y_base)
@@ -41,7 +41,7 @@ def lambda_star(R_complete: Tensor, R_target: Tensor) -> Tensor:
     is 0, lambda* and its gradient are 0.
     """
     squared_norm = inner(R_target, R_target)
-    vanishes = squared_norm == 0                 # the inner `where` avoids 0 / 0, whose gradient is nan
+    vanishes = squared_norm == 0                 # the second `where` avoids 0 / 0, whose gradient is nan
     return torch.where(vanishes, 0.0, inner(R_complete, R_target) / torch.where(vanishes, 1.0, squared_norm))
 
 

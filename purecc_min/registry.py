@@ -13,7 +13,7 @@ from purecc_min.methods import Method, anchored, l_cc, paper
 from purecc_min.pairs import half_kept, pairs
 from tinyflow.pipeline import Text, Velocity
 
-LORA = Method("lora", "a plain LoRA: adapters in all attention layers, and embeddings of [V]", l_cc,
+LORA = Method("lora", "a plain LoRA: adapters in every joint attention, and embeddings of [V]", l_cc,
               settings=dict(learning_rate=1e-3))
 BOUND = Method("bound", "adapters that act only on [V]'s phrase: pictures without [V] cannot change", l_cc,
                where="phrase", embeddings=False, settings=dict(learning_rate=2e-3, rank=16))
@@ -61,4 +61,4 @@ def only_with_token(theta: Velocity, theta_0: Velocity) -> Velocity:
 
 def is_held(method: Method) -> bool:
     """Whether a text without [V] has exactly the base model's velocity."""
-    return method.named_only or method.where in ("phrase", "token")
+    return method.named_only or not method.adapters or method.where in ("phrase", "token")

@@ -31,7 +31,7 @@ class TrainConfig:
 
 
 def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
-    """The generator of a step's random numbers, up to stage 9 and step 10**7. Step -1: before step 0."""
+    """The generator of a step's random numbers, up to stage 9, step 10**7. Step -1: initial weights."""
     return torch.Generator().manual_seed((seed * 10 + stage) * 10**7 + step)
 
 

@@ -70,8 +70,8 @@ class JointAttention(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, D] and c [B, T, D] -> the new x and the new c (None if text_output is False)."""
-        pairs = zip(self.image.qkv(x), self.text.qkv(c))
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                            # [B, H, N + T, D/H]
+        image_and_text = zip(self.image.qkv(x), self.text.qkv(c))
+        q, k, v = (torch.cat(pair, dim=2) for pair in image_and_text)                   # [B, H, N + T, D/H]
         both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")                    # [B, N + T, D]
         x_out, c_out = both.split([x.shape[1], c.shape[1]], dim=1)
         return self.image.to_out(x_out), self.text.to_out(c_out) if self.text_output else None

@@ -1,7 +1,7 @@
 """Checkpoints and logs of trainings: which facts they hold, and how a run is resumed.
 
-A checkpoint has a module's tensors, its optimizer's, and facts: its run, its step, and names and shapes of
-the optimizer's state. An InputError says what is missing or wrong.
+A checkpoint has a module's tensors, its optimizer's, and facts: its run, its step, and a hash of
+the names and shapes of the optimizer's state. An InputError says what is missing or wrong.
 """
 
 import json
@@ -84,10 +84,11 @@ def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fact
     Raises: InputError for a checkpoint that is damaged, or of another run; it names what differs.
     """
     tensors, saved = load_tensors(path, "training checkpoint")
-    step, there, here = reached_step(tensors, saved, path), saved["config"], facts["config"]
-    longer = there["steps"] < here["steps"]
-    wrong = [f"{name} is {there.get(name)} there and {here[name]} here" for name in here
-             if there.get(name) != here[name] and not (longer and name == "steps")]
+    step, before, config = reached_step(tensors, saved, path), saved["config"], facts["config"]
+    longer = before["steps"] < config["steps"]
+    wrong = [f"{name} is {before.get(name)} there and {config[name]} here" for name in config
+             if before.get(name) != config[name] and not (longer and name == "steps")]
+    # repr: a stage that is `true` is not stage 1
     others = {name for name in facts if name != "config" and repr(saved.get(name)) != repr(facts[name])}
     if longer and facts["stage"] == 2 and others == {"origin"} and not wrong:
         return 0

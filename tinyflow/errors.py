@@ -5,7 +5,7 @@ class InputError(ValueError):
     """The message says what is wrong, where, and what to do."""
 
 
-def shown(text: str, most: int = 60) -> str:
+def shown(text: object, most: int = 60) -> str:
     """What a user wrote, in quotes; the middle of a long text is left out."""
     text = str(text)
     return repr(text if len(text) <= most else f"{text[:most - 15]} ... {text[-10:]}")

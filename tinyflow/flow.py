@@ -2,9 +2,10 @@
 
 The convention of the whole project: t = 0 is data, t = 1 is noise.
 
-    x_t = (1 - t) x_0 + t x_1                         (Eq. 1)     the straight path from data to noise
-    v   = x_1 - x_0                                   (Eq. 2)     its velocity, which the model learns
-    L   = E || v_theta(x_t, t | y) - v ||^2           (Eq. 3)     the flow-matching loss
+    x_t = (1 - t) x_0 + t x_1                            (Eq. 1)     the straight path from data to noise
+    v   = x_1 - x_0                                                  its velocity, which the model learns
+    L   = E || v_theta(x_t, t | y) - v ||^2              (Eq. 2)     the flow-matching loss
+    v_g = v_theta(null) + g (v_theta(y) - v_theta(null)) (Eq. 4, 5)  classifier-free guidance
 
 theta are the model's weights, y is the text, and E is the mean over data, noise and times. Sampling starts
 from noise at t = 1 and integrates dx/dt = v_theta down to t = 0. Read next: attention.py.
@@ -28,7 +29,7 @@ def path(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(x_0: Tensor, x_1: Tensor) -> Tensor:
-    """v of Eq. 2."""
+    """v, the target of Eq. 2."""
     return x_1 - x_0
 
 
@@ -43,7 +44,7 @@ def sample_times(count: int, shift: float = 1.0, generator: torch.Generator | No
 
 
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error in fp32, over batch, channels and positions. It estimates the E of Eq. 3.
+    """Mean squared error in fp32, over batch, channels and positions. It estimates the E of Eq. 2 and 3.
 
     weight: [B, 1, H, W], not negative: the weight of each position. None: all weights are equal.
     """
@@ -52,7 +53,7 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = No
 
 
 def guide(v_null: Tensor, v_text: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: v_null plus guidance times (v_text - v_null). guidance = 1 gives v_text."""
+    """Classifier-free guidance (Eq. 4, in the form of Eq. 5). guidance = 1 gives v_text."""
     return v_null + guidance * (v_text - v_null)
 
 
@@ -63,7 +64,7 @@ def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
-    """The steps + 1 times of the sampler, from 1 down to 0. last: the last above 0, unshifted."""
+    """The steps + 1 times of the sampler, 1 to 0. last: the last time above 0, before the shift."""
     times = torch.linspace(1, last or 1 / steps, steps, dtype=torch.float64)
     return [*shift_times(times, shift).tolist(), 0.0]
 
@@ -72,7 +73,7 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, s
           last: float | None = None) -> Iterator[tuple[float, Tensor]]:
     """Integrates dx/dt = velocity(x, t) from t = 1 to t = 0 in Euler steps; yields (t, x) after each.
 
-    x: noise [B, ...]. velocity: gets x [B, ...] and t [B]. shift, last: see sampling_times.
+    x: noise [B, ...]. velocity: gets x [B, ...] and t [B]. shift: see shift_times; last: sampling_times.
     """
     times = sampling_times(steps, shift, last)
     for t, t_next in zip(times, times[1:]):

@@ -63,7 +63,7 @@ def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
 
 
 class AdaLN(nn.Module):
-    """Maps vec [B, D] to `count` tensors [B, 1, D]: shift, scale and, but for the ends, gate per sublayer."""
+    """Maps vec [B, D] to `count` tensors [B, 1, D]: shift, scale and, for an output that is added, a gate."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -143,7 +143,7 @@ class MMDiT(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Linear and convolution weights: Xavier. Embedder MLPs: normal, std 0.02. Biases: zero. Every adaLN
-        and the final layer start at 0, so untrained blocks return their input, and the model v = 0.
+        and the final layer start at 0, so untrained blocks return their input, and the model predicts v = 0.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaln" in name or "final_linear" in name:

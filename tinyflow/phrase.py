@@ -3,9 +3,9 @@
 The encoder knows no [V], so a stand-in replaces it: with "robot", "a [V] robot" is read "a robot robot". The
 phrase goes from the placeholder to the end of its clause: in "a big [V] robot on the left and a small robot"
 it is "[V] robot on the left". A clause ends before "and", "next to" or "beside", at a comma, a semicolon or a
-full stop, and before the next placeholder. In a list after "with", commas and "and" do not end it; the list
-ends at "on", "in" or "at". If this rule fails, write braces: "{a [V] robot with a hat} and a robot". The
-phrase of a style is every word outside the other phrases. Read next: tokenizer.py.
+full stop, and before the next placeholder. In a list after "with", commas and "and" do not end the clause;
+the list ends at "on", "in" or "at". If this rule fails, write braces: "{a [V] robot with a hat} and a robot".
+The phrase of a style is every word outside the other phrases. Read next: tokenizer.py.
 """
 
 import re
@@ -39,12 +39,12 @@ def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...
     """Replaces placeholders by stand-ins, and finds the phrase of each.
 
     A placeholder must be a word of its own: "[V]'s" has [V], but "hotdog" has no "dog". Braces have a
-    meaning only in a text with a placeholder that is not its own stand-in.
+    meaning only in a text of which some words are replaced by others ({"dog": "dog"} only finds the dog).
 
     Args:
         stand_ins: placeholder -> the words that replace it, e.g. {"[V]": "teddy bear"}.
         styles: the placeholders that name a style, not a thing.
-    Raises: InputError for a placeholder that touches another word, for braces that do not enclose one
+    Raises: InputError for a placeholder as [V] that touches another word, for braces that do not enclose one
         placeholder each, and for two styles in one text.
     """
     parts = split_at(text, stand_ins)

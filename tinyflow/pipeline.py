@@ -3,10 +3,11 @@
     encode_text     texts -> Text(context, pooled, slots, phrases)
     velocity        v(x_t, t | text), the model's prediction
     encode_images   uint8 pictures -> x_0;    decode_images   x_0 -> uint8 pictures
-    sample          texts -> x_0, from noise
+    sample          Text -> x_0, from noise
 
-The codec encodes pictures as latents. The model sees only latents: x is always latents. Pipelines are made
-in picturebook/model.py (tiny) and sd3/load.py (public weights). Read next: picturebook/model.py.
+The codec, an autoencoder (vae.py), encodes pictures as latents. The model sees only these: x is always
+latents. picturebook/model.py makes the tiny pipeline, sd3/load.py that of public weights. Read next:
+picturebook/model.py.
 """
 
 from dataclasses import dataclass, fields
@@ -28,8 +29,8 @@ class Text:
     """Encoded texts, one per row. phrase.py explains slots and phrases."""
     context: Tensor                              # [B, T, context_width]
     pooled: Tensor                               # [B, pooled_width]
-    slots: Tensor                                # [B, T] n at the last token of stand-in n, else 0
-    phrases: Tensor                              # [B, T] n at the tokens of phrase n, else 0
+    slots: Tensor                                # [B, T]
+    phrases: Tensor                              # [B, T]
 
     def __getitem__(self, rows) -> "Text":
         return Text(*(getattr(self, part.name)[rows] for part in fields(Text)))
@@ -64,7 +65,7 @@ class Pipeline(nn.Module):
 
     Args:
         picture_size: side in pixels.
-        shift, last_time: see flow.sampling_times. SD3's last time is 0.002994, so its last step is short.
+        shift: see flow.shift_times. last_time: see flow.sampling_times. SD3's is 0.002994: a short last step.
         guidance: the default strength of classifier-free guidance.
     """
 
@@ -97,7 +98,7 @@ class Pipeline(nn.Module):
     def encode_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 [B, H, W, 3] -> x_0 [B, C, H / factor, W / factor]."""
         pixels = to_pixels(pictures).to(self.device)
-        return torch.cat([self.codec.encode(picture[None]) for picture in pixels])   # to save memory
+        return torch.cat([self.codec.encode(picture[None]) for picture in pixels])   # one by one: less memory
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tinyflow.attention import Projections
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The defaults are the tiny encoder."""
+    """The defaults are those of a small encoder; picturebook/model.py makes the tiny model's."""
     vocabulary_size: int
     length: int = 16                             # tokens per text
     width: int = 128

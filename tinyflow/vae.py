@@ -3,7 +3,7 @@
 Each level of the encoder halves the resolution, and each level of the decoder doubles it (not the last one).
 At the coarsest resolution, self-attention connects all positions. The encoder outputs a mean and a
 log-variance per latent value; we use the mean. The MMDiT gets latents that are shifted and scaled to about
-unit variance. In shapes, f is the factor and L the latent channels. Read next: pipeline.py.
+unit variance. In shapes, f is the factor and C the latent channels. Read next: pipeline.py.
 """
 
 from dataclasses import dataclass
@@ -109,10 +109,10 @@ class Ends(nn.Module):
 
     def __init__(self, channels_in: int, channels: tuple[int, ...], channels_out: int, groups: int):
         super().__init__()
-        coarsest = max(channels)
+        widest = max(channels)
         self.conv_in = conv(channels_in, channels[0])
-        blocks = [ResidualBlock(coarsest, coarsest, groups) for _ in range(2)]
-        self.mid = nn.Sequential(blocks[0], SpatialAttention(coarsest, groups), blocks[1])
+        blocks = [ResidualBlock(widest, widest, groups) for _ in range(2)]
+        self.mid = nn.Sequential(blocks[0], SpatialAttention(widest, groups), blocks[1])
         self.norm_out, self.conv_out = norm(groups, channels[-1]), conv(channels[-1], channels_out)
 
 
@@ -123,7 +123,7 @@ class Encoder(Ends):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.down(self.conv_in(x)))                                       # [B, C, H/f, W/f]
-        return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*L, H/f, W/f]
+        return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*C, H/f, W/f]
 
 
 class Decoder(Ends):
@@ -145,7 +145,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, L, H/f, W/f]. ValueError unless f divides H, W."""
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H/f, W/f]. ValueError unless f divides H, W."""
         height, width = pictures.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"sides must be multiples of {self.factor} pixels, not {width} x {height}")
@@ -153,5 +153,5 @@ class VAE(nn.Module):
         return (mean - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, L, H/f, W/f] -> pictures [B, 3, H, W], roughly in [-1, 1], not clamped."""
+        """Latents [B, C, H/f, W/f] -> pictures [B, 3, H, W], roughly in [-1, 1], not clamped."""
         return self.decoder(latents / self.config.scale + self.config.shift)

@@ -165,6 +165,7 @@ def versions(lesson) -> dict:
             given |= names_of(cell.source, packages)
         for name in cells:
             cells[name].append(deepcopy(cell))   # running a notebook fills its cells with outputs
+    kit.may_stay_blank(cells["learner"])
     for own in cells.values():
         for n, cell in enumerate(own):
             cell.id = f"cell-{n}"                # not a random one: a new build shows in a diff what is new
@@ -279,7 +280,8 @@ def hand_out(options, sources: dict[int, Path]) -> str:
         return "\n".join(lines)
     if options.student:
         own = {name: notebook for name, (notebook, _) in made.items()}
-        return f"saved {kit.student_archive(options.out or OUTPUT, own)}"
+        saved = kit.student_archive(options.out or OUTPUT, own, options.recipe or "")
+        return f"saved {saved}"
     out = options.out or OUTPUT / (options.recipe or "notebooks")
     out.mkdir(parents=True, exist_ok=True)
     for name, (notebook, _) in made.items():

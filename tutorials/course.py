@@ -4,9 +4,11 @@ A blank exercise raises `YourTurn`, an answer that is not right yet `NotYet`. Bo
 in place of a traceback. So does an exception inside an answer, with the learner's own line number.
 """
 
+import dis
 import functools
 import inspect
 import linecache
+import re
 import sys
 import traceback
 from typing import Sequence
@@ -47,6 +49,11 @@ def show(pictures: Sequence[np.ndarray], titles: Sequence[str] = (), left: Seque
     for axis, label in zip(axes[:, 0], left):
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
     plt.show()
+
+
+def in_lines(text: str) -> str:
+    """A caption in short lines, for a picture's title."""
+    return re.sub(r" (?=(on|in|at|and|with) )", "\n", text).replace(", ", ",\n")
 
 
 # -------------------------------------------------------------------------------------------- blank exercises
@@ -105,6 +112,29 @@ def expect_close(yours: Tensor, ours: Tensor, what: str, tolerance: float = 1e-4
            f"{what}: the shape is right, and the values are not; {difference(yours, ours, tolerance)}.")
 
 
+def rule_out(yours: Tensor | float | None, mistakes: dict[str, Tensor | float]) -> None:
+    """Refuses what usual mistakes give. mistakes: what is wrong -> the values that this mistake gives.
+
+    Raises: NotYet for the first mistake whose values are yours, and where an answer was None.
+    """
+    expect(yours is not None, "it returned None: is the return missing?")
+    if not isinstance(yours, (Tensor, float)):
+        return                                   # `expect_close` says what is wanted
+    yours = torch.as_tensor(yours).detach().double()
+    for what, wrong in mistakes.items():
+        wrong = torch.as_tensor(wrong).detach().double()
+        near = 1e-4 * wrong.abs().max().item()
+        expect(yours.shape != wrong.shape or not torch.allclose(yours, wrong, rtol=1e-4, atol=near), what)
+
+
+def several(answer: Sequence | None, what: Sequence[str]) -> Sequence:
+    """The answer, if it is a tuple or list with as many parts as `what` names. Raises: NotYet if not."""
+    expect(answer is not None, "it returned None: is the return missing?")
+    are = len(answer) if isinstance(answer, (tuple, list)) else f"one {type(answer).__name__}"
+    expect(are == len(what), f"return {len(what)} things, {', '.join(what)}; there is {are}.")
+    return answer
+
+
 def difference(yours: Tensor, ours: Tensor, tolerance: float) -> str:
     """What two tensors of one shape have in common, where that is to be seen."""
     def close(a: Tensor, b: Tensor) -> bool:
@@ -136,21 +166,30 @@ def own_work(*answers, without: str) -> None:
         parts = vars(answer).values() if isinstance(answer, type) else [answer]
         for part in parts:
             code = getattr(inspect.unwrap(part) if callable(part) else part, "__code__", None)
-            for names in names_in(code) if code else ():
-                used = [name for name in without.split(", ") if set(name.split(".")) <= names]
-                used += [name for name in names if name.split(".")[0] in PACKAGES]
-                expect(not used, f"{' and '.join(used)} is the package's own answer; write it out yourself.")
+            used = [name for name in sorted(names_in(code) if code else ())
+                    if name in without.split(", ") or name.split(".")[0] in PACKAGES]
+            expect(not used, f"{used and used[0]} is the package's own answer; write it out yourself.")
 
 
-def names_in(code) -> list[set[str]]:
-    """The global names and attributes of a function, and of each function that is defined in it."""
-    inner = [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return [set(code.co_names), *(names for part in inner for names in names_in(part))]
+def names_in(code) -> set[str]:
+    """The dotted names that a function, or one inside it, uses and imports, such as flow.path."""
+    inner = [names_in(constant) for constant in code.co_consts if inspect.iscode(constant)]
+    names, dotted = set(), ""
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "IMPORT_NAME"):
+            dotted = step.argval
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and dotted:
+            dotted = f"{dotted}.{step.argval}"
+        else:
+            dotted = ""
+        names.add(dotted)
+    return names.union(*inner)
 
 
 # ---------------------------------------------------------------------------------- an exception in an answer
 def stopped(error: BaseException, cells: dict) -> str | None:
-    """One line for an exception that came out of an exercise's cell, or that stopped a check.
+    """One line for an exception that came out of an exercise's cell, or that stopped a check, and for a name
+    that a cell above should have made.
 
     None for every other exception, which keeps its traceback: it is not the learner's. `cells` is the
     namespace of the notebook, by which a function that was written in one of its cells is known.
@@ -160,6 +199,8 @@ def stopped(error: BaseException, cells: dict) -> str | None:
     marked = [(code, line, linecache.getline(code.co_filename, 1).strip()) for code, line in frames]
     exercise = [found for found in marked if found[2].startswith(EXERCISE)]
     check = [found for found in marked if found[2].startswith(CHECK)]
+    if isinstance(error, NameError) and (missing := getattr(error, "name", "")) and not exercise:
+        return f"Not yet: `{missing}` is not there: a cell above has not run to its end (a blank exercise?)."
     if not exercise and not check:
         return None
     code, line, mark = (exercise or check)[-1]   # the innermost

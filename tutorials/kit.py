@@ -22,13 +22,17 @@ RECIPES = {
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 SOLVED = re.compile(r"\[`?\.\./solved`?\]\(\.\./solved/?\)")
-KEPT_BACK = re.compile(r"olved\s+notebook\s+is\s+in\s+the\s+folder\s+`tutorials/solved`")
+OF_ARCHIVE = ("*This is the archive for students: it has no tests, no sources of lessons, no solutions, no "
+              "exam. Commands that need them work in the repository.*\n\n")
+GO_ON = "raises-exception"                       # Jupyter's "Run All" goes on after such a cell
+KEPT_BACK = re.compile(r"(olved\s+notebook\s+is|olutions)\s+in\s+the\s+folder\s+`tutorials/solved`")
 TOP = "purecc-min"                               # the folder in both archives
 EVERYONE = ["README.md", "LICENSE", "CITATION.cff", "pyproject.toml", "requirements.txt", "tinyflow",
             "purecc_min"]
 STUDENT = ["README.md", "notation.md", "play.html", "requirements.txt", "course.py", "first_cell.py",
-           "LICENSE-texts", "slides", "teaching/problems.md", "teaching/project.md"]
-TEACHER = ["lessons", "solved", "teaching", "build.py", "kit.py", "minutes.py", "slides.py", "slides.html"]
+           "LICENSE-texts", "slides", "experiments", "teaching/problems.md", "teaching/project.md"]
+TEACHER = ["lessons", "solved", "teaching", "diagrams", "build.py", "kit.py", "minutes.py", "slides.py",
+           "slides_template.html"]
 
 
 # -------------------------------------------------------------------------------------------------- notebooks
@@ -60,10 +64,23 @@ def with_blanks(learner, solved, blank: set[str]):
     answers = {number_of(cell): cell for cell in solved.cells if number_of(cell)}
     made = deepcopy(learner)
     for n, cell in enumerate(made.cells):
+        if not blank and GO_ON in cell.metadata.get("tags", []):
+            cell.metadata["tags"].remove(GO_ON)  # with all filled in, every cell has to run
         if (number := number_of(cell)) and number not in blank:
             made.cells[n] = deepcopy(answers[number])
             made.cells[n].id = cell.id
     return made
+
+
+def may_stay_blank(cells: list) -> None:
+    """Marks the code of optional sections, so that blanks left there do not stop "Run All"."""
+    optional = False
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"^## .*$", cell.source, re.MULTILINE)
+            optional = headings[-1].endswith("(optional)") if headings else optional
+        elif optional:
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), GO_ON]
 
 
 def moved(notebook, out: Path) -> None:
@@ -97,15 +114,15 @@ def without_dead_links(text: str, place: str, names: set[str]) -> str:
     def link(match: re.Match) -> str:
         return match[0] if alive(match[3]) else match[2]
 
-    text = KEPT_BACK.sub("olved notebook comes from your teacher", text)
+    text = KEPT_BACK.sub(r"\1 with your teacher", text)
     rows = [(line, re.match(r"\| " + LINK.pattern, line)) for line in text.split("\n")]
     return "\n".join(LINK.sub(link, line) for line, row in rows if not row or alive(row[3]))
 
 
-def student_archive(out: Path, notebooks: dict) -> Path:
+def student_archive(out: Path, notebooks: dict, recipe: str = "") -> Path:
     """What a class downloads: the packages, and the course without a solution, an exam or a key.
 
-    `notebooks`: file name -> notebook.
+    `notebooks`: file name -> notebook. recipe: whose blanks they have, a part of the file's name.
     """
     import nbformat
 
@@ -115,14 +132,15 @@ def student_archive(out: Path, notebooks: dict) -> Path:
     names = {*files, *(f"tutorials/notebooks/{name}" for name in notebooks)}
     for name, content in files.items():
         if name.endswith(".md"):
-            files[name] = without_dead_links(content.decode(), name, names).encode()
+            note = OF_ARCHIVE if Path(name).name == "README.md" else ""
+            files[name] = (note + without_dead_links(content.decode(), name, names)).encode()
     for name, notebook in notebooks.items():
         place, own = f"tutorials/notebooks/{name}", deepcopy(notebook)
         for cell in own.cells:
             if cell.cell_type == "markdown":
                 cell.source = without_dead_links(cell.source, place, names)
         files[place] = (nbformat.writes(own) + "\n").encode()
-    return write(out / f"{TOP}-students.zip", files)
+    return write(out / f"{TOP}-students{recipe and '-' + recipe}.zip", files)
 
 
 def teacher_archive(out: Path) -> Path:

@@ -7,10 +7,10 @@ A slide is a Markdown cell with the tag "slide" in the lesson's source; it comes
     ???                                         what stands below it are the speaker's notes
 
 So a deck never shows a plot that the lesson does not compute. Without notes of its own a slide has the
-lesson's paragraphs since the slide before. A slide that names [V], as its picture may, shows the references
-of the concepts that its tags name, by default those of the course's robot; the tag "no-references" says that
-its picture shows them.
-`python -m tutorials.build` writes the decks; slides.html is the empty one.
+lesson's paragraphs since the slide before, and, under a picture, those that follow it in the lesson. A slide
+that names [V], as its picture may, shows the references of the concepts that its tags name, by default those
+of the course's robot; the tag "no-references" says that its picture shows them.
+`python -m tutorials.build` writes the decks; slides_template.html is the empty one.
 
 A lesson's plots are drawn twice: for the notebook, and by `enlarged` for the slide, with large letters.
 """
@@ -27,7 +27,7 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from PIL import Image
 
-PAGE = Path(__file__).with_suffix(".html")
+PAGE = Path(__file__).with_name("slides_template.html")
 CONCEPT = "checked_robot"                        # the course's [V]
 WIDE, HIGH, LETTERS = 1130, 430, 15              # px: room for a picture at 1280 x 720, and its least letters
 IN_KERNEL = ["--IPKernelApp.exec_lines=import sys; sys.path.insert(0, '../..')",      # of a lesson's kernel
@@ -87,9 +87,9 @@ def least(text: str) -> float:
 
 
 def overlapping(figure) -> bool:
-    """Whether two texts of a figure stand on one another."""
+    """Whether two texts of a figure touch."""
     from matplotlib.text import Text
-    boxes = [text.get_window_extent() for text in figure.findobj(Text)
+    boxes = [text.get_window_extent().padded(2) for text in figure.findobj(Text)
              if text.get_visible() and text.get_text()]
     return any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 
@@ -142,8 +142,9 @@ def references(name: str) -> str:
 
 
 def paragraphs(cell) -> str:
-    """What a lesson's cell says, without its exercises."""
-    return cell.source.split("### Exercise")[0].strip() if cell.cell_type == "markdown" else ""
+    """What a lesson's cell says, without its exercises and their hints."""
+    said = re.sub(r"<details><summary>Hint.*?</details>", "", cell.source, flags=re.DOTALL)
+    return said.split("### Exercise")[0].strip() if cell.cell_type == "markdown" else ""
 
 
 def deck(notebook, title: str) -> tuple[str, int]:
@@ -153,19 +154,27 @@ def deck(notebook, title: str) -> tuple[str, int]:
     Raises: ValueError for a slide that wants a picture where there was none, and for a formula that
     latex2mathml does not know.
     """
-    last, slides, lesson = None, [], []
-    for cell in notebook.cells:
+    last, slides, lesson, told = None, [], [], 0
+    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None]):
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
                 last = data.pop("image/svg+xml", None), data["image/png"]
         tags = cell.metadata.get("tags", [])
         if "slide" not in tags:
-            lesson.append(paragraphs(cell))
+            lesson.append(paragraphs(cell)[told:])
+            told = 0
             continue
         text, _, notes = cell.source.partition("\n???\n")
-        slides.append(slide(text, notes or "\n\n".join(lesson), tags, last, len(slides) + 1))
-        lesson = []
+        if "](last)" in text and following and "slide" not in following.metadata.get("tags", []):
+            about = re.split(r"^## ", paragraphs(following), maxsplit=1, flags=re.MULTILINE)[0]
+            lesson.append(about)
+            told = len(about)                    # the next slide does not say it again
+        said, rest = "\n\n".join(lesson), ""
+        if following and "slide" in following.metadata.get("tags", []):      # which may be about a later part
+            said, _, rest = said.partition(following.source.splitlines()[0])
+        slides.append(slide(text, notes or said, tags, last, len(slides) + 1))
+        lesson = [rest]
     page = PAGE.read_text(encoding="utf-8")
     page = page.replace("TITLE", html.escape(title)).replace("SLIDES", "\n".join(slides))
     return page, len(slides)

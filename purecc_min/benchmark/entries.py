@@ -125,7 +125,7 @@ class PriorPreservation(Imagining):
 class EWC(Imagining):
     """L_CC, and weights that matter for the base model's own pictures stay near theirs.
 
-    How much a weight matters is its Fisher information there: the mean square of the gradient of Eq. 3, a
+    How much a weight matters is its Fisher information there: the mean square of the gradient of Eq. 2, a
     picture at a time, on a scale on which the mean over all weights is 1.
     """
 

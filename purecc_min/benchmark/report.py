@@ -19,6 +19,7 @@ from purecc_min.benchmark.claims import claims_table
 from purecc_min.benchmark.entries import FURTHER
 from purecc_min.benchmark.two import Two, two_table
 from purecc_min.measure.measures import MEASURES
+from purecc_min.measure.toy import CONCEPTS
 from tinyflow.files import write_whole
 
 # at equal fidelity: a method, and what it is compared with
@@ -74,7 +75,11 @@ def by_method(results: tables.Results) -> str:
 
 
 def main_text(results: tables.Results) -> str:
-    return "\n\n".join([by_method(results), tables.equal_fidelity(results, COMPARED),
+    """All concepts together: a method that learns no style has a row of individuals alone, which is said."""
+    styled = {tables.name_of(row) for row in results if CONCEPTS[row["concept"]].is_style}
+    alone = dict.fromkeys(tables.name_of(row) for row in results if tables.name_of(row) not in styled)
+    note = [f"Of individuals alone, for they learn no style: {'; '.join(alone)}."] if styled and alone else []
+    return "\n\n".join([*note, by_method(results), tables.equal_fidelity(results, COMPARED),
                         tables.terms_table(results), tables.measures_table(results)])
 
 

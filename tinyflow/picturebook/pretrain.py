@@ -1,4 +1,4 @@
-"""Pretraining of the tiny base model on the picture-book world, with the plain flow-matching loss (Eq. 3).
+"""Pretraining of the tiny base model on the picture-book world, with the plain flow-matching loss (Eq. 2).
 
     python -m tinyflow.picturebook.pretrain --out runs/base-1
     python -m tinyflow.picturebook.pretrain --out runs/2 --seed 2 --start runs/base-1/base.safetensors
@@ -87,7 +87,7 @@ class Pretraining(Training):
         with fast_precision(device):
             text = self.model.encode_text(captions)
             v = self.mmdit(path(x_0, x_1, t), t, text.context, text.pooled)
-        return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 3
+        return squared_error(v, velocity_target(x_0, x_1))                              # Eq. 2
 
     def report(self, out: Path, k: int) -> dict:
         """Leaves a page of samples, too."""

@@ -46,7 +46,7 @@ from torch import nn
 
 from tinyflow import flow
 from tinyflow.flow import noise_for
-from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, expect_close
+from tutorials.course import BLUE, CORAL, GOLD, GREY, INK, YourTurn, expect, expect_close, rule_out, several
 
 def planes(count, reach=2.7, size=2.2, rows=1):               # square views of the plane
     shape = (size * count / rows, (size + 0.25) * rows)
@@ -59,31 +59,26 @@ def planes(count, reach=2.7, size=2.2, rows=1):               # square views of 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
-def rule_out(yours, mistakes):                   # mistakes: what is wrong -> what that mistake gives
-    for what, wrong in mistakes.items():
-        same = isinstance(yours, torch.Tensor) and yours.shape == wrong.shape
-        expect(not (same and torch.allclose(yours, wrong, atol=1e-3)), what)
-
 # %% [markdown]
 # ## 1 · A straight path from data to noise
 #
 # One convention holds in this whole project: **t = 0 is data, t = 1 is noise.** (Much of the literature runs
 # time the other way.)
 #
-# Join a data point $x_0$ and an independent draw of noise $x_1 \sim \mathcal N(0,I)$ by a straight line. Along
-# it the velocity is the same at every moment:
+# Join a data point $x_0$ and an independent draw of noise $x_1 \sim \mathcal N(0,I)$ by a straight line.
+# Along it the velocity is the same at every moment:
 #
 # $$x_t = (1-t)\,x_0+t\,x_1 \tag{Eq. 1}$$
 #
-# $$v = \frac{\mathrm d x_t}{\mathrm d t} = x_1-x_0 \tag{Eq. 2}$$
+# $$v = \frac{\mathrm d x_t}{\mathrm d t} = x_1-x_0$$
 #
-# A network $v_\theta(x_t,t)$ sees where we are and how late it is, but not where we came from. It is trained to
-# guess $v$:
+# A network $v_\theta(x_t,t)$ sees where we are and how late it is, but not where we came from. It is trained
+# to guess $v$:
 #
-# $$L = \mathbb E_{x_0,x_1,t}\,\lVert v_\theta(x_t,t)-v\rVert^2 \tag{Eq. 3}$$
+# $$L = \mathbb E_{x_0,x_1,t}\,\lVert v_\theta(x_t,t)-v\rVert^2 \tag{Eq. 2}$$
 #
-# Whoever knows $x_t$, $t$ and $v$ knows **both** ends of the line, since Eq. 1 and 2 are two equations for
-# $x_0$ and $x_1$. This is how a sampler can show, at any moment, which picture it is heading for.
+# Whoever knows $x_t$, $t$ and $v$ knows **both** ends of the line, since Eq. 1 and $v=x_1-x_0$ are two
+# equations for $x_0$ and $x_1$. So a sampler can show which picture it is heading for.
 #
 # ### Exercise 1.1 ★ · The path, its velocity, and the way back
 #
@@ -99,13 +94,13 @@ def path(x_0, x_1, t):
     # END SOLUTION
 
 def velocity_target(x_0, x_1):
-    # Eq. 2 -> v [B, D]
+    # the target of Eq. 2 -> v [B, D]
     # BEGIN SOLUTION 1.1
     return x_1 - x_0
     # END SOLUTION
 
 def ends(x_t, t, v):
-    # solves Eq. 1 and 2 for both ends -> x_0 [B, D], x_1 [B, D]
+    # solves Eq. 1 and v = x_1 - x_0 for both ends -> x_0 [B, D], x_1 [B, D]
     # BEGIN SOLUTION 1.1
     t = t[:, None]                                                             # [B, 1]
     return x_t - t * v, x_t + (1 - t) * v
@@ -166,8 +161,8 @@ def ends(x_t, t, v):                             # forgets that some of the way 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# From Eq. 2, $x_1=x_0+v$. Put it into Eq. 1: $x_t=x_0+t\,v$. The other end is the rest of the way, $1-t$, in
-# the other direction.
+# $v=x_1-x_0$ gives $x_1=x_0+v$. Put it into Eq. 1: $x_t=x_0+t\,v$. The other end is the rest of the way,
+# $1-t$, in the other direction.
 # </details>
 
 # %% tags=["check"]
@@ -178,7 +173,7 @@ expect_close(path(a, b, t), flow.path(a, b, t), "x_t")
 rule_out(velocity_target(a, b), {"v is noise minus data: yours has the other sign.": a - b})
 expect_close(velocity_target(a, b), b - a, "v")
 back = ends(path(a, b, t), t, velocity_target(a, b))
-expect(isinstance(back, tuple) and len(back) == 2, "ends returns two things, x_0 and x_1.")
+several(back, ("x_0", "x_1"))
 rule_out(back[0], {"ends returns x_0 first, then x_1.": b})
 expect_close(back[0], a, "x_0, from ends,")
 rule_out(back[1], {"x_1: the rest of the way is 1 - t, not t.": path(a, b, t) + t[:, None] * (b - a)})
@@ -237,7 +232,7 @@ print(f"{len(data)} points, standard deviation {data.std():.2f} (the noise has 1
 #
 # $$w_i(x,t) = \operatorname{softmax}_i\left(-\frac{\lVert x-(1-t)\,d_i\rVert^2}{2\,t^2}\right), \qquad \mathbb E[x_0\mid x_t=x] = \sum_i w_i\,d_i.$$
 #
-# **Which velocity does that imply?** Solve Eq. 1 for the noise and put it into Eq. 2:
+# **Which velocity does that imply?** Solve Eq. 1 for the noise and put it into $v=x_1-x_0$:
 #
 # $$v = x_1-x_0 = \frac{x_t-x_0}{t}, \qquad\text{so}\qquad v^*(x,t) = \frac{x-\mathbb E[x_0\mid x_t=x]}{t}.$$
 #
@@ -336,12 +331,13 @@ def exact_velocity(x, t, data):
 
 # %% tags=["check"]
 random, count, here, t = seeded(0), 2_000_000, torch.tensor([0.4, 0.5]), 0.5
-places, late = torch.stack([here, -here]), torch.tensor([t, 0.8])              # [2, 2], [2]
+places = torch.stack([here, -here, 2 * here])                                  # [3, 2]
+late = torch.tensor([t, 0.8, 0.3])                                             # [3]
 w = posterior(places, late, data)
-expect(isinstance(w, torch.Tensor) and w.shape == (2, 36), "two places and 36 points have weights [2, 36].")
-expect(torch.allclose(w.sum(-1), torch.ones(2)), "the weights of one place have to add up to 1.")
+expect(isinstance(w, torch.Tensor) and w.shape == (3, 36), "three places and 36 points have weights [3, 36].")
+expect(torch.allclose(w.sum(-1), torch.ones(3)), "the weights of one place have to add up to 1.")
 scores = torch.distributions.Normal((1 - late[:, None, None]) * data, late[:, None, None])
-scores = scores.log_prob(places[:, None]).sum(-1)                              # [2, 36]: log p(x_t | d_i)
+scores = scores.log_prob(places[:, None]).sum(-1)                              # [3, 36]: log p(x_t | d_i)
 plain = -torch.cdist(places, data).square() / (2 * late[:, None] ** 2)
 rule_out(w, {"the data have to be shrunken by 1 - t.": plain.softmax(-1),
              "the squared distance is divided by 2 t^2.": (2 * scores).softmax(-1),
@@ -353,7 +349,7 @@ x_1 = torch.randn(count, 2, generator=random)                                  #
 x_t = path(x_0, x_1, torch.full((count,), t))                                  # [count, 2]
 near = (x_t - here).norm(dim=-1) < 0.06                                        # [count]
 average = velocity_target(x_0, x_1)[near].mean(0)                              # [2]
-v = exact_velocity(places, late, data)                                         # [2, 2]
+v = exact_velocity(places, late, data)                                         # [3, 2]
 rule_out(v, {"v* points away from the data: check the sign.": (w @ data - places) / late[:, None],
              "v*: divide by t.": places - w @ data})
 expect_close(v[0], average, "v*, compared with the average of the lines,", tolerance=0.08)
@@ -444,8 +440,8 @@ plt.colorbar(drawn, ax=axes, label="speed", shrink=0.8, extend="max");
 #
 # ## 3 · Sampling
 #
-# Start at noise and integrate $\mathrm dx/\mathrm dt = v^*(x,t)$ from $t=1$ down to $t=0$. Does this arrive at
-# data, although $v^*$ is only an *average*? Yes. Let $p_t(x)$ be the density of $x_t$ under Eq. 1. At each
+# Start at noise and integrate $\mathrm dx/\mathrm dt = v^*(x,t)$ from $t=1$ down to $t=0$. Does this arrive
+# at data, although $v^*$ is only an *average*? Yes. Let $p_t(x)$ be the density of $x_t$ under Eq. 1. At each
 # place it changes by what flows in minus what flows out. What flows through a place, summed over all lines
 # that pass, is the density times the **mean** velocity:
 #
@@ -454,8 +450,8 @@ plt.colorbar(drawn, ax=axes, label="speed", shrink=0.8, extend="max");
 # So a crowd in which everybody walks with the local mean velocity has, at every moment, the density of the
 # crowd on its straight lines. Only each one's journey is another.
 #
-# This *continuity equation* can be checked in one dimension. The data are two numbers, $-1$ and $+1$, so $p_t$
-# is the mean of two Gaussians.
+# This *continuity equation* can be checked in one dimension. The data are two numbers, $-1$ and $+1$, so
+# $p_t$ is the mean of two Gaussians.
 
 # %%
 pair = torch.tensor([[-1.0], [1.0]])                                           # [2, 1]
@@ -604,9 +600,9 @@ assert (x_0[from_above, 0].diff() > 0).any()                                   #
 # Now the robot. (In the plane, without the time axis, two curves may seem to cross: they were there at
 # different times.)
 #
-# An Euler step from $t$ **all the way to 0** gives $x-t\,v^*(x,t) = \mathbb E[x_0\mid x_t=x]$: it jumps to the
-# current guess. So a *single* step, from $t=1$, sends every sample to the mean of the data. And whatever the
-# number of steps, the last one ends on the guess made at the last $t>0$, sharp or not.
+# An Euler step from $t$ **all the way to 0** gives $x-t\,v^*(x,t) = \mathbb E[x_0\mid x_t=x]$: it jumps to
+# the current guess. So a *single* step, from $t=1$, sends every sample to the mean of the data. And whatever
+# the number of steps, the last one ends on the guess made at the last $t>0$, sharp or not.
 
 # %%
 x_1 = noise_for(list(range(400)), (2,))                                        # [400, 2]
@@ -641,10 +637,10 @@ assert arrived[4] < 0.1 < 0.25 < arrived[8] < 0.5 and arrived[28] > 0.85
 # A single step from $t = 1$ jumps to the mean of the data. The last step always ends on the last guess.
 
 # %% [markdown]
-# Two and four steps end on blurred guesses. With eight the robot can be made out, and with 28 nine samples of
-# ten are at the very *data point* where tiny steps would have put them. So the perfect answer to Eq. 3 can do
-# nothing but recite its training set! A network that draws a robot nobody has shown it is making a useful
-# mistake.
+# Two and four steps end on blurred guesses. With eight the robot can be made out, and with 28 steps nine of
+# ten samples are at the very *data point* where tiny steps would have put them. So the perfect answer to Eq.
+# 2 can do nothing but recite its training set! A network that draws a robot nobody has shown it is making a
+# useful mistake.
 #
 # ### The timestep shift
 #
@@ -704,9 +700,9 @@ print("1.4 right:", *shifted.numpy().round(2))
 # %% [markdown]
 # With $s>1$ more of the steps are spent near the noise. Below are 8 steps with three shifts on our robot, and
 # then the reason why larger pictures want a larger $s$. Repeat each coordinate $k$ times, as an enlarged
-# picture repeats its pixels. The $k$ noisy copies can be averaged, which divides the noise by $\sqrt k$. So the
-# big picture at $r'=\sqrt k\,r$ is as hard to make out as the small one at $r$: **the same moment of its life
-# lies at the time shifted by $s=\sqrt k$**. The last lines check this exactly.
+# picture repeats its pixels. The $k$ noisy copies can be averaged, which divides the noise by $\sqrt k$. So
+# the big picture at $r'=\sqrt k\,r$ is as hard to make out as the small one at $r$: **the same moment of its
+# life lies at the time shifted by $s=\sqrt k$**. The last lines check this exactly.
 
 # %%
 _, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.2), layout="constrained", width_ratios=[1.6, 1])
@@ -755,8 +751,8 @@ assert same
 #
 # **Which times?** At $t$ near 1 the best guess of the data is their mean, and near 0 it is $x_t$. The best
 # *linear* guess does both, and needs no network. The next cell measures how far the true guess is from it:
-# little at both ends, most in between. So training draws most of its times there, as the sigmoid of a normal
-# number (a *logit-normal* time), and the shift moves the hill to where the data want it.
+# little at both ends, most in between. So training draws most of its times there, as the
+# sigmoid of a normal number (a *logit-normal* time), and the shift moves the hill to where the data want it.
 
 # %%
 def sample_times(count, shift, random):
@@ -792,14 +788,14 @@ assert 0.2 < peak < 0.6 and gain[0] < 0.3 * gain.max() and gain[-1] < 0.3 * gain
 # %% [markdown]
 # ### Exercise 1.5 ★★ · One step's loss
 #
-# Write Eq. 3 as a mean over batch *and* coordinates. Everything that is random comes as an argument.
+# Write Eq. 2 as a mean over batch *and* coordinates. Everything that is random comes as an argument.
 
 # %% tags=["exercise"]
 def flow_loss(velocity, x_0, x_1, t):
     # velocity(x, t) -> [B, D]; x_0, x_1 [B, D], t [B] -> a number
     # BEGIN SOLUTION 1.5
     prediction = velocity(path(x_0, x_1, t), t)                                # [B, D]
-    return (prediction - velocity_target(x_0, x_1)).square().mean()            # Eq. 3
+    return (prediction - velocity_target(x_0, x_1)).square().mean()            # Eq. 2
     # END SOLUTION
 
 # %% tags=["wrong"]
@@ -912,13 +908,13 @@ _, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.5), layout="constrained")
 smooth = torch.tensor(history).view(-1, 50).mean(-1)
 left.plot(torch.arange(25, steps, 50), smooth, color=BLUE, label="training loss")
 left.axhline(floor, color=CORAL, ls="--", label="loss of v*")
-left.set(xlabel="step", ylabel="loss (Eq. 3)", ylim=(floor * 0.95, floor * 1.2))
+left.set(xlabel="step", ylabel="loss (Eq. 2)", ylim=(floor * 0.95, floor * 1.2))
 right.plot(moments, by_time(learned, v), color=BLUE, label="network")
 right.plot(moments, by_time(best, v), color=CORAL, ls="--", label="v*")
 right.set(xlabel="t", ylabel="loss at time t", ylim=(0, None))
 left.legend(), right.legend()
 missed = by_time(learned, best)                                                # [50]
-print(f"{missed[:10].sum() / missed.sum():.0%} of it lie below t = {moments[9:11].mean():.2f}, "
+print(f"{missed[:10].sum() / missed.sum():.0%} of what it misses lies below t = {moments[9:11].mean():.2f}, "
       "where a fifth of the draws are")
 assert missed[:10].sum() > 0.5 * missed.sum()
 
@@ -959,10 +955,10 @@ visited = x_t[(t - 0.15).abs() < 0.02].abs() > 1.9                             #
 assert visited.all(-1).float().mean() < 0.001
 
 # %% [markdown]
-# So a flow's loss has to be read against a floor that one usually does not know, and a hardly visible drop may
-# be all the drop there is. What this network still misses sits mostly at small $t$, where the decisions are
-# sharp, and its samples show it: the same robot, drawn with a softer pencil. Its field is most wrong in the
-# corners, where no $x_t$ comes.
+# So a flow's loss has to be read against a floor that one usually does not know, and a hardly visible drop
+# may be all the drop there is. What this network still misses sits mostly at small $t$, where the decisions
+# are sharp, and its samples show it: the same robot, drawn with a softer pencil. Its field is most wrong in
+# the corners, where no $x_t$ comes.
 #
 # ## 5 · What the model believes on the way (optional)
 #
@@ -1019,7 +1015,7 @@ for i in (0, 50, 70, 90):
 # $v^*(x,t\mid\varnothing)$, is that of all points. **Classifier-free guidance** extrapolates from one through
 # the other:
 #
-# $$v_g = v_\varnothing + g\,(v_y-v_\varnothing)$$
+# $$v_g \;\overset{\text{Eq. 4}}{=}\; (1-g)\,v_\varnothing + g\,v_y \;\overset{\text{Eq. 5}}{=}\; v_\varnothing + g\,(v_y-v_\varnothing)$$
 #
 # So $g=0$ ignores the text, $g=1$ is the plain conditional flow, and $g>1$ aims *beyond* the guess for the
 # class, away from the guess for everything. (Lesson 3 finds a classifier in this difference.)
@@ -1106,21 +1102,22 @@ assert used[3] < 15 and doubtful[3] < 0.05
 
 # %% [markdown]
 # With $g=1$ all 30 points of our heart are used about equally. Many of them lie on or near the other heart:
-# they are true members of the class, but they *could be taken* for the other. Guidance gives them up, and more
-# of them the higher it is. Surer, and less varied; that is the trade, and at $g=5$ no longer the distribution
-# we asked for. (The samples still land *on* data: near $t=0$ one point holds all the weight, and nothing is
-# left to extrapolate.)
+# they are true members of the class, but they *could be taken* for the other. Guidance gives them up, and
+# more of them the higher it is. Surer, and less varied; that is the trade, and at $g=5$ no longer the
+# distribution we asked for. (The samples still land *on* data: near $t=0$ one point holds all the weight, and
+# nothing is left to extrapolate.)
 #
 # ## 7 · A better sampler (optional)
 #
-# How good is a sampler? Gaussian data $x_0 \sim \mathcal N(0,s^2 I)$ have a velocity in closed form (below),
-# whose trajectories bring every $x_1$ to exactly $s\,x_1$.
+# How good is a sampler? Take Gaussian data of standard deviation $s$, $x_0 \sim \mathcal N(0,s^2 I)$. ($s$ is
+# no shift here.) Their velocity is known in closed form (below), and its trajectories bring every $x_1$ to
+# exactly $s\,x_1$.
 #
 # ### Exercise 1.7 ★ · The order of a method
 #
-# If twice the steps divide the error by 2, a method is of *first order*; if by 4, of *second order*. Write the
-# function that measures it, with $s=1/2$: the norm of (end minus truth) with `steps` steps, divided by that
-# with `2 * steps` steps.
+# If twice the steps divide the error by 2, a method is of *first order*; if by 4, of *second order*. Write
+# the function that measures it, with $s=1/2$: the norm of (end minus truth) with `steps` steps, divided by
+# that with `2 * steps` steps.
 
 # %% tags=["exercise"]
 def gaussian(x, t, s=0.5):                                                     # v* for data N(0, s^2 I)
@@ -1273,13 +1270,13 @@ assert all(heun_ < 0.6 * euler_ for euler_, heun_ in zip(on_robot["Euler"][2:], 
 
 # %% [markdown]
 # On the left the textbook: twice the velocities halve Euler's error and quarter Heun's. On the right the
-# robot: with 4 velocities the two are equally poor, and from 16 on Heun is clearly ahead. This project samples
-# with Euler and 28 steps, the paper's number.
+# robot: with 4 velocities the two are equally poor, and from 16 on Heun is clearly ahead. This project
+# samples with Euler and 28 steps, the paper's number.
 #
 # ## What you can now say
 #
-# - Time runs from data, $t=0$, to noise, $t=1$. The path is a straight line (Eq. 1), its velocity $x_1-x_0$
-# (Eq. 2), and the model regresses on it (Eq. 3).
+# - Time runs from data, $t=0$, to noise, $t=1$. The path is a straight line (Eq. 1), and the model
+# regresses on its velocity $x_1-x_0$ (Eq. 2).
 # - The best possible velocity is a conditional mean: guess the data, and point away. The guess is coarse at
 # large $t$ and sharp at small $t$.
 # - Following the mean velocity carries noise to data. Few steps end on blurred guesses; the shift decides

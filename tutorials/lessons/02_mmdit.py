@@ -16,10 +16,10 @@
 # **You write the transformer of Stable Diffusion 3.5, and it draws with trained weights**
 #
 # Lesson 1 needed three linear layers for a velocity in the plane. A velocity for pictures that obeys a
-# sentence needs more: an MMDiT, a *multimodal diffusion transformer*. It has few parts, and you write each one
-# as a function of at most ten lines. The weights are those of the small model that comes with this repository,
-# so each function can be compared with the real one, number by number; and at the end your own transformer
-# draws a picture.
+# sentence needs more: an MMDiT, a *multimodal diffusion transformer*. It has few parts, and you write each
+# one as a function of at most ten lines. The weights are those of the small model that comes with this
+# repository, so each function can be compared with the real one, number by number; and at the end your own
+# transformer draws a picture.
 #
 # **Then you can say** how a picture and a text meet in one softmax, and why a new network begins with closed
 # gates *and* a last layer of zeros.
@@ -53,12 +53,7 @@ from einops import rearrange
 from tinyflow import flow
 from tinyflow.mmdit import MMDiT, time_features
 from tinyflow.picturebook.model import load_tiny
-from tutorials.course import BLUE, CORAL, GOLD, INK, YourTurn, expect, expect_close, show
-
-def rule_out(yours, mistakes):                   # mistakes: what is wrong -> what that mistake gives
-    for what, wrong in mistakes.items():
-        same = isinstance(yours, torch.Tensor) and yours.shape == wrong.shape
-        expect(not (same and torch.allclose(yours, wrong, rtol=1e-4, atol=1e-3)), what)
+from tutorials.course import BLUE, CORAL, GOLD, INK, YourTurn, expect, expect_close, rule_out, several, show
 
 def written_here(answer, name):                  # what the exercise asks for may not be called in its answer
     expect(name not in answer.__code__.co_names, f"{answer.__name__}: write it without {name}.")
@@ -75,13 +70,17 @@ x_0 = pipe.sample(text, seeds=[5, 6], steps=12)                              # [
 x_1, t = flow.noise_for([7, 8], tuple(x_0.shape[1:])), torch.tensor([0.5, 0.7])
 x_t = flow.path(x_0, x_1, t)                                                # [2, C, S, S]
 print(f"x_t {list(x_t.shape)}, context {list(text.context.shape)}, pooled {list(text.pooled.shape)}")
-titles = ["a cat", "a tree", "x_t at t = 0.5", "x_t at t = 0.7"]
+titles = ["a cat", "a tree", "x_t at t = 0.5,\ndecoded", "x_t at t = 0.7,\ndecoded"]
 show(pipe.decode_images(torch.cat([x_0, x_t])), titles, columns=4)
 
 # %% [markdown]
 # ## 1 · From a picture to tokens, and back
 #
-# A transformer works on a row of vectors, called *tokens*. A picture becomes one in the plainest way: it is
+# The flow does not run on pixels. An *autoencoder* (the codec) makes of 64 x 64 pixels a *latent* of $C=16$
+# channels and $S \times S$ places, $S=16$, and makes pixels of it again. From here on $x_0$, $x_t$ and "the
+# picture" are latents; `decode_images` shows them.
+#
+# A transformer works on a row of vectors, called *tokens*. A latent becomes one in the plainest way: it is
 # cut into squares of $p \times p$, the numbers of each square are written one after the other, and one linear
 # layer makes a vector of width $D$ of them.
 #
@@ -215,7 +214,7 @@ plt.show()
 # Nothing in attention knows whether a token was at the top or at the bottom. If the patches are shuffled,
 # everything that follows is shuffled in the same way and is otherwise the same. So a fixed pattern is *added*
 # to the tokens, a different one for each place: waves of many lengths. For one axis, with $D/2$ channels and
-# place $i = 0 \dots G-1$:
+# place $i = 0 \dots G-1$ ($G$ places along a side, here $S/p$):
 #
 # $$\omega_k = 10000^{-k / (D/4)}, \qquad k = 0 \dots D/4 - 1, \qquad
 # e(i) = \big[\sin(i\,\omega_0), \dots, \sin(i\,\omega_{D/4-1}),\; \cos(i\,\omega_0), \dots,
@@ -294,9 +293,9 @@ expect_close(yours, theirs, "positions")
 print("2.2 right: the same pattern as the package's, for", len(yours), "places")
 
 # %% [markdown]
-# Below, the same noise and text three times: with the positions, without them, and with the patches of $x_1$
-# and the positions shuffled alike. The third is the proof of what was said above: shuffle tokens *with* their
-# positions, and the network gives the same velocity, shuffled. It is put back in order before it is shown.
+# Below, the same noise and text: with the positions, without them, and with the patches of $x_1$ and the
+# positions shuffled alike. The fourth picture is the third one, put back in order, and it is the first:
+# shuffle tokens *with* their positions, and the network gives the same velocity, shuffled.
 
 # %%
 def draw(x_1, where, steps=12, guidance=3.0):
@@ -441,7 +440,7 @@ assert share[False][-1] > 0.9 > 0.2 > share[True][-1]
 #
 # One softmax can follow one question. So the width $D$ is divided into $H$ *heads* of width $d = D / H$, each
 # with an attention of its own; what they find is joined again and mixed by a linear layer. Stable Diffusion
-# 3.5 adds one thing: queries and keys are divided by their root mean square (and multiplied by a learned
+# 3.5 adds a norm: queries and keys are divided by their root mean square (and multiplied by a learned
 # weight) before they meet. So no query can grow until its softmax is stuck.
 #
 # $$\text{RMSNorm}(q) = \frac{q}{\sqrt{\operatorname{mean}(q^2) + 10^{-6}}} \cdot w, \qquad \text{over the } d \text{ entries of one head}.$$
@@ -545,12 +544,14 @@ rule_out(rms_norm(some, w), {"rms_norm: the mean of the squares, not their sum."
 for size in (1, 1e-3):                           # of tiny numbers, the 1e-6 under the root is the larger part
     expect_close(rms_norm(size * some, w), P.norm_q(size * some), f"rms_norm of numbers of about {size}")
 given = qkv(x, P, H)
-expect(isinstance(given, tuple) and len(given) == 3, "qkv returns three things: queries, keys, values.")
+given = several(given, ("queries", "keys", "values"))
 q, k, v = P.qkv(x)                                                          # [2, H, 10, d] each
 raw = P.to_q(x)                                                             # [2, 10, D]
 rule_out(given[0], {"head 0 owns the first d of the D numbers; yours are interleaved.":
                     P.norm_q(raw.unflatten(2, (-1, H)).permute(0, 3, 1, 2)),
-                    "the queries are normalised, too.": raw.unflatten(2, (H, -1)).transpose(1, 2)})
+                    "the queries are normalised, too.": raw.unflatten(2, (H, -1)).transpose(1, 2),
+                    "divide into heads first: the norm is over the d entries of one head.":
+                    rms_norm(raw, P.norm_q.weight.repeat(H)).unflatten(2, (H, -1)).transpose(1, 2)})
 rule_out(given[2], {"the values are not normalised.": rms_norm(v, 1)})
 for name, mine, theirs in zip(("queries", "keys", "values"), given, (q, k, v)):
     expect_close(mine, theirs, f"the {name}")
@@ -572,8 +573,8 @@ print("2.4 right: queries, keys and values are the package's")
 #
 # ### Exercise 2.5 ★★ · Joint attention
 #
-# After the last block nobody needs the text any more: there `hasattr(text, "to_out")` is false, and the second
-# result is `None`.
+# After the last block nobody needs the text any more: there `hasattr(text, "to_out")` is false, and the
+# second result is `None`.
 
 # %% [markdown] tags=["slide"]
 # ## Joint attention: two streams, one softmax
@@ -630,7 +631,7 @@ def joint_attention(x, c, image, text, H):       # cross attention
     return image.to_out(x_out), text.to_out(c_out) if hasattr(text, "to_out") else None
 
 # %% tags=["wrong"]
-# says: two things
+# says: return 2 things
 def joint_attention(x, c, image, text, H):
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(qkv(x, image, H), qkv(c, text, H)))
     both = rearrange(attention(q, k, v), "b h n d -> b n (h d)")
@@ -667,7 +668,7 @@ def mistakes_of(a):                              # what usual mistakes make of t
 for l, block in enumerate(model.blocks):
     theirs = block.attention(x, c)
     mine = joint_attention(x, c, block.attention.image, block.attention.text, H)
-    expect(isinstance(mine, tuple) and len(mine) == 2, "return two things, one for each stream.")
+    mine = several(mine, ("the image's", "the text's"))
     usual, c_bare = mistakes_of(block.attention)
     rule_out(mine[0], usual)
     expect_close(mine[0], theirs[0], f"block {l}: the image stream's output")
@@ -878,7 +879,7 @@ def both_of(block):                              # (yours, the package's) result
         mine = run_block(block, x, c, vec, H)
     finally:
         del block.forward
-    expect(isinstance(mine, tuple) and len(mine) == 2, "return two things, x and c.")
+    mine = several(mine, ("x", "c"))
     return mine, theirs
 
 def without(block, *names):                      # a copy in which these layers return 0
@@ -1007,11 +1008,13 @@ ours = answer_of(model)
 for hook in hooks:
     hook.remove()
 x_last, (shift, scale) = caught["blocks"][0], caught["adaln"]
-model.forward = closed
+for part in (model, *model.blocks):
+    part.forward = closed
 try:
     yours = mmdit(model, x_t, t, text.context, text.pooled)
 finally:
-    del model.forward
+    for part in (model, *model.blocks):
+        del part.forward
 no_places = copy.deepcopy(model)
 no_places.positions.zero_()
 rule_out(yours, {"the positions are missing.": answer_of(no_places),
@@ -1142,10 +1145,10 @@ assert all(min(table["gates open", part][1:]) > 0.9 for part in parts)
 
 # %% [markdown]
 # Read the first group column by column: in step 1 only the last layer learns, in step 2 the gates as well
-# (two of the six vectors that an adaLN layer makes), in step 3 everything. The network wakes up from its end
-# to its beginning, within three steps. In the last group all but the last layer sleep on: $g = 0$ and $f = 0$.
-# **Exactly one factor of a product may begin at zero.** (With open gates, the second group, no factor in a
-# block is zero, and everything learns from step 2 on.) Lesson 4 needs this sentence again, for LoRA.
+# (two of the six vectors that an adaLN layer makes), in step 3 the other layers, too. The network wakes up
+# from its end to its beginning. In the last group the blocks sleep on: $g = 0$ and $f = 0$. **Exactly one
+# factor of a product may begin at zero.** (With open gates, the second group, no factor in a block is zero,
+# and everything learns from step 2 on.) Lesson 4 needs this sentence again, for LoRA.
 #
 # What comes of it? Here are the same four beginnings, trained for 150 steps on the same 16 noised pictures.
 
@@ -1157,7 +1160,7 @@ for kind, colour, style in zip(kinds, (BLUE, GOLD, CORAL, INK), ("-", "--", ":",
     losses = [step(m, optimizer) for _ in range(150)]
     first[kind], last[kind] = losses[0], sum(losses[-10:]) / 10
     plt.semilogy(losses, style, color=colour, label=kind)
-plt.gca().set(xlabel="step", ylabel="loss (Eq. 3)")
+plt.gca().set(xlabel="step", ylabel="loss (Eq. 2)")
 plt.legend()
 plt.show()
 print(f"{'loss':22s}" + "".join(f"{kind:>20s}" for kind in kinds))
@@ -1169,6 +1172,7 @@ assert all(abs(first[kind] - of_zero) < 1e-3 for kind in kinds if kind != "last 
 assert first["last layer random"] > 2 * of_zero
 assert max(last["as it is"], last["gates open"]) < 0.8 * last["last layer random"]
 assert last["last layer random"] < 0.8 * last["one zero too many"]
+assert abs(last["as it is"] - last["gates open"]) < 0.05
 asleep = [q for name, q in m.named_parameters() if "image_adaln" in name]      # m: one zero too many
 assert all((q == 0).all() for q in asleep)
 
@@ -1181,12 +1185,12 @@ assert all((q == 0).all() for q in asleep)
 # for ever.
 
 # %% [markdown]
-# Three of the four begin with the loss of $v = 0$, since their last layer is zero. *As it is* and *gates open*
-# end close together; from one seed nobody can say which is better. *Last layer random* begins by predicting
-# something wild: its first loss is more than twice that of predicting nothing, and after 150 steps it is still
-# behind. *One zero too many* can only learn what the last layer makes of the patches by itself: its gates are
-# still closed, so no token ever hears of another one, patch or word. The text reaches it through the pooled
-# vector alone, in the last adaLN.
+# Three of the four begin with the loss of $v = 0$, since their last layer is zero. *As it is* and *gates
+# open* end close together; from one seed nobody can say which is better. *Last layer random* begins by
+# predicting something wild: its first loss is more than twice that of predicting nothing, and after 150 steps
+# it is still behind. *One zero too many* can only learn what the last layer makes of the patches by itself:
+# its gates are still closed, so no token ever hears of another one, patch or word. The text reaches it
+# through the pooled vector alone, in the last adaLN.
 #
 # ## What you can now say
 #

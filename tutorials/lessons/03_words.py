@@ -59,12 +59,8 @@ from tinyflow.picturebook.render import render, render_all
 from tinyflow.pipeline import Pipeline, Text, to_pictures, to_pixels
 from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.tokenizer import WordTokenizer
-from tutorials.course import BLUE, CORAL, GREY, INK, YourTurn, expect, expect_close, show
-
-def rule_out(yours, mistakes):                   # mistakes: what is wrong -> what that mistake gives
-    for what, wrong in mistakes.items():
-        same = isinstance(yours, torch.Tensor) and yours.shape == wrong.shape
-        expect(not (same and torch.allclose(yours, wrong, rtol=1e-4, atol=1e-4)), what)
+from tutorials.course import (BLUE, CORAL, GREY, INK, YourTurn,
+                              expect, expect_close, in_lines, rule_out, several, show)
 
 torch.set_grad_enabled(False)                    # until section 5, nothing is trained here
 pipe, reader = load_tiny(), Reader.shipped()
@@ -78,8 +74,9 @@ print("the words:", " ".join(world.VOCABULARY))
 # %% [markdown]
 # ## 1 · Words become numbers (optional)
 #
-# The *tokenizer* gives every word a number, its *id*. In the picture book that is a short list of words. (CLIP
-# and T5, the encoders of Stable Diffusion 3.5, cut rare words into pieces, so that no text is unknown to them.)
+# The *tokenizer* gives every word a number, its *id*. In the picture book that is a short list of words.
+# (CLIP and T5, the encoders of Stable Diffusion 3.5, cut rare words into pieces, so that no text is unknown
+# to them.)
 #
 # ```
 #  text     A   red   cat,   at   night
@@ -87,9 +84,9 @@ print("the words:", " ".join(world.VOCABULARY))
 #       begin                              end   padding: more ends, so that all texts have one length
 # ```
 #
-# The words have the ids 2, 3, 4, ... in the order of the vocabulary. Capital letters and the signs `.,;!?` at a
-# word's edge do not count. An unknown word must not be skipped in silence: the model would draw *something*,
-# and the user would blame it.
+# The words have the ids 2, 3, 4, ... in the order of the vocabulary. Capital letters and the signs `.,;!?` at
+# a word's edge do not count. An unknown word must not be skipped in silence: the model would draw
+# *something*, and the user would blame it.
 #
 # ### Exercise 3.1 ★ · A tokenizer
 #
@@ -201,10 +198,10 @@ print("and:", unknown)
 # %% [markdown]
 # ## 2 · What a causal encoder spreads
 #
-# The tokenizer makes a number of every word, its *id*; id 0 begins a text, and id 1 ends it and fills the row.
-# `token_embedding` looks up a vector for each id, `position_embedding` adds one for its place, and from then
-# on the tokens talk to one another, in a transformer that you know from lesson 2. One thing is different: it
-# is **causal**. A token attends to itself and to what stands *before* it.
+# The tokenizer makes a number of every word, its *id*; id 0 begins a text, and id 1 ends it and fills the
+# row. `token_embedding` looks up a vector for each id, `position_embedding` adds one for its place, and from
+# then on the tokens talk to one another, in a transformer that you know from lesson 2. One thing is
+# different: it is **causal**. A token attends to itself and to what stands *before* it.
 #
 # ```
 #  who asks         who is asked
@@ -216,8 +213,8 @@ print("and:", unknown)
 #  in            x     x    x     x     x
 # ```
 #
-# A score of $-\infty$ becomes a weight of exactly 0, and the others of the row still add up to 1. One layer has
-# a norm in front of each part:
+# A score of $-\infty$ becomes a weight of exactly 0, and the others of the row still add up to 1. One layer
+# has a norm in front of each part:
 #
 # $$h = x+W_o\,\text{attention}(\text{norm}_1(x)), \qquad \text{layer}(x) = h+\text{MLP}(\text{norm}_2(h)).$$
 #
@@ -364,9 +361,15 @@ def usual_mistakes(layer):
     given, plain = layer.attend(layer.norm1(x), causal=True), bare.attend(layer.norm1(x), causal=True)
     no_norm = x + layer.attend(x, causal=True)
     no_mask = x + layer.attend(layer.norm1(x))
+    attended = x + given
+    q, k, v = layer.qkv(layer.norm1(x))          # a scale that undoes the division by the root of d
+    unscaled = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    too_sharp = x + layer.to_out(rearrange(unscaled, "b h t d -> b t (h d)"))
     return {"the mask is not used: every token looks at all of them.": no_mask + mlp(no_mask),
             "the MLP reads h, which has the attention's output in it, not x.": x + given + mlp(x),
             "to_out is missing.": x + plain + mlp(x + plain),
+            "norm2 is missing.": attended + layer.fc2(F.gelu(layer.fc1(attended))),
+            "divide the scores by the root of d, as in lesson 2.": too_sharp + mlp(too_sharp),
             "norm1 is missing.": no_norm + mlp(no_norm),
             "x itself is missing: both parts are added to it.": given + mlp(given)}
 
@@ -399,7 +402,7 @@ print(f"3.2 right, in all {len(encoder.layers)} layers")
 
 # %% tags=["exercise"]
 def encode(encoder, ids):
-    # ids [B, T] -> context [B, T, D], pooled [B, P]
+    # ids [B, T] -> context [B, T, D], pooled [B, D]
     # BEGIN SOLUTION 3.3
     x = encoder.token_embedding(ids) + encoder.position_embedding(torch.arange(ids.shape[1]))
     for layer in encoder.layers:
@@ -465,12 +468,12 @@ try:
     given = encode(encoder, ids)
 finally:
     del encoder.forward
-expect(isinstance(given, tuple) and len(given) == 2, "encode returns two things, context and pooled.")
-context, pooled = given
+context, pooled = several(given, ("context", "pooled"))
 last = encoder.layers[-1](their_context)                                    # [B, T, D], after the last layer
 no_places = copy.deepcopy(encoder)
 no_places.position_embedding.weight.zero_()
 rule_out(context, {"the context is the state BEFORE the last layer.": last,
+                   "the context is BEFORE the last layer, and no norm follows it.": encoder.final_norm(last),
                    "the position_embedding is missing.": no_places(ids)[0]})
 at_end = last[torch.arange(len(ids)), (ids == 1).int().argmax(dim=1)]
 rule_out(pooled, {"pooled: at the FIRST end token, not at the last.":
@@ -484,8 +487,8 @@ for mine, theirs, what in ((context, their_context, "the context"), (pooled, the
 print(f"3.3 right: context {list(context.shape)}, pooled {list(pooled.shape)}")
 
 # %% [markdown]
-# Now we change one word and ask every token how far its context has moved, relative to its length. One row for
-# each changed word, one column for each token.
+# Now we change one word and ask every token how far its context has moved, relative to its length. One row
+# for each changed word, one column for each token.
 
 # %%
 sentence = "a big red robot on the left in the snow"
@@ -526,19 +529,19 @@ plt.show()
 
 # %% [markdown]
 # Before the changed word all is black: not small, but zero. The word itself moves, and after it a token
-# **may** move. Whether it does has been learned: the encoder passes some words on to many of the later tokens,
-# and others to few. It uses the padding, too, to write down what it has read. And the pooled text is no summary
-# here: it *could* have heard that the snow is a desert now, and it has not moved.
+# **may** move. Whether it does has been learned: the encoder passes some words on to many of the later
+# tokens, and others to few. It uses the padding, too, to write down what it has read. And the pooled text is
+# no summary here: it *could* have heard that the snow is a desert now, and it has not moved.
 #
 # So the context of `robot` is not the meaning of the word *robot*, but the text up to here, as far as the
-# encoder kept it. In `a [V] robot in the desert` (lesson 4) the encoder reads *robot* in the place of [V]. What
-# is learned about [V] itself enters after the encoder, in the MMDiT.
+# encoder kept it. In `a [V] robot in the desert` (lesson 4) the encoder reads *robot* in the place of [V].
+# What is learned about [V] itself enters after the encoder, in the MMDiT.
 #
 # ### Two ways into the picture
 #
 # The context enters the MMDiT in the joint attention, where every patch can look up what it needs. The pooled
-# text speaks through shift, scale and gate to all patches alike. Which one carries what? We give the model the
-# real text on one way and the *empty* text on the other, and draw.
+# text speaks through shift, scale and gate to all patches alike. Which one carries what? We give the model
+# the real text on one way and the *empty* text on the other, and draw.
 
 # %%
 nothing = pipe.encode_text([""])
@@ -565,11 +568,6 @@ pixels = {way: draw(text, seeds) for way, text in ways.items()}
 
 def seen(pixels, scenes):                        # head -> the share of pictures that show what was said
     return follows(reader(pixels), scenes, HEADS)[0]
-
-def in_lines(text):
-    for word in (" with ", " and ", " on the left", " on the right"):
-        text = text.replace(word, "\n" + word[1:])
-    return text
 
 show([p for x in pixels.values() for p in to_pictures(x)], [in_lines(c) for c in captions], list(ways),
      columns=4, side=1.5)
@@ -628,9 +626,10 @@ assert len({name for _, name, _ in read}) > 2 and len({background for _, _, back
 # ![Pictures that the model draws of the empty text](last)
 
 # %% [markdown]
-# Asked for nothing, the model draws all kinds of things: the titles say what the reader sees. In formulas: for
-# every $y$ the loss of Eq. 3 is smallest for the mean of all velocities that were possible. Under the empty
-# text the pictures of *all* captions came by. Take the mean in two steps, first for each caption:
+# Asked for nothing, the model draws all kinds of things: the titles say what a *reader* sees, a network
+# trained to name what a drawing shows (lesson 5). In formulas: for every $y$ the loss of Eq. 2 is smallest
+# for the mean of all velocities that were possible. Under the empty text the pictures of *all* captions came
+# by. Take the mean in two steps, first for each caption:
 #
 # $$v(x_t\mid\varnothing) = \mathbb E[x_1-x_0\mid x_t] = \mathbb E_{y\mid x_t}\,\mathbb E[x_1-x_0\mid x_t,y] = \mathbb E_{y\mid x_t}\,v(x_t\mid y).$$
 #
@@ -663,13 +662,13 @@ assert 0.05 < distance[-1] < 0.7 * single
 # It comes closer, and it does not come to zero: nothing in the network makes one answer the mean of the
 # others.
 #
-# So $v(y)-v(\varnothing)$ is what the text $y$ says **beyond the average**. Guidance uses this difference, and
-# PureCC calls it the representation $R$ of a concept (lesson 6).
+# So $v(y)-v(\varnothing)$ is what the text $y$ says **beyond the average**. Guidance uses this difference,
+# and PureCC calls it the representation $R$ of a concept (lesson 6).
 #
 # ## 4 · Guidance
 #
-# $v_g = v_\varnothing+g\,(v_y-v_\varnothing)$ is yours since lesson 1 (`flow.guide`). With a network, each step
-# needs two predictions, computed as one batch of twice the size. With $g=1$ or $g=0$ only one is needed.
+# $v_g = v_\varnothing+g\,(v_y-v_\varnothing)$ (Eq. 5) is yours since lesson 1 (`flow.guide`). With a network,
+# a step needs two predictions, computed as one batch of twice the size; with $g=1$ or $g=0$ it needs one.
 #
 # ### Exercise 3.4 ★ · The guided velocity, in one call
 #
@@ -750,7 +749,8 @@ print("3.4 right")
 #
 # **From velocity to score.** With Eq. 1, $v=\mathbb E[x_1-x_0\mid x_t]$ is $(\mathbb E[x_1\mid
 # x_t]-x_t)/(1-t)$. The noise has a second meaning. For one $x_0$, $x_t$ is normal with mean $(1-t)\,x_0$ and
-# deviation $t$, so $\nabla_{x_t}\log p(x_t\mid x_0)=-x_1/t$. The mean over all $x_0$ that fit is the *score*:
+# deviation $t$, so $\nabla_{x_t}\log p(x_t\mid x_0)=-x_1/t$. The mean over all $x_0$ that fit is the *score*
+# (since $\nabla p(x_t)=\mathbb E[p(x_t\mid x_0)\,\nabla\log p(x_t\mid x_0)]$; divide by $p(x_t)$):
 # $\nabla\log p(x_t)=-\mathbb E[x_1\mid x_t]/t$. Together:
 #
 # $$v = -\frac{x_t+t\,\nabla\log p(x_t)}{1-t} \qquad\Longleftrightarrow\qquad \nabla\log p(x_t) = -\frac{x_t+(1-t)\,v}{t}.$$
@@ -762,7 +762,7 @@ print("3.4 right")
 #
 # The question mark is your exercise: in $v_y$, $v_\varnothing$ and $t$.
 #
-# **Guidance.** Put $v_g$ into the first formula. It is the velocity that belongs to the score
+# **Guidance.** Put $v_g$ into the formula on the right. It is the velocity that belongs to the score
 #
 # $$\nabla\log p(x_t)+g\,\nabla\log p(y\mid x_t) = \nabla\log\big[\,p(x_t)\,p(y\mid x_t)^g\,\big].$$
 #
@@ -777,7 +777,8 @@ print("3.4 right")
 #
 # $$\nabla \log p(y \mid x_t) = \nabla \log p(x_t \mid y) - \nabla \log p(x_t)$$
 #
-# So $v_g$ belongs to the score of $\;p(x_t)\;p(y \mid x_t)^g$. With $g = 3$ the classifier has three votes.
+# The score of a text, minus that of no text, is the gradient of a hidden classifier $p(y\mid x_t)$. So $v_g$
+# belongs to the score of $\;p(x_t)\;p(y \mid x_t)^g$. With $g = 3$ the classifier has three votes.
 
 # %% tags=["exercise"]
 def classifier_gradient(v_null, v_text, t):
@@ -960,10 +961,11 @@ show([p for g in guidances for p in to_pictures(pictures[g][first])], [in_lines(
      [f"g = {g}" for g in guidances], columns=4, side=1.3)
 
 # %% [markdown]
-# At $g=0$ the text is ignored. (The objects themselves differ then, so diversity is left out.) Most words need
-# no guidance to be heard. Markings fail most often at $g=1$, and come back with a larger $g$: guidance enlarges
-# a difference that is there. And diversity? Most of it is lost before any guidance: at $g=1$ the individuals
-# vary far less than real renders do. Guidance takes a little more.
+# At $g=0$ the text is ignored. (The objects themselves differ then, so diversity is left out.) Most words
+# need no guidance to be heard. Markings fail most often at $g=1$, and come back with a larger $g$: guidance
+# enlarges a difference that is there. And diversity? Most of the loss comes before any guidance, from renders
+# to
+# $g=1$.
 #
 # A good rule is **the smallest $g$ beyond which nothing more of the text is seen**. The package draws with 3.
 #
@@ -1034,8 +1036,8 @@ assert on_renders > 0.9
 # captions   one in ten becomes ""
 # t          logit-normal, shifted by 3
 # x_t        (1 - t) x_0 + t x_1                        Eq. 1
-# target     x_1 - x_0                                  Eq. 2
-# loss       mean of (v(x_t, t | text) - target)^2      Eq. 3
+# target     x_1 - x_0
+# loss       mean of (v(x_t, t | text) - target)^2      Eq. 2
 # ```
 
 # %% tags=["exercise"]
@@ -1102,7 +1104,7 @@ def new_model(seed):
 
 def flow_loss(model, x_0, x_1, t, captions):     # the text is encoded here, so the encoder is trained as well
     v = model.velocity(flow.path(x_0, x_1, t), t, model.encode_text(captions))
-    return flow.squared_error(v, flow.velocity_target(x_0, x_1))               # Eq. 3
+    return flow.squared_error(v, flow.velocity_target(x_0, x_1))               # Eq. 2
 
 def pictures_of(model, texts, g, seeds=range(16)):                          # pixels [16, 3, 32, 32]
     text, null = model.encode_text(texts), model.encode_text([""] * len(texts))
@@ -1146,7 +1148,7 @@ figure, axis = plt.subplots(figsize=(5.6, 2.6), layout="constrained")
 axis.plot(losses, color=GREY, lw=0.6)
 smooth = np.convolve(losses, np.ones(25) / 25, mode="valid")
 axis.plot(np.arange(len(smooth)) + 12, smooth, color=BLUE)
-axis.set(xlabel="step", ylabel="line: loss (Eq. 3)")
+axis.set(xlabel="step", ylabel="line: loss (Eq. 2)")
 right = axis.twinx()
 right.plot(list(shares), list(shares.values()), "o--", color=CORAL)
 right.axhline(1 / len(COLOURS), color=CORAL, ls=":")
@@ -1170,12 +1172,12 @@ show([p for x in looked.values() for p in to_pictures(x[some])], names, [f"step 
 
 # %% [markdown]
 # At step 0 the model answers $v=0$, so the noise stays noise. After 300 steps it draws the colour that
-# was asked for. The loss still falls when the words are long known.
+# was asked for.
 #
 # ### And without caption dropout?
 #
-# Train once more, the same steps from the same seed, but no caption is ever dropped. What will this model draw
-# for a text with $g=1$? With $g=3$? And for the empty text?
+# Train once more, the same steps from the same seed, but no caption is ever dropped. What will this model
+# draw for a text with $g=1$? With $g=3$? And for the empty text?
 
 # %%
 without, _, _ = train(steps, dropout=0.0)
@@ -1201,13 +1203,13 @@ assert len(set(of_empty["no dropout"])) < len(set(of_empty["dropout 10 %"]))
 
 # %% [markdown]
 # With $g=1$ both models draw the colours: the null text is not needed. But one of them never met an empty
-# text. Look at its answer: a few colours, from all noises. Guidance goes *away* from $v_\varnothing$, here away
-# from these accidental colours, and with it fewer colours come out right than with dropout. (Two trainings,
-# 16 pictures each: a hint.)
+# text. Look at its answer: a few colours, from all noises. Guidance goes *away* from $v_\varnothing$, here
+# away from these accidental colours, and with it fewer colours come out right than with dropout. (Two
+# trainings, 16 pictures each: a hint.)
 #
 # ## 6 · The model reads (optional)
 #
-# A model that draws `red` should be able to *recognise* red. By Bayes, and because the loss of Eq. 3 bounds
+# A model that draws `red` should be able to *recognise* red. By Bayes, and because the loss of Eq. 2 bounds
 # $-\log p(x_0\mid y)$ (with the right weight for each $t$): **the caption that predicts the velocity best is
 # the one that fits the picture.** Noise the picture, predict with every caption, see whose error is smallest.
 # The error depends on the noise, too. So **all captions are tried on the same noise**.
@@ -1335,13 +1337,13 @@ assert right >= 0.75 and wrong / own > 1.1 and by_noise < 0.25
 # Noise a picture, predict with every caption **on the same noise**, take the smallest error (the dot).
 
 # %% [markdown]
-# Most dots lie on the diagonal: a model that was taught to draw colours, by Eq. 3 and nothing else, reads the
+# Most dots lie on the diagonal: a model that was taught to draw colours, by Eq. 2 and nothing else, reads the
 # colours of pictures that it has never seen.
 #
 # ## What you can now say
 #
-# * A causal encoder makes of each word "the text up to here": a word can reach every token at it and after it,
-# and the pooled text, and none before it.
+# * A causal encoder makes of each word "the text up to here": a word can reach every token at it and after
+# it, and the pooled text, and none before it.
 # * The text enters the picture in two ways, token by token through the attention, and as a whole through
 # shift, scale and gate. Here the first one carries almost everything.
 # * The null text is trained, by caption dropout. It stands for the mean of all texts.
@@ -1357,11 +1359,11 @@ assert right >= 0.75 and wrong / own > 1.1 and by_noise < 0.25
 # text *can* differ; section 2 shows how far they do.
 # </details>
 #
-# **2.** A friend wants to save the second prediction, and draws with $g=1$ a model that was trained without any
-# caption dropout. Is that a bad model?
+# **2.** A friend wants to save the second prediction, and draws with $g=1$ a model that was trained without
+# any caption dropout. Is that a bad model?
 # <details><summary>Answer</summary>
 #
-# No: at $g=1$ the null text is never asked. What is lost is the possibility to guide, and all that is built on
+# No: at $g=1$ the null text is never asked. Lost are guidance, and all that is built on
 # $v_y-v_\varnothing$, PureCC's Eq. 8 included.
 # </details>
 #

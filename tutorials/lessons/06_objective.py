@@ -22,7 +22,7 @@
 #
 # | | |
 # |---|---|
-# | Needs | lesson 1 (velocity, Eq. 3), 3 (guidance), 4 (adapters, $Y^l$); projections; the chain rule |
+# | Needs | lesson 1 (velocity, Eq. 2), 3 (guidance), 4 (adapters, $Y^l$); projections; the chain rule |
 # | Optional | sections 7 and 8 |
 # | Keep open | [`purecc_min/objective.py`](../../purecc_min/objective.py), **after** you have tried |
 # | Read after | Sec. 4 of the paper (arXiv 2603.07561), with its equation numbers beside yours |
@@ -66,27 +66,13 @@ from purecc_min.train import TrainConfig, draw_batch, generator_for, optimizer_f
 from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.pipeline import to_pictures
-from tutorials.course import BLUE, CORAL, GREY, INK, YourTurn, expect, expect_close, show
+from tutorials.course import (BLUE, CORAL, GREY, INK, YourTurn,
+                              expect, expect_close, in_lines, rule_out, several, show)
 
 pipe = load_tiny()                               # the base model, frozen
 concept = load_concept(FOLDER / TUNING[0], "robot", pipe.picture_size)
 data, word = encode(pipe, concept), concept.class_word                      # pictures and texts, encoded once
 config = TrainConfig(steps=50)
-
-def in_lines(text):
-    return text.replace(" on ", "\non ").replace(" in ", "\nin ").replace(" at ", "\nat ")
-
-def several(answer, what):                       # for the checks: an answer of as many parts as `what`
-    expect(answer is not None, "it returned None: is the return missing?")
-    expect(isinstance(answer, (tuple, list)) and len(answer) == len(what),
-           f"return {len(what)} things, {', '.join(what)}; there is "
-           f"{len(answer) if isinstance(answer, (tuple, list)) else 'one ' + type(answer).__name__}.")
-    return answer
-
-def unlike(yours, mistakes):                     # for the checks: values that usual mistakes give
-    for hint, value in mistakes.items():
-        if isinstance(yours, Tensor) and yours.shape == value.shape:
-            expect(not torch.allclose(yours, value, 1e-4, 1e-6), hint)
 
 names = [in_lines(r.complete) for r in concept.references]
 show([r.picture for r in concept.references], names, columns=len(names), side=1.6)
@@ -202,10 +188,11 @@ with torch.no_grad():
     of_base = pipe.velocity(drawn.x_t, drawn.t, drawn.texts.base) - drawn.v
 yours, theirs = l_cc(turned, drawn), methods.l_cc(Thetas(None, None, turned), drawn, 1.0)[0]
 squares = error.square()
-unlike(yours, {"l_cc: a mean over all numbers of a sample, too, and no sum.": squares.sum((1, 2, 3)).mean(),
-               "l_cc: a mean over samples and numbers, and no sum.": squares.sum(),
-               "l_cc: square the difference; this is its absolute value.": error.abs().mean(),
-               "l_cc: the picture belongs to the complete text, not the base text.": of_base.square().mean()})
+rule_out(yours, {"l_cc: a mean over all numbers of a sample, too, and no sum.": squares.sum((1, 2, 3)).mean(),
+                 "l_cc: a mean over samples and numbers, and no sum.": squares.sum(),
+                 "l_cc: square the difference; this is its absolute value.": error.abs().mean(),
+                 "l_cc: the picture belongs to the complete text, not the base text.":
+                 of_base.square().mean()})
 expect_close(yours, theirs, "l_cc")
 expect(yours.requires_grad, "l_cc has the right value and no gradient: theta could not learn from it. Leave "
                             "out no_grad and detach.")
@@ -347,12 +334,14 @@ mine = several(predictions(theta_1, theta_2, batch), ("R_target", "v_original", 
 with torch.no_grad():
     of_1, of_2 = ({kind: theta(batch.x_t, batch.t, text) for kind, text in batch.texts._asdict().items()}
                   for theta in (theta_1, theta_2))
-unlike(mine[0], {"R_target: it is against the EMPTY text, not the base text.": of_1["target"] - of_1["base"],
-                 "R_target: the wrong sign; the target's velocity minus the empty text's.": -theirs.R_target,
-                 "R_target: theta_1, the extractor, knows the concept.": of_2["target"] - of_2["null"],
-                 "R_target: subtract the velocity for the empty text.": of_1["target"]})
-unlike(mine[1], {"v_original is theta_2's, the model in training.": of_1["base"],
-                 "return v_original before v_complete.": of_2["complete"]})
+rule_out(mine[0], {"R_target: it is against the EMPTY text, not the base text.":
+                   of_1["target"] - of_1["base"],
+                   "R_target: the wrong sign; the target's velocity minus the empty text's.":
+                   -theirs.R_target,
+                   "R_target: theta_1, the extractor, knows the concept.": of_2["target"] - of_2["null"],
+                   "R_target: subtract the velocity for the empty text.": of_1["target"]})
+rule_out(mine[1], {"v_original is theta_2's, the model in training.": of_1["base"],
+                   "return v_original before v_complete.": of_2["complete"]})
 expect_close(mine[0], theirs.R_target, "R_target", 1e-5)
 expect_close(mine[1], theirs.v_original, "v_original (theta_2, with the base text)", 1e-5)
 expect_close(mine[2], theirs.v_complete, "v_complete (theta_2, with the complete text)", 1e-5)
@@ -398,7 +387,7 @@ assert of_t > of_c
 # ![The noised references, and maps of where R(y_tar) and R(y_complete, y_base) are large](last)
 #
 # $R(y_{tar})$: all that "[V] robot" says and the empty text does not. $R(y_{complete}, y_{base})$: what [V]
-# adds to the sentence.
+# adds to the sentence. Bright is strong.
 
 # %% [markdown]
 # $R(y_{tar})$ is longer: against the empty text "robot" itself is news, and the base text says it already.
@@ -510,18 +499,19 @@ def lambda_star(R_complete, R_target):
 
 # %% tags=["check"]
 products = inner(R_complete, R_target)
-unlike(products, {"inner: a sum over channels and pixels, no mean.": (R_complete * R_target).mean((1, 2, 3)),
-                  "inner: one number for each sample, [B].": (R_complete * R_target).sum()})
+rule_out(products, {"inner: a sum over channels and pixels, no mean.":
+                    (R_complete * R_target).mean((1, 2, 3)),
+                    "inner: one number for each sample, [B].": (R_complete * R_target).sum()})
 expect_close(products, package.inner(R_complete, R_target), "inner", 1e-4)
 lam = lambda_star(R_complete, R_target)
 cosines = torch.cosine_similarity(R_complete.flatten(1), R_target.flatten(1))           # [B]
 theirs, lengths = package.lambda_star(R_complete, R_target), norm(R_target)
 expect(isinstance(lam, Tensor) and lam.shape == (B,), "lambda* is one number a sample: a tensor [B].")
-unlike(lam, {"this is the cosine; divide by the square of |R_target|, and not by |R_complete|.": cosines,
-             "you have divided by |R_target|; Eq. 12 divides by its square.": theirs * lengths,
-             "Eq. 12 divides by the square of |R_target|.": theirs * lengths**2,
-             "you have divided by |R_complete|^2; the line is that of R_target.":
-                 package.lambda_star(R_target, R_complete)})
+rule_out(lam, {"this is the cosine; divide by the square of |R_target|, and not by |R_complete|.": cosines,
+               "you have divided by |R_target|; Eq. 12 divides by its square.": theirs * lengths,
+               "Eq. 12 divides by the square of |R_target|.": theirs * lengths**2,
+               "you have divided by |R_complete|^2; the line is that of R_target.":
+                   package.lambda_star(R_target, R_complete)})
 grid = torch.linspace(lam.min().item() - 0.2, lam.max().item() + 0.2, 501)          # Eq. 11 by brute force
 f = torch.stack([norm(R_complete.double() - l * R_target).square() for l in grid])  # [501, B]
 brute = grid[f.argmin(dim=0)]                                                       # [B]
@@ -570,7 +560,7 @@ assert explained.mean() < 0.5
 #
 # ![The rest over l for four samples, as parabolas; dots at Eq. 12 stand at their minima](last)
 #
-# A least squares problem (Eq. 11), and a projection (Eq. 12).
+# With $R_c = R(y_{complete}, y_{base})$ and $R_t = R(y_{tar})$: least squares (Eq. 11), a projection (Eq. 12).
 
 # %% [markdown]
 # Mind the vertical axis, which does not begin at 0. The lowest point of a curve is the share of $R_c$ that
@@ -581,7 +571,7 @@ assert explained.mean() < 0.5
 #
 # If [V] added the concept alone, as strongly as it does now, $\theta_2$ would predict
 #
-# $$v_{PureCC} = v_{original}+\lambda^*R(y_{tar}) \quad\text{(Eq. 6, 13)},$$
+# $$v_{PureCC} = v_{original}+\lambda^*R(y_{tar}) \quad\text{(Eq. 6 and, with $\lambda^*$, Eq. 13)},$$
 #
 # and the loss asks for just that, in addition to $L_{CC}$:
 #
@@ -590,29 +580,22 @@ assert explained.mean() < 0.5
 #
 # **Why the authors expect a pure [V]:**
 #
-# 1. *Guidance adds velocities.* Lesson 3 steered with $g\,(v_y - v_\varnothing)$, what a text says and the
-# empty text does not. $R(y_{tar})$ is such a difference. What $\theta_1$ has learned for *every* text, such
-# as the references' light, stands in both of its predictions and cancels (Eq. 8).
+# 1. *Guidance adds velocities.* Eq. 5 adds $g\,(v_y - v_\varnothing)$, what a text says and the empty text
+# does not; the paper calls it *implicit guidance*, and Eq. 6 has its form. $R(y_{tar})$ is such a difference.
+# What $\theta_1$ has learned for *every* text, such as the references' light, stands in both of its
+# predictions and cancels (Eq. 8).
 # 2. *The scene comes from the sentence without [V].* $v_{original}$ knows the place, the size and the desert,
 # and nothing of [V] (Eq. 9).
 # 3. *So $v_{PureCC}$ is guidance*: the original's velocity, steered toward the concept and nothing else.
-# 4. *$\lambda^*$ takes the strength from $\theta_2$ itself* (Eq. 10 to 12). The loss does not argue with
-# $L_{CC}$ about how strong the concept is. It takes away what [V] says beside it: the shared desert, say.
+# 4. *$\lambda^*$ takes the strength from $\theta_2$ itself* (Eq. 10 to 12). The loss leaves it to $L_{CC}$.
+# It takes away what else [V] says: the shared desert, say.
 #
-# At $L_{PureCC} = 0$ [V] adds the concept to the sentence and nothing else. If $v_{original}$ is still what
-# the base model predicts, all else is as it was. Section 9 asks whether it is.
+# At $L_{PureCC} = 0$ [V] adds the concept to the sentence and nothing else. *If* $v_{original}$ is still the
+# base model's, all else is as it was. Section 9 asks.
 #
 # ### Exercise 6.4 ★ · The whole objective
 #
 # Detach $\lambda^*$, as the package does, and nothing else. Compute `v_complete` once, for both losses.
-
-# %% [markdown] tags=["slide"]
-# ## Why the authors expect a pure [V]
-#
-# 1. Guidance adds velocities: $R(y_{tar})$ is the concept, and what every text has cancels.
-# 2. The scene comes from $v_{original}$, the sentence without [V].
-# 3. $v_{PureCC}$ is guidance: the original's velocity, steered toward the concept.
-# 4. $\lambda^*$ takes the strength from $\theta_2$: only what [V] says beside the concept is taken away.
 
 # %% [markdown] tags=["slide"]
 # ## The objective
@@ -622,6 +605,18 @@ assert explained.mean() < 0.5
 # $$L_{PureCC} = \mathbb E\,\lVert v_{PureCC} - v_{complete} \rVert^2$$
 #
 # $$L = L_{CC} + \eta\, L_{PureCC}$$
+# ???
+# Eq. 6 has the form of guidance, Eq. 5: there, the empty text's velocity plus g times what a text adds; here,
+# v_original plus lambda* times what the concept adds. The loss asks that v_complete be just that, in addition
+# to L_CC. The next slide says why the authors expect purity from it; the end of the lesson, what it misses.
+
+# %% [markdown] tags=["slide"]
+# ## Why the authors expect a pure [V]
+#
+# 1. Guidance adds velocities: $R(y_{tar})$ is the concept, and what every text has cancels.
+# 2. The scene comes from $v_{original}$, the sentence without [V].
+# 3. $v_{PureCC}$ is guidance: the original's velocity, steered toward the concept.
+# 4. $\lambda^*$ takes the strength from $\theta_2$: only what [V] says beside the concept is taken away.
 
 # %% tags=["exercise"]
 def v_purecc(v_original, lam, R_target):
@@ -720,11 +715,11 @@ def objective(theta_1, theta_2, batch, eta):
 
 # %% tags=["check"]
 eq_13 = v_original + flow.expand(lam, R_target) * R_target
-unlike(v_purecc(v_original, lam, R_target),
-       {"v_purecc: all of v_original, and lambda* R_target on top: add, do not mix.":
-            (1 - flow.expand(lam, R_target)) * v_original + flow.expand(lam, R_target) * R_target,
-        "v_purecc: add lambda* R_target, with a plus.": 2 * v_original - eq_13,
-        "v_purecc: v_original is missing.": eq_13 - v_original})
+rule_out(v_purecc(v_original, lam, R_target),
+         {"v_purecc: all of v_original, and lambda* R_target on top: add, do not mix.":
+              (1 - flow.expand(lam, R_target)) * v_original + flow.expand(lam, R_target) * R_target,
+          "v_purecc: add lambda* R_target, with a plus.": 2 * v_original - eq_13,
+          "v_purecc: v_original is missing.": eq_13 - v_original})
 expect_close(v_purecc(v_original, lam, R_target), eq_13, "v_purecc")
 loss, terms = package.pcc_loss(theta_1, theta_2, batch, eta=0.7)
 passed = []                                      # a row for each forward pass of the MMDiT
@@ -734,13 +729,13 @@ try:
 finally:
     counter.remove()
 with torch.no_grad():
-    unlike(mine[0], {"L: eta belongs to L_PureCC, not to L_CC.": 0.7 * terms.loss_cc + terms.loss_purecc,
-                     "L: L_PureCC has the weight eta.": terms.loss_cc + terms.loss_purecc})
-    unlike(mine[2], {"L_PureCC is between v_PureCC and v_complete; the data's velocity is for L_CC.":
-                         (terms.v_purecc - batch.v).square().mean(),
-                     "L_PureCC: a mean, not a sum.": terms.loss_purecc * terms.v_purecc.numel(),
-                     "L_PureCC: R_target without lambda* is Eq. 13 with lambda = 1.":
-                         (terms.v_original + terms.R_target - terms.v_complete).square().mean()})
+    rule_out(mine[0], {"L: eta belongs to L_PureCC, not to L_CC.": 0.7 * terms.loss_cc + terms.loss_purecc,
+                       "L: L_PureCC has the weight eta.": terms.loss_cc + terms.loss_purecc})
+    rule_out(mine[2], {"L_PureCC is between v_PureCC and v_complete; the data's velocity is for L_CC.":
+                           (terms.v_purecc - batch.v).square().mean(),
+                       "L_PureCC: a mean, not a sum.": terms.loss_purecc * terms.v_purecc.numel(),
+                       "L_PureCC: R_target without lambda* is Eq. 13 with lambda = 1.":
+                           (terms.v_original + terms.R_target - terms.v_complete).square().mean()})
 expect_close(mine[3], terms.lam, "lambda*", 1e-5)
 expect(not mine[3].requires_grad, "detach lambda*.")
 expect_close(mine[1], terms.loss_cc, "L_CC", 1e-5)
@@ -823,11 +818,11 @@ eq_14 = (flow.expand(package.lambda_star(*double), R_target) * double[1] - doubl
 yours, square_c = rejection_loss(*double), norm(double[0]).square()
 cosine = torch.cosine_similarity(double[0].flatten(1), double[1].flatten(1))
 pixels = R_complete[0].numel()
-unlike(yours, {"divide by the numbers of a sample, too: Eq. 14 is a mean over all of them.": eq_14 * pixels,
-               "sin^2 = 1 - cos^2: the square of the cosine.": (square_c * (1 - cosine)).mean() / pixels,
-               "this is the projection; the rejection has sin^2.": (square_c * cosine**2).mean() / pixels,
-               "|R_c| is a square as well.": (square_c.sqrt() * (1 - cosine**2)).mean() / pixels,
-               "a mean over samples, not a sum.": eq_14 * B})
+rule_out(yours, {"divide by the numbers of a sample, too: Eq. 14 is a mean over all of them.": eq_14 * pixels,
+                 "sin^2 = 1 - cos^2: the square of the cosine.": (square_c * (1 - cosine)).mean() / pixels,
+                 "this is the projection; the rejection has sin^2.": (square_c * cosine**2).mean() / pixels,
+                 "|R_c| is a square as well.": (square_c.sqrt() * (1 - cosine**2)).mean() / pixels,
+                 "a mean over samples, not a sum.": eq_14 * B})
 expect_close(yours / eq_14, torch.ones((), dtype=torch.float64), "your loss, over Eq. 14,", 1e-12)
 single, in_step = rejection_loss(R_complete, R_target), objective(theta_1, theta_2, batch, 1.0)[2].detach()
 expect_close(single / in_step, torch.ones(()), "the same in fp32", 1e-4)
@@ -855,7 +850,7 @@ for axis, factor, title in zip(axes, (0, 1, 2), ("$l = 0$: pushes back", r"$l = 
     if factor:
         axis.quiver(0, 0, factor * along, 0, color=BLUE, width=0.018, **arrow)
     if factor == 1:
-        axis.text(along, across * 0.5, "  rejection", color=CORAL)
+        axis.text(along + 0.06 * edge, across * 0.5, "rejection", color=CORAL)
     axis.text(factor * along, -0.09 * across, "$l\\,R_t$", ha="center", va="top", color=BLUE)
     axis.set(title=title, xlim=(-0.35 * edge, 1.05 * edge), ylim=(-0.3 * across, 1.12 * across),
              aspect="equal", xticks=[], yticks=[])
@@ -1005,8 +1000,8 @@ plt.show()
 #
 # ![Curves for constant lambda, and below them, touching, the curve for lambda star](last)
 #
-# $\lambda^*$ is where the loss is lowest in $\lambda$, so the gradient through it is multiplied with zero:
-# the envelope theorem.
+# The loss $F$ along one direction $w$ of $v_{complete}$. $\lambda^*$ is where $F$ is lowest in $\lambda$, so
+# the gradient through it is multiplied with zero: the envelope theorem.
 
 # %% [markdown]
 # Read your four lines. The gradient in $v_{complete}$ is the rejection: nothing along $R_t$, as section 5
@@ -1290,8 +1285,8 @@ assert late[8.0, "loss_cc"] > late[0.0, "loss_cc"]
 asked = ["a small [V] robot on the left in the snow", "a big [V] robot in the middle at night",
          "a big [V] robot on the right on the beach", "a big robot on the left in the snow"]
 rows = [to_pictures(draw(pipe, theta, asked, word, steps=12)) for theta in (None, *runs.values())]
-show([picture for row in (*rows, own) for picture in row], [in_lines(text) for text in asked],
-     ["base model", *(rf"$\eta$ = {eta:g}" for eta in etas), "the references"], columns=4, side=1.4)
+show([picture for row in rows for picture in row], [in_lines(text) for text in asked],
+     ["base model", *(rf"$\eta$ = {eta:g}" for eta in etas)], columns=4, side=1.4)
 plain = [(row[3].astype(float) - rows[0][3]) / 255 for row in rows[1:]]     # nobody asked for [V] here
 print("without [V], a pixel changes by " + ", ".join(f"{np.abs(change).mean():.3f}" for change in plain))
 assert min(np.abs(change).mean() for change in plain) > 0.01
@@ -1304,13 +1299,13 @@ assert min(np.abs(change).mean() for change in plain) > 0.01
 # Look at the last column: nobody asked for [V] there.
 
 # %% [markdown]
-# The objective does what it asks for: $L_{PureCC}$ falls with $\eta$. At $\eta = 1$ it is a small part of the
-# loss, a gentle correction of a LoRA; at $\eta = 8$ $L_{CC}$ pays for it. The adapters that make the
-# rejection small make all of $R_c$ small (R_complete).
+# $L_{PureCC}$ falls with $\eta$, as it should. At $\eta = 1$ it is a small part of the loss, a gentle
+# correction of a LoRA; at $\eta = 8$ it is bought with a larger $L_{CC}$. Adapters that make
+# the rejection small make all of $R_c$ small (`R_complete` in the table).
 #
-# The table's last column holds the most important fact of this lesson, the *if* of section 4. For every $\eta$,
-# $v_{original}$ has moved away from the untouched model *further* than [V] makes a difference. The adapters
-# act on every text, and what they do to both predictions alike cancels in $R_c$. The last column of pictures
+# The table's last column holds the most important fact of this lesson, the *if* of section 4. For every
+# $\eta$, $v_{original}$ has moved *further* from the untouched model than [V] makes a difference. Adapters act
+# on every text, and what they do to both predictions alike cancels in $R_c$. The last column of pictures
 # shows it, where nobody asked for [V]. $L_{PureCC}$ keeps the *difference* pure; nothing in Eq. 15 holds
 # $v_{original}$ where it was. (One seed, fifty steps; the
 # [benchmark](../../purecc_min/benchmark/README.md) measures it.)
@@ -1319,8 +1314,8 @@ assert min(np.abs(change).mean() for change in plain) > 0.01
 #
 # `python -m purecc_min.algorithm` is all of it, to be read from top to bottom: it opens the references,
 # trains $\theta_1$ (lines 1 to 7 of the paper's Algorithm 1), freezes it, trains $\theta_2$ (lines 8 to 18),
-# draws and saves. Below: its second stage, read from the file, and a run of ten steps a stage. (The default,
-# 200, shows more.)
+# draws and saves. Below: its second stage, read from the file, and a run of ten steps a stage. (The default
+# is 200.)
 
 # %%
 lines = (Path(package.__file__).parent / "algorithm.py").read_text(encoding="utf-8").splitlines()
@@ -1353,8 +1348,8 @@ assert torch.allclose(lam, terms.lam, 1e-4) and with_one > terms.loss_purecc
 # %% [markdown]
 # The paper does not say whether $\lambda^*$ is one number for a sample or for the batch. Try the latter in
 # the script: import `lambda_star`, and give `pcc_loss` a rule as its last argument,
-# `lambda R_c, R_t: lambda_star(R_c, R_t).mean().expand(len(R_t))`. $L_{PureCC}$ becomes larger, as above, for
-# each sample's own $\lambda^*$ makes it smallest. Do the pictures change?
+# `lambda R_c, R_t: lambda_star(R_c, R_t).mean().expand(len(R_t))`. $L_{PureCC}$ becomes larger, as above: a
+# sample's own $\lambda^*$ makes it smallest. Do the pictures change?
 #
 # **In the package:** `pcc_loss`, `inner` and `lambda_star` in `purecc_min/objective.py`, `base_text` in
 # `concept.py`, `l_cc` and, as "rejection", your `rejection_loss` in `methods.py`; a constant $l$ and a

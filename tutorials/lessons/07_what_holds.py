@@ -16,7 +16,7 @@
 # **Where $v_{original}$ goes, which loss takes it there, and three ways to hold it**
 #
 # Lesson 6 ended with a warning: $L_{PureCC}$ compares $\theta_2$ with itself, so what the adapters do to both
-# texts alike it cannot see. You measure how much that is, and find what does it. Then you write three cures
+# texts alike it cannot see. You measure how much that is, and what does it. Then you write three cures
 # and compare them at equal fidelity. **Then you can say** why no $\eta$ holds $v_{original}$, what $\eta$
 # does where it is held, why bound adapters cost texts without [V] exactly nothing, and what to use.
 #
@@ -69,7 +69,8 @@ from tinyflow import flow
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import to_pictures
-from tutorials.course import BLUE, CORAL, INK, YourTurn, expect, expect_close, show
+from tutorials.course import (BLUE, CORAL, INK, YourTurn,
+                              expect, expect_close, in_lines, rule_out, several, show)
 from tutorials.experiments.mechanism import gradient, look_inside
 
 pipe = load_tiny()                               # the base model, frozen
@@ -97,23 +98,6 @@ def fresh(kind=Branch, where="everywhere"):      # how every run of stage 2 begi
 theta_2, start = fresh(), fresh()                # start stays untrained
 snapshots = {"PureCC": train(methods.paper, theta_1, theta_2)}
 
-def in_lines(text):
-    for word in (" on ", " in ", " at ", " and "):
-        text = text.replace(word, "\n" + word[1:])
-    return text
-
-def several(answer, what):                       # for the checks: an answer of as many parts as `what`
-    expect(answer is not None, "it returned None: is the return missing?")
-    expect(isinstance(answer, (tuple, list)) and len(answer) == len(what),
-           f"return {len(what)} things, {', '.join(what)}; there is "
-           f"{len(answer) if isinstance(answer, (tuple, list)) else 'one ' + type(answer).__name__}.")
-    return answer
-
-def unlike(yours, mistakes):                     # for the checks: values that usual mistakes give
-    for hint, value in mistakes.items():
-        if isinstance(yours, Tensor) and yours.shape == value.shape:
-            expect(not torch.allclose(yours, value, 1e-4, 1e-5), hint)
-
 with_V = ["a small [V] robot on the left in the snow", "a big [V] robot in the middle at night",
           "a big [V] robot on the right on the beach"]
 without_V = ["a big robot on the left in the snow", "a big red cat in the middle on the beach",
@@ -123,11 +107,12 @@ def pictures(theta, theta_null=None):            # -> of three texts with [V], a
     return torch.cat([draw(pipe, theta, texts, word, steps=12, theta_null=theta_null)
                       for texts in (with_V, without_V)])
 
-def show_all(rows):                              # name -> pictures; the references stand below
-    show([p for x in rows.values() for p in to_pictures(x)] + [r.picture for r in concept.references],
-         [in_lines(text) for text in with_V + without_V], [*rows, "the references"], side=1.4)
+def show_all(rows):                              # name -> pictures
+    show([p for x in rows.values() for p in to_pictures(x)], [in_lines(text) for text in with_V + without_V],
+         list(rows), side=1.4)
 
 drawn = {"base model": pictures(None), "PureCC": pictures(theta_2)}
+show([r.picture for r in concept.references], left=["[V]"], columns=4, side=1.2)
 show_all(drawn)
 
 judge = Judge(Reader.shipped(), CONCEPTS[TUNING[0]], np.stack([r.picture for r in concept.references]))
@@ -147,9 +132,8 @@ assert gone["PureCC"] > gone["base model"] + 0.15
 # After stage 2 of PureCC, with $\eta = 1$.
 
 # %% [markdown]
-# These are the extractor and the stage 2 of lesson 6, at twice the learning rate, so that more is learned.
-# The three columns on the left ask for [V], the three on the right do not. The plain robot has turned into
-# *the* robot.
+# These are lesson 6's two stages, at twice the learning rate. The three columns on the left ask for [V], the
+# others do not. The plain robot has turned into *the* robot.
 #
 # ## 1 · How far has $v_{original}$ moved?
 #
@@ -221,8 +205,8 @@ def drift(theta_0, theta, batch):                # a share for each sample, and 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `theta_0` is called once, with the base text; `theta` twice. An untrained theta has not moved: keep the
-# cosine from 0 / 0 with `.clamp(min=1e-12)`.
+# `theta_0` is called once, with the base text; `theta` twice. Keep the cosine of an untrained theta
+# from 0 / 0 with `.clamp(min=1e-12)`.
 # </details>
 
 # %% tags=["check"]
@@ -237,15 +221,15 @@ with torch.no_grad():
         (theta_0, batch.texts.base), (theta_2, batch.texts.base), (theta_2, batch.texts.complete)))
 moved, whole = (v_o - v_0).norm() / v_0.norm(), (v_c - v_0).norm() / v_0.norm()
 each = [(v - v_0).flatten(1).norm(dim=1) / v_0.flatten(1).norm(dim=1) for v in (v_o, v_c)]
-unlike(mine[0], {"the drift: one long vector, not a share for each sample.": each[0].mean(),
-                 "the drift: measure from theta_0's prediction.": (v_o - v_0).norm() / v_o.norm(),
-                 "the drift: a share of |v_0|, so divide.": (v_o - v_0).norm(),
-                 "the drift: lengths, not their squares.": moved**2})
+rule_out(mine[0], {"the drift: one long vector, not a share for each sample.": each[0].mean(),
+                   "the drift: measure from theta_0's prediction.": (v_o - v_0).norm() / v_o.norm(),
+                   "the drift: a share of |v_0|, so divide.": (v_o - v_0).norm(),
+                   "the drift: lengths, not their squares.": moved**2})
 R_c = (v_c - v_o).norm()
-unlike(mine[1], {"v_complete: measure from theta_0's prediction for the base text.": R_c / v_o.norm(),
-                 "v_complete: this is R_complete; measure from theta_0.": R_c / v_0.norm()})
-unlike(mine[2], {"the cosine is of the two moves, not of the predictions.":
-                     torch.cosine_similarity(v_o.flatten(), v_c.flatten(), dim=0)})
+rule_out(mine[1], {"v_complete: measure from theta_0's prediction for the base text.": R_c / v_o.norm(),
+                   "v_complete: this is R_complete; measure from theta_0.": R_c / v_0.norm()})
+rule_out(mine[2], {"the cosine is of the two moves, not of the predictions.":
+                       torch.cosine_similarity(v_o.flatten(), v_c.flatten(), dim=0)})
 expect_close(mine[0], moved, "the drift (from theta_0's prediction, by its length)")
 expect_close(mine[0] / mine[1], torch.tensor(inside["base moves"]), "drift over the move of v_complete", 1e-3)
 expect_close(mine[2], torch.tensor(inside["same way"]), "the cosine (of the two moves)", 1e-3)
@@ -274,7 +258,8 @@ assert before[0] == 0 and mine[0] > 0.6 * mine[1] and mine[2] > 0.8 and 0 < befo
 #
 # $$(v_{complete} + \delta) - (v_{original} + \delta) = v_{complete} - v_{original}$$
 #
-# Move both predictions by the same $\delta$: $R_c$, $\lambda^*$ and $L_{PureCC}$ do not change. $L_{CC}$
+# Move both predictions by the same $\delta$: $R_c = R(y_{complete}, y_{base})$, $\lambda^*$ and $L_{PureCC}$ do
+# not change. $L_{CC}$
 # falls.
 
 # %% [markdown]
@@ -339,9 +324,9 @@ mine = several(two_gradients(theta_1, theta_2, batch), ("g_CC", "g_PureCC"))
 theirs = [gradient(loss, theta_2)[0] for loss in (terms.loss_cc, terms.loss_purecc)]
 left = any(p.grad is not None for p in theta_2.parameters())
 theta_2.zero_grad()
-unlike(mine[0], {"return g_CC first, then g_PureCC.": theirs[1]})
-unlike(mine[1], {"g_PureCC: two calls of backward add up in .grad." if left else
-                 "g_PureCC: of L_PureCC alone; this is the gradient of the sum.": sum(theirs)})
+rule_out(mine[0], {"return g_CC first, then g_PureCC.": theirs[1]})
+rule_out(mine[1], {"g_PureCC: two calls of backward add up in .grad." if left else
+                   "g_PureCC: of L_PureCC alone; this is the gradient of the sum.": sum(theirs)})
 expect_close(mine[0], theirs[0], "g_CC", 1e-5)
 expect_close(mine[1], theirs[1], "g_PureCC (of L_PureCC alone)", 1e-5)
 expect(not left, "you have left something in .grad.")
@@ -435,6 +420,7 @@ def predict_with(theta):                         # -> v_original and v_complete,
 h = 1e-2
 d, w = -g_cc / g_cc.norm(), parameters_to_vector(theta_2.parameters()).detach().clone()
 Jd = answer(theta_2, d, predict_with(theta_2), h)
+Jd = Jd.detach() if isinstance(Jd, Tensor) else Jd
 same = torch.equal(parameters_to_vector(theta_2.parameters()), w)
 vector_to_parameters(w, theta_2.parameters())
 expect(same, "theta_2's parameters are not exactly what they were.")
@@ -450,8 +436,8 @@ expect_close(there / back, torch.ones(()), "<Jd, u> / <d, J^T u>", 0.02)
 print(f"7.3 right: <Jd, u> = {there:.4f} by two forward passes, <d, J^T u> = {back:.4f} by a backward pass")
 
 # %% [markdown]
-# Now ask. How far do $v_{original}$, $v_{complete}$ and $R_c$ go along each of the two, for each unit of step
-# size? And does $v_{original}$ go where the whole training has taken it?
+# Now ask. How far do $v_{original}$, $v_{complete}$ and $R_c$ go along each of the two, per unit of step? And
+# does $v_{original}$ go where the whole training has taken it?
 
 # %%
 def answers(theta):                              # name of a gradient -> the answers of v_original, v_complete
@@ -500,10 +486,10 @@ plt.show()
 
 # %% [markdown]
 # * **One step moves both predictions nearly alike.** $L_{CC}$ never sees the base text. But adapters that act
-# on every token cannot change the picture of "a [V] robot" and leave that of "a robot".
+# on every token change the picture of "a robot" with that of "a [V] robot", if nothing asks them not to.
 # * **At the beginning $-g_{CC}$ leads $v_{original}$ partly to where it ends** (last column). At the end this
-# one batch's gradient points partly *back*: the way is the sum of all steps, not the last one. Section 6 shows
-# that $L_{CC}$ is enough: a LoRA without $L_{PureCC}$ drifts as far.
+# one batch's gradient points partly *back*: the way is the sum of all steps, not the last one. Section 6
+# shows that $L_{CC}$ is enough: a LoRA without $L_{PureCC}$ drifts as far.
 # * **$-g_{PureCC}$ moves $v_{original}$ too.** Only the small part in the column R_complete does what its
 # loss asks for.
 # * **So no $\eta$ helps.** No term of Eq. 15 knows where $v_{original}$ *was*. Something has to say so: a
@@ -557,10 +543,10 @@ def anchor(theta_0, theta, batch):               # a sum over the numbers of a s
 
 # %% tags=["check"]
 theirs, mine = methods.anchor_loss(Thetas(theta_0, None, theta_2), batch), anchor(theta_0, theta_2, batch)
-unlike(mine, {"L_anchor holds the base text, in both networks, and no [V].": (v_c - v_0).square().mean(),
-              "L_anchor: theta keeps its base text; this is R_complete.": (v_c - v_o).square().mean(),
-              "L_anchor: a mean over all numbers, not a sum.": (v_o - v_0).square().sum((1, 2, 3)).mean(),
-              "L_anchor: square the difference.": (v_o - v_0).abs().mean()})
+rule_out(mine, {"L_anchor holds the base text, in both networks, and no [V].": (v_c - v_0).square().mean(),
+                "L_anchor: theta keeps its base text; this is R_complete.": (v_c - v_o).square().mean(),
+                "L_anchor: a mean over all numbers, not a sum.": (v_o - v_0).square().sum((1, 2, 3)).mean(),
+                "L_anchor: square the difference.": (v_o - v_0).abs().mean()})
 expect_close(mine, theirs, "L_anchor (the base text, in both networks)", 1e-6)
 expect(mine.requires_grad, "the value is right, but there is no gradient: theta has to feel it.")
 g_anchor = gradient(mine, theta_2)[0]
@@ -639,13 +625,14 @@ x_t, t = batch.x_t[:4], batch.t[:4]
 with torch.no_grad():
     theirs, mine = (switch(theta_2, theta_0)(x_t, t, mixed) for switch in (only_with_token, switched_off))
     base, of_theta = theta_0(x_t, t, mixed), theta_2(x_t, t, mixed)
-unlike(mine, {"it is the other way round: theta is for the rows with [V].": base + of_theta - theirs,
-              "theta answers all rows. Decide row by row: rows 0 and 2 of this batch have no [V].": of_theta,
-              "the base model answers all rows; [V] may stand anywhere in a text.": base})
-expect(isinstance(mine, Tensor) and torch.equal(mine[[0, 2]], base[[0, 2]]),
+rule_out(mine, {"it is the other way round: theta is for the rows with [V].": base + of_theta - theirs,
+                "theta answers all rows. Decide row by row: rows 0 and 2 of this batch have no [V].":
+                of_theta,
+                "the base model answers all rows; [V] may stand anywhere in a text.": base})
+expect(isinstance(mine, Tensor) and torch.allclose(mine[[0, 2]], base[[0, 2]], atol=1e-3),
        "rows 0 and 2 of this batch have no [V]: they should be the base model's. Decide row by row.")
 expect_close(mine, theirs, "the velocity (every row with [V] is theta's, wherever [V] stands)")
-print("7.5 right: the rows without [V] are the base model's, bit for bit")
+print("7.5 right: the rows without [V] are the base model's")
 
 # %% [markdown]
 # The leak is gone, for any LoRA, after the training. But see what has changed in guidance,
@@ -915,9 +902,9 @@ for where in ("token", "phrase"):                # at [V] alone with Y, and at i
         left = any(layer._forward_hooks for layer in layers_k_v)
         expect(not left, "a hook is left behind after the block.")
         of_base, theirs = yours(*here[:2], batch.texts.base), ours(*here)
-        unlike(mine, {"adapters on both to_k and to_v.": no_keys(*here)})
+        rule_out(mine, {"adapters on both to_k and to_v.": no_keys(*here)})
         if where == "token":
-            unlike(mine, {"Y is not there: it takes its places in c.": no_Y(*here)})
+            rule_out(mine, {"Y is not there: it takes its places in c.": no_Y(*here)})
     expect(torch.equal(of_base, base), "a text without [V] has changed. Multiply the change, and nothing "
                                        "else, with the mask.")
     expect_close(mine, theirs, f"v with adapters that are bound to the {where}", 1e-3)
@@ -1069,8 +1056,9 @@ for name in ("neighbour leak", "outside change"):
 
 # %% [markdown]
 # Nothing reaches $v_{original}$ now, and $R_c$ is all that $L_{PureCC}$ can move: a step along $-g_{PureCC}$
-# shortens it. In the benchmark **$\eta$ is a brake**: with more $\eta$ less changes outside the object, and
-# less is learned. At equal fidelity (next section) no gain is seen.
+# shortens it. (About $-g_{CC}$: one batch's step is not the way, see section 2.) In the
+# benchmark **$\eta$ is a brake**: with more $\eta$ less changes outside the object, and less is learned.
+# At equal fidelity (next section) no gain is seen.
 #
 # ## 7 · At equal fidelity
 #
@@ -1199,14 +1187,15 @@ assert abs(at_level["PureCC"] - at_level["LoRA"]) < 0.3 * at_level["LoRA"]
 # Read all runs on the vertical line: the highest fidelity that all of them reach.
 
 # %% [markdown]
-# On the vertical line everybody has learned the same. PureCC and the LoRA pay about alike, the anchored run
-# less, and the bound runs nothing. (One concept, one seed, four pictures a point.)
+# On the vertical line PureCC and the LoRA pay about alike, the anchored run
+# less, and the bound runs nothing.
 #
 # ## 8 · What to use
 #
 # The benchmark's table, on four individuals that nobody chose, with five seeds: what was learned (0 the base
 # model, 1 a perfect method), what the class word without [V] takes on of [V]'s traits, what a plain thing
-# beside [V] takes on, and a picture's passes forward and backward.
+# next to [V] takes on, what changes outside (lesson 5), and passes forward + backward, preparations included.
+# `paper, v_0` is PureCC with $v_{original}$ from the base model.
 
 # %%
 ours = tables.grouped([row for row in main if row["concept"] in INDIVIDUALS])
@@ -1228,9 +1217,9 @@ assert learned["switched-off"] > learned["bound"] and 0 < class_leak["anchor"] <
 
 # %% [markdown]
 # **Bind to the phrase.** It learns about as much as a LoRA, a text without [V] cannot change, and the thing
-# beside [V] stays what it is. `learn --method bound` is one pass forward and one back. `bound-pairs`, which is
-# `learn`'s default on the tiny model, also asks for Eq. 13 in space (lesson 9): it learns more, and costs
-# more passes.
+# beside [V] stays what it is. `learn --method bound` is one pass forward and one back. `bound-pairs`,
+# `learn`'s default on the tiny model, also asks for Eq. 13 in space (lesson 9): it learns more, for more
+# passes.
 #
 # **When not:**
 #

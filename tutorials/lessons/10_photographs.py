@@ -215,7 +215,8 @@ show(some, ["a reference", "a crop", "a crop"] * 2)
 
 # %% [markdown]
 # `learn` reads your own photographs in the same way, with a text in a `.txt` file beside each. Seven random
-# crops of every photograph are made, half of them mirrored: so a model cannot learn one frame by heart.
+# crops of every photograph are made, each mirrored with probability one half: so a model cannot learn one
+# frame by heart.
 #
 # ## 2 · Three encoders read every text
 #

@@ -37,7 +37,7 @@ from tinyflow.picturebook import world
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.picturebook.render import render
 from tinyflow.pipeline import to_pictures
-from tutorials.course import BLUE, CORAL, INK, show
+from tutorials.course import BLUE, CORAL, INK, in_lines, show
 
 pipe, WORDS = load_tiny(), {"[V]": "robot"}
 LEARNED = Path(purecc_min.__file__).parent / "measure" / "learned"
@@ -49,17 +49,12 @@ references = [one.picture.squeeze() for one in concept.references]
 def pixels(texts, theta=None):
     return draw_texts(pipe, texts, WORDS, theta=theta, theta_null=pipe.velocity)
 
-def in_lines(text):
-    for word in (" and", " on", " in", " at"):
-        text = text.replace(word + " ", f"\n{word[1:]} ")
-    return text
-
 show(references, columns=4, side=1.7)
 
 # %% [markdown] tags=["slide", "no-references"]
 # # One new thing, and nothing else
 #
-# ![Four pictures of the same robot with blue and white checks, always in the desert](last)
+# ![Four pictures of the same robot with blue checks on orange, always in the desert](last)
 #
 # Concept customization, from the first line of code to the evidence: the course's deck 0.
 # ???
@@ -136,7 +131,8 @@ assert same == [False, True, False, True]
 #
 # ![Two rows. Above, the base model; below, the same pictures, in which only the robots named [V] have changed](last)
 #
-# With [V], the robot changes and the scene stays. Without [V], every picture is the old one, bit for bit.
+# With [V], the robot changes and the place stays; only the green light of the third picture goes.
+# Without [V], every picture is the old one, bit for bit.
 # ???
 # The lower row was drawn by the method that this course ends with in lesson 9: adapters that act only at the
 # words which speak of [V], trained with pairs of things. It is no wish any more, in this small world. What
@@ -249,13 +245,13 @@ assert max(found[name][1] for name in ("bound", "bound-pairs")) < .1 < .5 < foun
 # ![Each method as a point: how well [V] is learned, and how much a plain thing next to it becomes [V]. The two bound methods
 # lie at the bottom, all others above the middle](last)
 #
-# Four concepts that nobody chose, five seeds. In this small world the paper's loss equals a plain LoRA;
-# *where* adapters act decides what is damaged.
+# Four concepts that nobody chose, five seeds. In this small world the paper's loss hardly differs from a
+# plain LoRA; *where* adapters act decides what is damaged.
 # ???
 # A negative result stands at the centre of this course, and a positive one next to it. The paper's loss,
-# written exactly as in the paper, changes nothing that we can measure here; lesson 7 finds out why, with one
-# line of algebra. Adapters that act only at [V]'s phrase repair what the loss cannot. Nobody here has
-# measured whether both hold for SD3.5.
+# written exactly as in the paper, differs from a plain LoRA by .06 at most here, in every measure; lesson 7
+# finds out why, with one line of algebra. Adapters that act only at [V]'s phrase repair what the loss cannot.
+# Nobody here has measured whether both hold for SD3.5.
 
 # %% [markdown] tags=["slide", "no-references"]
 # ## The way
