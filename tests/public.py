@@ -17,7 +17,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -48,23 +48,32 @@ def write_clip_tokenizer(folder: Path) -> None:
 
 
 def write_t5_tokenizer(folder: Path) -> None:
-    """tokenizer.json of a small unigram model, built as T5's is."""
-    words = ["a", "dog", "cat", "on", "the", "beach", "teddy", "bear", "s", "big", "robot"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocabulary += [("▁" + word, -3.0) for word in words]
-    vocabulary += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz.,!'[]-"]
+    """A small unigram tokenizer.json, built as T5's is. Its settings to cut and to pad must not matter."""
+    words = ["▁a", "▁the", "▁on", "▁and", "▁dog", "▁cat", "▁robot", "▁big", "▁te", "dd", "y", "▁be", "ar",
+             "▁beach", "▁photo", "graph", "ing", "s", "▁1", "▁"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'![]é⁄"
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -3.0) for word in words),
+                  *((letter, -6.0) for letter in letters)]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.normalizer = normalizers.NFKC()    # changes how many characters there are
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=7)
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
-    """Random weights: no gate, norm or bias is left at zero or one."""
+    """Random weights: no gate, norm or bias is left at zero or one. The meta device has no numbers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                continue
             norm = "norm" in name and name.endswith("weight") and parameter.ndim == 1
             parameter.copy_(norm + scale * torch.randn(parameter.shape, generator=generator))
     return module.eval().requires_grad_(False)
@@ -88,17 +97,17 @@ def small_vae(channels: tuple[int, ...] = (8, 16, 16, 16), layers: int = 1, grou
     return randomise(vae, seed=2)
 
 
-def small_clip(width: int, activation: str, seed: int, heads: int = 4) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-                            num_attention_heads=heads, hidden_act=activation, projection_dim=width,
-                            eos_token_id=2)
-    return randomise(CLIPTextModelWithProjection(config), seed)
+def small_clip(width: int, activation: str, seed: int, heads: int = 4,
+               **changes) -> CLIPTextModelWithProjection:
+    settings = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, eos_token_id=2,
+                    num_attention_heads=heads, hidden_act=activation, projection_dim=width) | changes
+    return randomise(CLIPTextModelWithProjection(CLIPTextConfig(**settings)), seed)
 
 
-def small_t5(width: int = 80) -> T5EncoderModel:
-    config = T5Config(vocab_size=48, d_model=width, d_kv=8, d_ff=96, num_layers=2, num_heads=4,
-                      dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    return randomise(T5EncoderModel(config), seed=5)
+def small_t5(**changes) -> T5EncoderModel:
+    settings = dict(vocab_size=68, d_model=80, d_kv=8, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0,
+                    feed_forward_proj="gated-gelu", tie_word_embeddings=False) | changes
+    return randomise(T5EncoderModel(T5Config(**settings)), seed=5)
 
 
 def write_sd3(folder: Path) -> StableDiffusion3Pipeline:

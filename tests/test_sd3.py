@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.public import small_clip, small_t5, small_transformer, small_vae, to_single_file, write_sparse
 from tinyflow.errors import InputError
 from tinyflow.flow import noise_for
+from tinyflow.mmdit import position_features
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
 from tinyflow.sd3.load import SD35_MEDIUM, load_mmdit, load_sd3, load_vae, mmdit_config
@@ -45,8 +45,10 @@ def both_velocities(theirs: SD3Transformer2DModel, ours, rows, columns, batch, d
         return ours(x, t, context, pooled).float(), expected.float()
 
 
-def transformer_part(folder: Path, config: dict) -> Part:
-    return Part(Checkpoint.find(folder, "diffusion_pytorch_model"), "", DIFFUSERS, config)
+def part_of(folder: Path) -> Part:
+    config = folder / "config.json"
+    return Part(Checkpoint.find(folder, "diffusion_pytorch_model"), "", DIFFUSERS,
+                json.loads(config.read_text()) if config.exists() else {})
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -54,19 +56,35 @@ def transformer_part(folder: Path, config: dict) -> Part:
 def test_the_mmdit_is_diffusers_to_2e_6(tmp_path, changes, rows, columns, batch):
     theirs = small_transformer(**changes)
     theirs.save_pretrained(tmp_path)
-    part = transformer_part(tmp_path, json.loads((tmp_path / "config.json").read_text()))
-    ours = load_mmdit(part, max(rows, columns), torch.float32, "cpu")
+    ours = load_mmdit(part_of(tmp_path), max(rows, columns), torch.float32, "cpu")
     assert relative_error(*both_velocities(theirs, ours, rows, columns, batch)) < 2e-6
+    positions = theirs.pos_embed.pos_embed[0]    # a pretrained file holds them; we make those of a new model
+    grid = theirs.config.pos_embed_max_size
+    made = position_features(theirs.inner_dim, grid, base_grid=4).flatten(0, 1)
+    torch.testing.assert_close(made, positions)
 
 
 def test_the_mmdit_in_bf16_is_as_near_to_fp32_as_diffusers_is(sd3):
     """bf16 keeps 8 bits: the error is below 0.03 after three blocks, and below 1.1 of diffusers' own."""
     folder, pipeline = sd3
-    part = transformer_part(folder / "transformer", {})
+    part = part_of(folder / "transformer")
     exact, _ = both_velocities(pipeline.transformer, load_mmdit(part, 8, torch.float32, "cpu"), 8, 8, 3)
     theirs, ours = small_transformer().to(torch.bfloat16), load_mmdit(part, 8, torch.bfloat16, "cpu")
     rounded, expected = both_velocities(theirs, ours, 8, 8, 3, torch.bfloat16)
     assert relative_error(rounded, exact) < min(0.03, 1.1 * relative_error(expected, exact))
+
+
+@pytest.mark.parametrize("settings", [dict(channels=(8, 16, 16)),
+                                      dict(channels=(16, 32, 32, 32), layers=2, groups=8)])
+@pytest.mark.parametrize("batch, height, width", [(1, 40, 24), (3, 24, 56)])
+def test_the_autoencoder_is_diffusers_in_both_directions(tmp_path, settings, batch, height, width):
+    theirs = small_vae(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = load_vae(part_of(tmp_path), "cpu")
+    pictures = torch.rand(batch, 3, height, width) * 2 - 1
+    latents, mean = ours.encode(pictures), theirs.encode(pictures).latent_dist.mean
+    torch.testing.assert_close(latents, (mean - 0.0609) * 1.5305, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(latents), theirs.decode(mean).sample, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [dict(attention_head_dim=64),
@@ -150,23 +168,34 @@ def test_what_is_missing_is_named_at_once(sd3, tmp_path):
         load_sd3(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_half_a_t5_is_no_absent_t5(sd3, tmp_path):
-    """With its config and no weights, everything was learned without T5, without a word."""
-    folder = tmp_path / "sd3"
-    shutil.copytree(sd3[0], folder)
-    for file in (folder / "text_encoder_3").glob("*.safetensors*"):
-        file.unlink()
-    with pytest.raises(InputError, match="text_encoder_3: there is no model.safetensors in it; complete"):
-        load_sd3(folder, size=64)
+def without_t5s_weights(folder: Path) -> None:
+    (folder / "text_encoder_3" / "model.safetensors").unlink()
 
 
-def test_exchanged_text_encoders_are_named(sd3, tmp_path):
-    """They have the same tensors in other sizes, so that the exchanged model loaded and learned."""
-    folder = shutil.copytree(sd3[0], tmp_path / "exchanged")
+def with_exchanged_encoders(folder: Path) -> None:
     (folder / "text_encoder").rename(folder / "other")
     (folder / "text_encoder_2").rename(folder / "text_encoder")
     (folder / "other").rename(folder / "text_encoder_2")
-    with pytest.raises(InputError, match="are text_encoder/ and text_encoder_2/ exchanged"):
+
+
+def with_a_nan(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (without_t5s_weights, "text_encoder_3: there is no model.safetensors in it; complete"),
+    (with_exchanged_encoders, "are text_encoder/ and text_encoder_2/ exchanged"),
+    (with_a_nan, "proj_out.weight holds numbers that are not finite in bfloat16")])
+def test_what_could_be_loaded_and_would_be_wrong_is_named(sd3, tmp_path, spoil, message):
+    """All was learned without T5, without a word; exchanged encoders have the same tensors in other sizes, so
+    they were loaded; and a nan led to a training that advised a lower learning rate.
+    """
+    folder = shutil.copytree(sd3[0], tmp_path / "sd3")
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
         load_sd3(folder, size=64)
 
 
@@ -175,17 +204,6 @@ def test_a_size_that_makes_no_whole_patches_is_refused_at_once(sd3, size):
     """It was once a bare ValueError, after everything had been loaded."""
     with pytest.raises(InputError, match=f"^pictures of {size} px: the side must be a multiple of"):
         load_sd3(sd3[0], size=size)
-
-
-def test_weights_that_are_not_finite_are_named(sd3, tmp_path):
-    """They once led to a training that advised a lower learning rate."""
-    folder = shutil.copytree(sd3[0], tmp_path / "nan")
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["proj_out.weight"][0, 0] = torch.nan
-    save_file(tensors, file)
-    with pytest.raises(InputError, match="proj_out.weight holds numbers that are not finite in bfloat16"):
-        load_sd3(folder, size=64)
 
 
 @pytest.mark.parametrize("widths, heads", [((128, 64), (2, 1)), ((48, 64), (3, 2))])
@@ -197,7 +215,7 @@ def test_a_single_file_may_hold_the_text_encoders(sd3, tmp_path, widths, heads):
     """
     clip_l, clip_g = (small_clip(*case) for case in ((widths[0], "quick_gelu", 3, heads[0]),
                                                      (widths[1], "gelu", 4, heads[1])))
-    t5 = small_t5(width=200)
+    t5 = small_t5(d_model=200)
     encoders = {"clip_l": clip_l.state_dict(), "clip_g": clip_g.state_dict(), "t5xxl": t5.state_dict()}
     del encoders["t5xxl"]["shared.weight"]
     transformer = small_transformer(attention_head_dim=64, joint_attention_dim=200,
@@ -228,40 +246,33 @@ def test_a_single_file_may_hold_the_text_encoders(sd3, tmp_path, widths, heads):
 def full_size(tmp_path_factory):
     """Sparse files of the full size: all zeros, with every name and shape of the published configurations."""
     folder = tmp_path_factory.mktemp("full")
-    clip_l = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    clip_g = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
-    t5 = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                  feed_forward_proj="gated-gelu")
     with torch.device("meta"):
         models = {
-            "transformer": SD3Transformer2DModel(
+            "transformer": small_transformer(
                 sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64,
-                joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-                pos_embed_max_size=1, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
-            "vae": AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-                use_quant_conv=False, use_post_quant_conv=False, down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4),
-            "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**clip_l, projection_dim=768)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**clip_g, projection_dim=1280)),
-            "text_encoder_3": T5EncoderModel(t5)}
+                joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=1,
+                dual_attention_layers=tuple(range(13))),
+            "vae": small_vae((128, 256, 512, 512), layers=2, groups=32),
+            "text_encoder": small_clip(768, "quick_gelu", 0, 12, num_hidden_layers=12,
+                                       intermediate_size=3072),
+            "text_encoder_2": small_clip(1280, "gelu", 0, 20, num_hidden_layers=32,
+                                         intermediate_size=5120),
+            "text_encoder_3": small_t5(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24,
+                                       num_heads=64)}
     states = {name: dict(model.state_dict()) for name, model in models.items()}
     states["transformer"]["pos_embed.pos_embed"] = torch.empty(1, 384 * 384, 1536, device="meta")
     for name, state in states.items():
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         write_sparse(folder / name / f"{stem}.safetensors", state)
     write_sparse(folder / "single.safetensors", to_single_file(states["transformer"], states["vae"]))
-    return folder, states
+    return folder
 
 
-def test_the_full_size_manifests(full_size):
-    folder, states = full_size
-    assert [len(state) for state in states.values()] == [909, 244, 197, 517, 220]
-    single = Part(Checkpoint([folder / "single.safetensors"]), PREFIXES[0], SINGLE, {})
-    assert len(single.shapes) == 665 and len(single.checkpoint.under(PREFIXES[1])) == 244
-    diffusers = transformer_part(folder / "transformer", {})
+def test_the_published_configuration_is_read_off_the_shapes(full_size):
     published = dict(vars(SD35_MEDIUM)) | dict(max_grid=64, base_grid=64)
-    assert vars(mmdit_config(diffusers, 128)) == vars(mmdit_config(single, 128)) == published
+    single = Part(Checkpoint([full_size / "single.safetensors"]), PREFIXES[0], SINGLE, {})
+    for part in (part_of(full_size / "transformer"), single):
+        assert vars(mmdit_config(part, 128)) == published
 
 
 LOAD = """
@@ -271,50 +282,45 @@ from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
 from tinyflow.sd3.load import load_clip, load_mmdit, load_t5, load_vae
 from tinyflow.sd3.parts import Part
-folder, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+folder, what, before = Path(sys.argv[1]), sys.argv[2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 part = lambda name, stem: Part(Checkpoint.find(folder / name, stem), "", DIFFUSERS, {})
-if sys.argv[2] == "encoders":
+if what == "cast":
+    file = Checkpoint([folder / "fp32.safetensors"])
+    kept = [file.tensor(name).to(torch.bfloat16) for name in file.stored]
+elif what == "encoders":
     loaded = [load_clip(part("text_encoder", "model"), "quick_gelu"),
               load_clip(part("text_encoder_2", "model"), "gelu"), load_t5(part("text_encoder_3", "model"))]
 else:
     single = Checkpoint([folder / "single.safetensors"])
     parts = [Part(single, prefix, SINGLE, {}) for prefix in ("model.diffusion_model.", "first_stage_model.")]
-    if sys.argv[2] == "folder":
+    if what == "folder":
         parts = [part(name, "diffusion_pytorch_model") for name in ("transformer", "vae")]
     loaded = [load_mmdit(parts[0], 64, torch.bfloat16, "cpu"), load_vae(parts[1], "cpu")]
-values = sum(tensor.numel() for module in loaded for tensor in module.state_dict().values())
-print(values, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+if what != "cast":
+    kept = [tensor for module in loaded for tensor in module.state_dict().values()]
+print(sum(t.numel() for t in kept), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
+
+
+def load_in_a_process(folder: Path, what: str) -> list[int]:
+    """How many numbers were loaded, and by how many bytes the process grew."""
+    command = [sys.executable, "-c", LOAD, str(folder), what]
+    return list(map(int, subprocess.run(command, capture_output=True, text=True, timeout=300).stdout.split()))
 
 
 @pytest.mark.parametrize("what, values", [
     ("encoders", 123_650_304 + 694_659_840 + 4_762_310_656), ("folder", 2_243_171_520 + 83_819_683),
     ("single", 2_243_171_520 + 83_819_683)])
 def test_the_full_size_loads_in_mapped_memory(full_size, what, values):
-    """Every tensor of the published sizes finds its place. A bf16 file is mapped, not copied.
-
-    A tenth of the file's size is plenty for everything else.
+    """Every tensor of the published sizes finds its place. A bf16 file is mapped, not copied: a tenth of its
+    size is plenty for everything else.
     """
-    command = [sys.executable, "-c", LOAD, str(full_size[0]), what]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    loaded, grown = map(int, run.stdout.split())
+    loaded, grown = load_in_a_process(full_size, what)
     assert loaded == values and grown < 0.1 * 2 * values
-
-
-CAST = """
-import resource, sys, torch
-from pathlib import Path
-from tinyflow.sd3.checkpoint import Checkpoint
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-checkpoint = Checkpoint([Path(sys.argv[1])])
-tensors = [checkpoint.tensor(name).to(torch.bfloat16) for name in checkpoint.stored]
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-"""
 
 
 def test_a_file_that_is_cast_is_never_held_twice(tmp_path):
     """fp32 becomes bf16 one tensor at a time: the peak is about half of the file, and below 0.7 of it."""
-    file = tmp_path / "big.safetensors"
-    save_file({f"layer{n}": torch.zeros(1024, 4096) for n in range(16)}, file)
-    run = subprocess.run([sys.executable, "-c", CAST, str(file)], capture_output=True, text=True, timeout=120)
-    assert int(run.stdout) < 0.7 * file.stat().st_size
+    save_file({f"layer{n}": torch.zeros(1024, 4096) for n in range(16)}, tmp_path / "fp32.safetensors")
+    loaded, grown = load_in_a_process(tmp_path, "cast")
+    assert grown < 0.7 * 4 * loaded
