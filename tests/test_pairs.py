@@ -13,7 +13,7 @@ from purecc_min.methods import cosine, l_cc
 from purecc_min.objective import inner
 from purecc_min.pairs import half_kept, imagine, imagine_resumably, pairs, pairs_with_lambda
 from purecc_min.train import TrainConfig, draw_batch
-from tests.test_binding import make_bound
+from tests.test_branch import make_branch
 from tinyflow.errors import InputError
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reader
@@ -31,7 +31,7 @@ def scenes(pipe, robot):
 
 
 def thetas_of(pipe):
-    return Thetas(pipe.velocity, make_bound(pipe, 1, "everywhere"), make_bound(pipe, 2))
+    return Thetas(pipe.velocity, make_branch(pipe, 1), make_branch(pipe, 2, "phrase"))
 
 
 def test_a_scene_stands_there_twice_and_M_is_the_half_of_the_token(pipe, robot, scenes):

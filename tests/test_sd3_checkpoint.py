@@ -65,7 +65,7 @@ def test_tensors_come_back_as_they_were_wherever_they_begin(path):
     write_raw(path, {"byte": byte, "one": one}, b"\0" + ONE)
     with pytest.raises(InputError, match="byte is U8; this code reads bf16"):
         Checkpoint([path])
-    write_raw(path, {"position_ids": byte, "one": one}, b"\0" + ONE)     # skipped: "one" begins at an odd place
+    write_raw(path, {"position_ids": byte, "one": one}, b"\0" + ONE)     # skipped: 1 begins at an odd place
     assert Checkpoint([path]).tensor("one").item() == 1
 
 
