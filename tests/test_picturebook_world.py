@@ -89,7 +89,7 @@ def test_a_red_thing_with_white_stripes_is_no_white_thing_with_red_ones(marking)
     rng = np.random.default_rng(0)
     for name in OBJECTS:
         shares = []
-        for _ in range(20):
+        for _ in range(10):
             identity = replace(world.random_identity(rng), hue=0, tone=0)
             thing = Thing(name, "red", marking=marking, accent="blue", identity=identity)
             drawn = np.array(draw_thing(thing, (32, 32), 15.5))[..., :3]
