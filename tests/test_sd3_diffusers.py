@@ -7,13 +7,11 @@ made before: adapters at [V] alone, and Y in the word's place. Such files still 
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 
 from purecc_min.__main__ import main
@@ -102,32 +100,20 @@ def test_a_bound_concept_is_no_plain_lora(bound, tmp_path, capsys):
     assert "attach_concept" in line and not (tmp_path / "lora.safetensors").exists()
 
 
-@pytest.fixture(params=["with T5", "without T5"])
-def model(request, sd3, pipe, tmp_path):
-    """Ours, diffusers', and the folder of both: with T5, or as a user may download it, without."""
-    folder, pipeline = sd3
-    if request.param == "with T5":
-        return pipe, pipeline, folder
-    left_out = shutil.ignore_patterns("text_encoder_3", "tokenizer_3")
-    folder = shutil.copytree(folder, tmp_path / "sd3", ignore=left_out)
-    theirs = StableDiffusion3Pipeline(**pipeline.components | {"text_encoder_3": None, "tokenizer_3": None})
-    theirs.set_progress_bar_config(disable=True)
-    ours = load_sd3(folder, size=64, dtype=torch.float32)
-    make_concept(pipe, tmp_path / "t5.safetensors", "phrase")
-    with pytest.raises(InputError, match="learned with T5; load the base model in the same way"):
-        load_branch(ours, tmp_path / "t5.safetensors")
-    return ours, theirs, folder
+@pytest.fixture
+def model(sd3_in_both_forms):
+    """Ours, diffusers', and the folder of both."""
+    folder, theirs = sd3_in_both_forms
+    return load_sd3(folder, size=64, dtype=torch.float32), theirs, folder
 
 
 @pytest.mark.parametrize("where", ["everywhere", "phrase", "token"])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_diffusers_draws_our_guided_pictures_by_the_readmes_recipe(where, model, prompt, tmp_path):
+def test_diffusers_draws_our_guided_pictures_by_the_readmes_recipe(where, pipe, model, prompt, tmp_path):
     """The class word stands in [V]'s place. The empty text's rows come first, then two of the prompt."""
     ours, pipeline, folder = model
     file = tmp_path / "concept.safetensors"
-    theta = make_concept(ours, file, where)
     text = ours.encode_text([prompt] * 2, STAND_INS)
-    expected = ours.sample(text, [5, 6], steps=3, guidance=4.0, theta=theta)
     tokens = load_tokenizer(folder)(["", prompt], STAND_INS)
 
     def draw():
@@ -136,7 +122,11 @@ def test_diffusers_draws_our_guided_pictures_by_the_readmes_recipe(where, model,
                         guidance_scale=4.0, num_images_per_prompt=2, output_type="latent",
                         latents=noise_for([5, 6], (16, 8, 8))).images
 
-    plain = draw()
+    make_concept(pipe, file, where)              # with T5
+    if ours.tokenizer.t5 is None:
+        with pytest.raises(InputError, match="learned with T5; load the base model in the same way"):
+            load_branch(ours, file)
+    theta, plain = make_concept(ours, file, where), draw()
     if where == "everywhere":
         main(["export", str(file), "--out", str(tmp_path / "pytorch_lora_weights.safetensors")])
         pipeline.load_lora_weights(tmp_path)
@@ -144,6 +134,7 @@ def test_diffusers_draws_our_guided_pictures_by_the_readmes_recipe(where, model,
         drawn = draw()
     if where == "everywhere":
         pipeline.unload_lora_weights()
+    expected = ours.sample(text, [5, 6], steps=3, guidance=4.0, theta=theta)
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(draw(), plain) and (drawn - plain).abs().max() > 1e-3
 
