@@ -125,10 +125,10 @@ def write_sd3(folder: Path) -> diffusers.StableDiffusion3Pipeline:
 State = dict[str, torch.Tensor]
 
 
-def renamed(state: State, diffusers: dict[str, str], single: dict[str, str]) -> State:
+def renamed(state: State, folder: dict[str, str], single: dict[str, str]) -> State:
     """One model's tensors as the single file has them, by both columns of the rename table."""
     found = {}
-    for ours, theirs in diffusers.items():
+    for ours, theirs in folder.items():
         source, _, how = theirs.removesuffix("]").partition("[")
         target, _, single_how = single[ours].partition("[")
         for last in ("weight", "bias"):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 
 from tests.public import small_clip, small_t5
+from tinyflow.errors import InputError
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS
 from tinyflow.sd3.load import load_clip, load_t5
@@ -24,20 +25,27 @@ def saved(state: dict, folder: Path, **config) -> Part:
 
 
 @pytest.mark.parametrize("activation, pad", [("quick_gelu", 49), ("gelu", 0)])         # CLIP-L and CLIP-G
-@pytest.mark.parametrize("is_projected", [True, False])
-def test_clip_agrees_with_transformers(activation, pad, is_projected, tmp_path):
+@pytest.mark.parametrize("width, heads, is_projected", [(24, 2, True), (24, 2, False), (128, 2, True)])
+def test_clip_agrees_with_transformers(activation, pad, width, heads, is_projected, tmp_path):
     """The context is causal, and the pooled state that of the first end token. It may have no projection."""
-    peer = small_clip(24, activation, 0, heads=2, vocab_size=50, max_position_embeddings=9, eos_token_id=49,
-                      num_hidden_layers=3, intermediate_size=40, projection_dim=12 if is_projected else 24)
+    peer = small_clip(width, activation, 0, heads, vocab_size=50, max_position_embeddings=9, eos_token_id=49,
+                      num_hidden_layers=3, projection_dim=12 if is_projected else width)
     state = dict(peer.state_dict())
     if not is_projected:
-        peer.text_projection.weight.copy_(torch.eye(24))
+        peer.text_projection.weight.copy_(torch.eye(width))
         del state["text_projection.weight"]
-    ours = load_clip(saved(state, tmp_path, num_attention_heads=2), activation)
+    config = {} if width % 64 == 0 else {"num_attention_heads": heads}   # else 64 numbers a head
+    ours = load_clip(saved(state, tmp_path, **config), activation)
     ids = torch.tensor([[1, 5, 6, 7, 49] + 4 * [pad], [1, 49] + 7 * [pad], [1, 2, 3, 4, 5, 6, 7, 8, 49]])
     expected, (context, pooled) = peer(ids, output_hidden_states=True), ours(ids)
     torch.testing.assert_close(context, expected.hidden_states[-2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pooled, expected.text_embeds, atol=1e-5, rtol=1e-5)
+
+
+def test_how_many_heads_clip_has_is_not_guessed(tmp_path):
+    """A width of 48 once was a ZeroDivisionError, and heads of 32 were taken for heads of 64."""
+    with pytest.raises(InputError, match="width 48 that does not divide into heads of 64; .* --text DIR"):
+        load_clip(saved(small_clip(48, "gelu", 0).state_dict(), tmp_path), "gelu")
 
 
 @pytest.mark.parametrize("changes, batch, tokens", [
