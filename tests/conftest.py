@@ -55,22 +55,6 @@ def sd3_in_both_forms(request, sd3, tmp_path):
     return shutil.copytree(folder, tmp_path / "sd3", ignore=left_out), without
 
 
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory):
-    from tests.public import write_clip_tokenizer
-    folder = tmp_path_factory.mktemp("clip") / "tokenizer"
-    write_clip_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def t5_folder(tmp_path_factory):
-    from tests.public import write_t5_tokenizer
-    folder = tmp_path_factory.mktemp("t5") / "tokenizer"
-    write_t5_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture
 def cheap(monkeypatch):
     """These tests are about the machinery, not about pictures."""

@@ -56,6 +56,12 @@ def write_t5_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def write_tokenizers(folder: Path) -> None:
+    for name in PADS:
+        write_clip_tokenizer(folder / name)
+    write_t5_tokenizer(folder / "tokenizer_3")
+
+
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
     """Random weights: no gate, norm or bias is left at zero or one. The meta device has no numbers."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,9 +108,7 @@ def small_t5(**changes) -> transformers.T5EncoderModel:
 
 def write_sd3(folder: Path) -> diffusers.StableDiffusion3Pipeline:
     """Saves a small pipeline in the diffusers layout and returns it."""
-    for name in PADS:
-        write_clip_tokenizer(folder / name)
-    write_t5_tokenizer(folder / "tokenizer_3")
+    write_tokenizers(folder)
     load = partial(transformers.CLIPTokenizer.from_pretrained, model_max_length=77)
     tokenizer, tokenizer_2 = (load(folder / name, pad_token=pad) for name, pad in PADS.items())
     t5_file = str(folder / "tokenizer_3" / "tokenizer.json")
@@ -115,9 +119,9 @@ def write_sd3(folder: Path) -> diffusers.StableDiffusion3Pipeline:
         text_encoder_2=small_clip(32, "gelu", 4), tokenizer_2=tokenizer_2, text_encoder_3=small_t5(),
         tokenizer_3=transformers.T5TokenizerFast(tokenizer_file=t5_file, extra_ids=0))
     pipeline.save_pretrained(folder)
-    for name in PADS:                            # transformers saves other files than the public folders hold
+    for name in (*PADS, "tokenizer_3"):          # transformers saves other files than the public folders hold
         shutil.rmtree(folder / name)
-        write_clip_tokenizer(folder / name)
+    write_tokenizers(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

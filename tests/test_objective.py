@@ -22,14 +22,9 @@ def draw():
     return lambda: torch.randn(SHAPE, generator=generator, dtype=torch.float64)
 
 
-def numbered_text(number: int) -> Text:
-    """A text that says its number and its rows, so that a stub can look up what to predict."""
-    rows = torch.arange(SHAPE[0])
-    nowhere = torch.zeros(SHAPE[0], 1)
-    return Text(torch.full((SHAPE[0], 1, 1), number), rows[:, None], nowhere, nowhere)
-
-
-TEXTS = Texts(*(numbered_text(number) for number in range(4)))
+# Each text says its number and its rows, so that a stub can look up what to predict.
+ROWS, NOWHERE = torch.arange(3)[:, None], torch.zeros(3, 1)
+TEXTS = Texts(*(Text(torch.full((3, 1, 1), number), ROWS, NOWHERE, NOWHERE) for number in range(4)))
 
 
 def predicts(**predictions):

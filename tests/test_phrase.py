@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from purecc_min.concept import base_text
+from purecc_min.concept import base_text, styles_among
 from purecc_min.measure.toy import CONCEPTS, PAIR_TEMPLATES
 from purecc_min.pairs import texts_of
 from tinyflow.errors import InputError
@@ -108,6 +108,7 @@ def test_a_styles_phrase_is_all_that_the_others_leave():
     check("2<[V2] red ball>", TWO, ("[V1]", "[V2]"))
     with pytest.raises(InputError, match="two styles in .*remove one of them"):
         write_stand_ins("[V2] red [V1] ball", TWO, ("[V1]", "[V2]"))
+    assert styles_among({"[V1]": "a", "[V2]": "Style", "[V3]": "robot"}) == ("[V1]", "[V2]")
 
 
 # -------------------------------------------------------------- what is imagined, and what is measured

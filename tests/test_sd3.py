@@ -1,10 +1,10 @@
-"""The public layouts against diffusers: every model, prompt assembly, whole pictures, and full-size files."""
+"""The public layouts against diffusers and transformers: every model, whole pictures, full-size files."""
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 
 from tests.public import small_clip, small_t5, small_transformer, small_vae, to_single_file, write_sparse
 from tinyflow.errors import InputError
@@ -19,8 +20,11 @@ from tinyflow.flow import noise_for
 from tinyflow.mmdit import position_features
 from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
-from tinyflow.sd3.load import SD35_MEDIUM, load_mmdit, load_sd3, load_vae, mmdit_config
+from tinyflow.sd3.load import SD35_MEDIUM, load_clip, load_mmdit, load_sd3, load_t5, load_vae, mmdit_config
+from tinyflow.sd3.offload import offload
 from tinyflow.sd3.parts import Part
+from tinyflow.sd3.t5 import T5Config, T5Encoder
+from tinyflow.text import TextConfig, TextEncoder
 from tinyflow.weights import tensor_hash
 
 TEXTS = ["a dog on the beach", "a teddy bear!!! on the big beach, " + "a robot " * 60, ""]
@@ -43,18 +47,17 @@ def both_velocities(theirs: SD3Transformer2DModel, ours, rows, columns, batch, d
         return ours(x, t, context, pooled).float(), expected.float()
 
 
-def part_of(folder: Path) -> Part:
-    config = folder / "config.json"
-    return Part(Checkpoint.find(folder, "diffusion_pytorch_model"), "", DIFFUSERS,
-                json.loads(config.read_text()) if config.exists() else {})
+def saved(state: dict, folder: Path, **config) -> Part:
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors")
+    return Part(Checkpoint([folder / "model.safetensors"]), "", DIFFUSERS, config)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
 @pytest.mark.parametrize("rows, columns, batch", [(8, 8, 1), (10, 6, 3), (4, 22, 1)])
 def test_the_mmdit_is_diffusers_to_2e_6(tmp_path, changes, rows, columns, batch):
     theirs = small_transformer(**changes)
-    theirs.save_pretrained(tmp_path)
-    ours = load_mmdit(part_of(tmp_path), max(rows, columns), torch.float32, "cpu")
+    part = saved(theirs.state_dict(), tmp_path, **theirs.config)
+    ours = load_mmdit(part, max(rows, columns), torch.float32, "cpu")
     assert relative_error(*both_velocities(theirs, ours, rows, columns, batch)) < 2e-6
     positions = theirs.pos_embed.pos_embed[0]    # a pretrained file holds them; we make those of a new model
     grid = theirs.config.pos_embed_max_size
@@ -62,12 +65,12 @@ def test_the_mmdit_is_diffusers_to_2e_6(tmp_path, changes, rows, columns, batch)
     torch.testing.assert_close(made, positions)
 
 
-def test_the_mmdit_in_bf16_is_as_near_to_fp32_as_diffusers_is(sd3):
+def test_the_mmdit_in_bf16_is_as_near_to_fp32_as_diffusers_is(tmp_path):
     """bf16 keeps 8 bits: the error is below 0.03 after three blocks, and below 1.1 of diffusers' own."""
-    folder, pipeline = sd3
-    part = part_of(folder / "transformer")
-    exact, _ = both_velocities(pipeline.transformer, load_mmdit(part, 8, torch.float32, "cpu"), 8, 8, 3)
-    theirs, ours = small_transformer().to(torch.bfloat16), load_mmdit(part, 8, torch.bfloat16, "cpu")
+    theirs = small_transformer()
+    part = saved(theirs.state_dict(), tmp_path)
+    exact, _ = both_velocities(theirs, load_mmdit(part, 8, torch.float32, "cpu"), 8, 8, 3)
+    theirs, ours = theirs.to(torch.bfloat16), load_mmdit(part, 8, torch.bfloat16, "cpu")
     rounded, expected = both_velocities(theirs, ours, 8, 8, 3, torch.bfloat16)
     assert relative_error(rounded, exact) < min(0.03, 1.1 * relative_error(expected, exact))
 
@@ -77,14 +80,62 @@ def test_the_mmdit_in_bf16_is_as_near_to_fp32_as_diffusers_is(sd3):
 @pytest.mark.parametrize("batch, height, width", [(1, 40, 24), (3, 24, 56)])
 def test_the_autoencoder_is_diffusers_in_both_directions(tmp_path, settings, batch, height, width):
     theirs = small_vae(**settings)
-    theirs.save_pretrained(tmp_path)
-    ours = load_vae(part_of(tmp_path), "cpu")
+    ours = load_vae(saved(theirs.state_dict(), tmp_path, **theirs.config), "cpu")
     pictures = torch.rand(batch, 3, height, width) * 2 - 1
     latents, mean = ours.encode(pictures), theirs.encode(pictures).latent_dist.mean
     torch.testing.assert_close(latents, (mean - 0.0609) * 1.5305, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.decode(latents), theirs.decode(mean).sample, atol=1e-5, rtol=1e-5)
 
 
+# -------------------------------------------------------------------------------------------- text encoders
+@pytest.mark.parametrize("activation, pad", [("quick_gelu", 49), ("gelu", 0)])         # CLIP-L and CLIP-G
+@pytest.mark.parametrize("width, heads, is_projected", [(24, 2, True), (24, 2, False), (128, 2, True)])
+def test_clip_agrees_with_transformers(activation, pad, width, heads, is_projected, tmp_path):
+    """The context is causal, and the pooled state that of the first end token. It may have no projection."""
+    peer = small_clip(width, activation, 0, heads, vocab_size=50, max_position_embeddings=9, eos_token_id=49,
+                      num_hidden_layers=3, projection_dim=12 if is_projected else width)
+    state = dict(peer.state_dict())
+    if not is_projected:
+        peer.text_projection.weight.copy_(torch.eye(width))
+        del state["text_projection.weight"]
+    config = {} if width % 64 == 0 else {"num_attention_heads": heads}   # else 64 numbers a head
+    ours = load_clip(saved(state, tmp_path, **config), activation)
+    ids = torch.tensor([[1, 5, 6, 7, 49] + 4 * [pad], [1, 49] + 7 * [pad], [1, 2, 3, 4, 5, 6, 7, 8, 49]])
+    expected, (context, pooled) = peer(ids, output_hidden_states=True), ours(ids)
+    torch.testing.assert_close(context, expected.hidden_states[-2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pooled, expected.text_embeds, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, batch, tokens", [
+    (dict(num_layers=1), 1, 300), (dict(num_layers=3, num_heads=3), 3, 300),
+    (dict(d_kv=4, relative_attention_num_buckets=16), 3, 77), (dict(num_layers=1), 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_t5_agrees_with_transformers_in_fp32(changes, batch, tokens, dtype, tmp_path):
+    """T5-XXL overflows in fp16: what is kept in 16 bits is computed with in fp32, too, a layer at a time."""
+    peer = small_t5(vocab_size=30, d_model=20, d_ff=28, **changes).to(dtype)
+    ours = load_t5(saved(peer.state_dict(), tmp_path))
+    ids = torch.randint(0, 30, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    assert ours.token_embedding.weight.dtype == dtype
+    torch.testing.assert_close(ours(ids), peer.float()(ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", [TextEncoder(TextConfig(20)), T5Encoder(T5Config(20, 16, 2, 2, 8, 24))])
+def test_an_encoder_follows_its_ids_to_another_device_layer_by_layer(encoder, monkeypatch):
+    """Every weight is copied once in a forward pass, and never more than those of one layer at a time."""
+    calls, names = Mock(side_effect=functional_call), list(encoder.state_dict())
+    monkeypatch.setattr("tinyflow.sd3.offload.functional_call", calls)
+    output = offload(encoder)(torch.zeros(2, 5, dtype=torch.long, device="meta"))
+    copied = [len(call.args[1]) for call in calls.call_args_list]
+    assert {tensor.device.type for tensor in (output if isinstance(output, tuple) else (output,))} == {"meta"}
+    assert {parameter.device.type for parameter in encoder.parameters()} == {"cpu"}
+    assert list(encoder.state_dict()) == names and sum(copied) == len(names)
+    assert max(copied) == len(encoder.layers[0].state_dict())
+    calls.reset_mock()
+    encoder(torch.zeros(2, 5, dtype=torch.long))         # the weights are there in fp32: nothing is copied
+    assert not calls.called
+
+
+# ------------------------------------------------------------------------------------- files and whole models
 @pytest.mark.parametrize("changes", [dict(attention_head_dim=64),
                                      dict(attention_head_dim=64, qk_norm=None, dual_attention_layers=())])
 def test_the_single_file_holds_the_same_model(tmp_path, changes):
@@ -246,8 +297,9 @@ def full_size(tmp_path_factory):
 
 def test_the_published_configuration_is_read_off_the_shapes(full_size):
     published = dict(vars(SD35_MEDIUM)) | dict(max_grid=64, base_grid=64)
+    folder = Checkpoint.find(full_size / "transformer", "diffusion_pytorch_model")
     single = Part(Checkpoint([full_size / "single.safetensors"]), PREFIXES[0], SINGLE, {})
-    for part in (part_of(full_size / "transformer"), single):
+    for part in (Part(folder, "", DIFFUSERS, {}), single):
         assert vars(mmdit_config(part, 128)) == published
 
 
@@ -258,6 +310,8 @@ from tinyflow.sd3.checkpoint import Checkpoint
 from tinyflow.sd3.layouts import DIFFUSERS, SINGLE
 from tinyflow.sd3.load import load_clip, load_mmdit, load_t5, load_vae
 from tinyflow.sd3.parts import Part
+from tinyflow.sd3.t5 import T5Config, T5Encoder
+from tinyflow.text import TextConfig, TextEncoder
 folder, what, before = Path(sys.argv[1]), sys.argv[2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 part = lambda name, stem: Part(Checkpoint.find(folder / name, stem), "", DIFFUSERS, {})
 if what == "cast":

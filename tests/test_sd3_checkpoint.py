@@ -145,12 +145,15 @@ def test_absurd_names_and_shapes_are_errors_too(path, name, shape):
 
 
 def test_half_an_autoencoder_and_a_clip_without_a_matrix_are_errors_too(path):
-    """A file with the decoder alone, and a projection that is one number, once ended in an IndexError."""
+    """They once ended in an IndexError; and a width of 48, which heads of 64 do not divide, in another."""
     save_file({name: tensor for name, tensor in small_single_file().items() if ".encoder." not in name}, path)
     with pytest.raises(InputError, match="there is no first_stage_model.encoder"):
         load_autoencoder(Checkpoint([path]))
     save_file(small_clip(24, "gelu", 4).state_dict() | {"text_projection.weight": torch.tensor(1.0)}, path)
     with pytest.raises(InputError, match="the shapes contradict each other"):
+        load_clip(Part(Checkpoint([path]), "", DIFFUSERS, {}), "gelu")
+    save_file(small_clip(48, "gelu", 4).state_dict(), path)
+    with pytest.raises(InputError, match="width 48 that does not divide into heads of 64; .* --text DIR"):
         load_clip(Part(Checkpoint([path]), "", DIFFUSERS, {}), "gelu")
 
 

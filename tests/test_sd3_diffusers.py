@@ -5,14 +5,12 @@ LoRA, and `attach_concept`.
 made before: adapters at [V] alone, and Y in the word's place. Such files still load.
 """
 
-import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from purecc_min.__main__ import main
 from purecc_min.branch import Branch
@@ -61,38 +59,6 @@ def test_slots_and_phrases_stand_in_clips_and_in_t5s_part_of_the_text(pipe):
         assert text.phrases[0, clip] and t5 == 77 - 1 + clip
 
 
-@pytest.mark.parametrize("rank, word, prompt", [
-    (1, "robot", "a [V] robot on the beach"),
-    (8, "robot", "a [V] robot beside a [V] robot, and one more [V] robot"),
-    (16, "teddy bear", "a big [V] teddy bear on the beach")])
-def test_the_exported_lora_is_what_diffusers_draws_with(rank, word, prompt, sd3, pipe, tmp_path):
-    """load_lora_weights, the real client, then the same velocity; with the embeddings, the branch's own."""
-    (folder, pipeline), generator = sd3, torch.Generator().manual_seed(0)
-    concept, out = tmp_path / "concept.safetensors", tmp_path / "pytorch_lora_weights.safetensors"
-    theta = make_concept(pipe, concept, "everywhere", rank, word)
-    main(["export", str(concept), "--out", str(out)])
-    with safe_open(out, framework="pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert metadata["transformer.lora_alpha"] == rank
-    text = pipe.encode_text([prompt] * 2, {"[V]": word})
-    nowhere = replace(text, slots=torch.zeros_like(text.slots))  # the adapters alone: Y^l has no slot
-    x_t, t = torch.randn(2, 16, 8, 8, generator=generator), torch.tensor([0.3, 0.9])
-
-    def theirs():
-        return pipeline.transformer(x_t, timestep=1000 * t, encoder_hidden_states=text.context,
-                                    pooled_projections=text.pooled).sample
-
-    tokens = load_tokenizer(folder)([prompt] * 2, {"[V]": word})
-    pipeline.load_lora_weights(tmp_path)
-    try:
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(), theta(x_t, t, nowhere), rtol=1e-5, atol=1e-5)
-            with attach_concept(pipeline.transformer, concept, tokens):
-                torch.testing.assert_close(theirs(), theta(x_t, t, text), rtol=1e-5, atol=1e-5)
-    finally:
-        pipeline.unload_lora_weights()
-
-
 def test_a_bound_concept_is_no_plain_lora(bound, tmp_path, capsys):
     """As a LoRA file its adapters would act on every token."""
     line = fails(capsys, "export", bound, "--out", tmp_path / "lora.safetensors")
@@ -100,42 +66,42 @@ def test_a_bound_concept_is_no_plain_lora(bound, tmp_path, capsys):
     assert "attach_concept" in line and not (tmp_path / "lora.safetensors").exists()
 
 
-@pytest.fixture
-def model(sd3_in_both_forms):
-    """Ours, diffusers', and the folder of both."""
-    folder, theirs = sd3_in_both_forms
-    return load_sd3(folder, size=64, dtype=torch.float32), theirs, folder
-
-
-@pytest.mark.parametrize("where", ["everywhere", "phrase", "token"])
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_diffusers_draws_our_guided_pictures_by_the_readmes_recipe(where, pipe, model, prompt, tmp_path):
+@pytest.mark.parametrize("where, rank, word, prompt", [
+    ("everywhere", 1, "robot", "a [V] robot on the beach"),
+    ("everywhere", 8, "robot", "a [V] robot beside a [V] robot, and one more [V] robot"),
+    ("everywhere", 16, "teddy bear", "a big [V] teddy bear on the beach"),
+    *(("phrase", 4, "robot", prompt) for prompt in PROMPTS), ("token", 4, "robot", PROMPTS[0])])
+def test_diffusers_draws_our_guided_pictures_by_the_readmes_recipe(where, rank, word, prompt, pipe,
+                                                                   sd3_in_both_forms, tmp_path):
     """The class word stands in [V]'s place. The empty text's rows come first, then two of the prompt."""
-    ours, pipeline, folder = model
-    file = tmp_path / "concept.safetensors"
-    text = ours.encode_text([prompt] * 2, STAND_INS)
-    tokens = load_tokenizer(folder)(["", prompt], STAND_INS)
-
-    def draw():
-        written = prompt.replace("[V]", "robot").replace("{", "").replace("}", "")
-        return pipeline(written, negative_prompt="", num_inference_steps=3, height=64, width=64,
-                        guidance_scale=4.0, num_images_per_prompt=2, output_type="latent",
-                        latents=noise_for([5, 6], (16, 8, 8))).images
-
+    (folder, pipeline), file, names = sd3_in_both_forms, tmp_path / "concept.safetensors", {"[V]": word}
+    ours = load_sd3(folder, size=64, dtype=torch.float32)
+    text, tokens = ours.encode_text([prompt] * 2, names), load_tokenizer(folder)(["", prompt], names)
     make_concept(pipe, file, where)              # with T5
     if ours.tokenizer.t5 is None:
         with pytest.raises(InputError, match="learned with T5; load the base model in the same way"):
             load_branch(ours, file)
-    theta, plain = make_concept(ours, file, where), draw()
+
+    def draw():
+        written = prompt.replace("[V]", word).replace("{", "").replace("}", "")
+        return pipeline(written, negative_prompt="", num_inference_steps=3, height=64, width=64,
+                        guidance_scale=4.0, num_images_per_prompt=2, output_type="latent",
+                        latents=noise_for([5, 6], (16, 8, 8))).images
+
+    def check(drawn, text):
+        expected = ours.sample(text, [5, 6], steps=3, guidance=4.0, theta=theta)
+        torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+    theta, plain = make_concept(ours, file, where, rank, word), draw()
     if where == "everywhere":
         main(["export", str(file), "--out", str(tmp_path / "pytorch_lora_weights.safetensors")])
-        pipeline.load_lora_weights(tmp_path)
+        pipeline.load_lora_weights(tmp_path)     # the real client
+        check(draw(), replace(text, slots=torch.zeros_like(text.slots)))         # without Y^l
     with attach_concept(pipeline.transformer, file, tokens, copies=2):
         drawn = draw()
     if where == "everywhere":
         pipeline.unload_lora_weights()
-    expected = ours.sample(text, [5, 6], steps=3, guidance=4.0, theta=theta)
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    check(drawn, text)
     assert torch.equal(draw(), plain) and (drawn - plain).abs().max() > 1e-3
 
 

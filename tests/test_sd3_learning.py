@@ -17,7 +17,7 @@ from purecc_min.concept import encode
 from purecc_min.learning import stage
 from purecc_min.measure.toy import FOLDER
 from purecc_min.registry import METHODS
-from purecc_min.train import TrainConfig, draw_batch
+from purecc_min.train import TrainConfig
 from tests.test_commands import fails
 from tinyflow.pipeline import Pipeline
 from tinyflow.sd3.load import load_sd3
@@ -48,7 +48,7 @@ def command(sd3, tmp_path) -> list[str]:
 def sampled(out, concept, prompt, folder) -> bytes:
     main(["sample", str(concept), prompt, "--number", "1", "--steps", "2", "--weights", str(folder),
           "--device", "cpu", "--out", str(out)])
-    return out.read_bytes()
+    return out.with_name(f"{out.stem}-seed0.png").read_bytes()   # beside the sheet, which shows the prompt, too
 
 
 BOUND = [name for name, method in METHODS.items() if method.where == "phrase"]
@@ -60,8 +60,12 @@ def test_a_concept_is_learned_and_sampled_by_the_same_commands(name, command, sd
     """By default and by each bound method: adapters at the phrase alone, no Y; braces reach the picture."""
     method, out = METHODS[name or "paper"], tmp_path / "run"
     if name:                                     # counting memory takes longer than the training
-        monkeypatch.setattr(commands_learn, "plan", lambda *_: False)
+        monkeypatch.setattr(commands_learn, "plan", lambda *_: name == "bound")
+    learn, checkpointing = commands_learn.learn, []
+    monkeypatch.setattr(commands_learn, "learn", lambda pipe, *others, **named: checkpointing.append(
+        pipe.mmdit.checkpointing) or learn(pipe, *others, **named))
     main([*command, *(["--method", name] if name else [])])
+    assert checkpointing == [name == "bound"]    # it is on where the plan says so
     tensors, facts = load_tensors(out / "concept.safetensors", "concept")
     assert (facts["method"], facts["where"]) == (method.name, method.where)
     assert (facts["base"], facts["size"], facts["config"]["batch"]) == ("sd3.5-medium", 64, 2)
@@ -160,37 +164,6 @@ def test_what_cannot_be_is_one_line(command, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------- precision and memory
-@pytest.mark.parametrize("needed", [False, True])
-def test_gradient_checkpointing_is_on_where_the_plan_says_so(command, monkeypatch, needed):
-    class Reached(Exception):
-        pass
-
-    def learn(pipe, *_):
-        assert pipe.mmdit.checkpointing == needed
-        raise Reached
-
-    monkeypatch.setattr(commands_learn, "plan", lambda *_: needed)
-    monkeypatch.setattr(commands_learn, "learn", learn)
-    with pytest.raises(Reached):
-        main(command)
-
-
-def test_crops_and_flips_are_cached_variants_of_each_picture(sd3):
-    """The first is the picture itself; every step draws one for each of its rows; which, the seed says."""
-    pipe = load_sd3(sd3[0], size=64, dtype=torch.float32)
-    data = encode(pipe, load_concept(ROBOT, "robot", 64, variants=3, seed=1))
-    drawn = set()
-    for step in range(20):
-        batch = draw_batch(data, TrainConfig(batch=4), 1, step, pipe.shift)
-        for picture in batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v:
-            distance = (data.variants - picture).abs().amax((2, 3, 4))                   # [4, 3]
-            drawn.add(tuple((distance < 1e-4).nonzero().flatten().tolist()))
-    assert drawn == {(n, k) for n in range(4) for k in range(3)}
-    one, same, other = (load_concept(ROBOT, "robot", 64, variants=3, seed=seed).references[0].pictures
-                        for seed in (1, 1, 2))
-    assert (one == same).all() and (one != other).any()
-
-
 def test_bf16_weights_are_trained_with_fp32_adapters(sd3, tmp_path):
     pipe = open_base_model("sd3.5-medium", sd3[0], None, 64, torch.device("cpu"))
     before, data = tensor_hash(pipe.mmdit.state_dict()), encode(pipe, load_concept(ROBOT, "robot", 64))

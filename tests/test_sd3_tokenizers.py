@@ -59,6 +59,16 @@ def hostile_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def clip_folder(sd3):
+    return sd3[0] / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def t5_folder(sd3):
+    return sd3[0] / "tokenizer_3"
+
+
+@pytest.fixture(scope="session")
 def newer_t5(t5_folder, tmp_path_factory):
     """T5 as newer libraries write it: a token holds the space before its word."""
     tokenizer = tokenizers.Tokenizer.from_file(str(t5_folder / "tokenizer.json"))
@@ -154,7 +164,6 @@ def read_marks(marked: str) -> tuple[str, list[tuple[int, int, int]], list[int]]
 
 LONG = "the beach " * 200
 MARKED = [                                       # text, stand-ins, and the written text with its marks
-    ("a [V] robot on the left and a small one", ROBOT, "a ‹1robot^ robot on the left› and a small one"),
     ("[V]", {"[V]": "teddy bear"}, "‹1teddy bear^›"),
     ("the big [V] bear and a bear", {"[V]": "teddy bear"}, "the big ‹1teddy bear^ bear› and a bear"),
     ("a [V] toy on snow and a dog", {"[V]": "salt and pepper mill"},
@@ -162,14 +171,11 @@ MARKED = [                                       # text, stand-ins, and the writ
     ("the [V]'s ball, a dog's", DOG, "the ‹1dog^'s ball›, a dog's"),
     ("the [V] sits. A dog; a [V]; ([V])!", DOG, "the ‹1dog^ sits›. A dog; a ‹1dog^›; (‹1dog^)!›"),
     ("[V], a-[V]-b, [V] [V]", DOG, "‹1dog^›, a-‹1dog^-b›, ‹1dog^ ›‹1dog^›"),
-    ("a [V] robot with blue checks, a hat and one eye on the left and a robot", ROBOT,
-     "a ‹1robot^ robot with blue checks, a hat and one eye on the left› and a robot"),
     ("{a [V] robot on the left} and a robot", ROBOT, "‹1a robot^ robot on the left› and a robot"),
     ("a big {[V]} robot on snow", ROBOT, "a big ‹1robot^› robot on snow"),
     ("snow, {a big red [V], and a hat, }a dog", DOG, "snow, ‹1a big red dog^, and a hat, ›a dog"),
     ("{ a [V] } dog { [V] dog}", DOG, "‹1 a dog^ › dog ‹1 dog^ dog›"),
     ("a [V1] dog and a [V2] bear, a dog", TWO, "a ‹1dog^ dog› and a ‹2bear^ bear›, a dog"),
-    ("a [V2] bear [V1] dog beside a bear", TWO, "a ‹2bear^ bear ›‹1dog^ dog› beside a bear"),
     ("{a [V1] dog} on {a [V2] bear} and snow", TWO, "‹1a dog^ dog› on ‹2a bear^ bear› and snow"),
     ("a hotdog, dogs, 1dog, dog's: a dog", {"dog": "dog"}, "a hotdog, dogs, 1dog, ‹1dog^'s: a ›‹1dog^›"),
     ("a [V]2, a [V]", {"[V]": "dog", "[V]2": "bear"}, "a ‹2bear^›, a ‹1dog^›"),
@@ -239,18 +245,6 @@ def test_phrases_among_hostile_words_have_the_tokens_of_transformers_offsets(bot
         assert phrases[0].tolist() == their_phrases(theirs, written.text, written.phrases, ours.length), text
         assert torch.equal(ids, their_ids(theirs, [written.text], ours.length)), text
     assert found > 400
-
-
-def test_braces_in_texts_that_name_no_placeholder_are_ordinary_characters(both):
-    """Also beside a class word that is only looked for, since it stands for itself."""
-    ours, theirs = both
-    dogs = ["{", "}{", "a {dog} on {{the}} beach", "{dog", "{} dog } {a {b} c}", "{ [v] } [V2] {", "dog}"]
-    expected = their_ids(theirs, dogs, ours.length)
-    ids, slots, phrases = ours(dogs, {"[V]": "teddy bear", "<x>": "cat"})
-    assert torch.equal(ids, expected) and not slots.any() and not phrases.any()
-    named = ours(dogs, {"dog": "dog"})
-    assert torch.equal(named.ids, expected)
-    assert named.slots.any(1).tolist() == ["dog" in text for text in dogs]
 
 
 # ------------------------------------------------------------------------------------------- what is no text

@@ -63,14 +63,10 @@ def test_pictures_and_texts_are_paired_by_id(pipe, robot):
         assert torch.equal(data.x_0[n], pipe.encode_images([changed[n].picture])[0]) and id == changed[n].id
         assert torch.equal(data.x_0[n], shuffled.x_0[m])
         assert torch.equal(data.texts.complete.context[n], shuffled.texts.complete.context[m])
-    assert fingerprint(sets[0]) != fingerprint(sets[1]) == fingerprint(ConceptSet("robot", changed[::-1]))
-
-
-def test_texts_hold_the_slot_where_they_should(pipe, robot):
-    data = encode(pipe, robot)
     counts = {name: text.slots.sum(1).tolist() for name, text in data.texts._asdict().items()}
     assert counts == {"complete": [1] * 4, "base": [0] * 4, "target": [1] * 4, "null": [0] * 4}
     assert data.class_text.slots.sum(1).tolist() == [1] * 4
+    assert fingerprint(sets[0]) != fingerprint(sets[1]) == fingerprint(ConceptSet("robot", changed[::-1]))
 
 
 def test_a_draw_depends_on_seed_stage_and_step_alone(pipe, robot):
@@ -80,15 +76,20 @@ def test_a_draw_depends_on_seed_stage_and_step_alone(pipe, robot):
     assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
 
 
-def test_a_draw_holds_each_pictures_own_texts(pipe, robot):
-    """x_0 = x_t - t v by Eq. 1 and 2: it tells which picture was drawn."""
-    data = encode(pipe, robot)
-    batch = draw_batch(data, replace(CONFIG, batch=16), 1, 0, 1.0)
-    x_0 = batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v
-    for n in range(16):
-        row = (data.x_0 - x_0[n]).square().flatten(1).sum(1).argmin()
-        for text, drawn in zip(data.texts, batch.texts):
-            assert torch.equal(text.context[row], drawn.context[n])
+def test_a_draw_holds_crops_and_flips_of_each_picture_with_its_own_texts(pipe):
+    """x_0 = x_t - t v by Eq. 1 and 2 tells which variant of which picture was drawn: in time, each one."""
+    one, same, other = (load_concept(FOLDER / "checked_robot", "robot", 64, variants=3, seed=seed)
+                        for seed in (1, 1, 2))   # which crops they are, the seed says
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    data, drawn = encode(pipe, one), set()
+    batch = draw_batch(data, replace(CONFIG, batch=80), 1, 0, 1.0)
+    for n, x_0 in enumerate(batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v):
+        distance = (data.variants - x_0).abs().amax((2, 3, 4))                           # [4, 3]
+        (row, variant), = (distance < 1e-4).nonzero().tolist()
+        drawn.add((row, variant))
+        for text, its in zip(data.texts, batch.texts):
+            assert torch.equal(text.context[row], its.context[n])
+    assert len(drawn) == 4 * 3
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -161,9 +162,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, 
 
 def test_another_runs_folder_is_refused(trained):
     pipe, data, theta_1, folder = trained
-    for origin, config, differs in (("", replace(CONFIG, seed=1), "seed is 0 there and 1 here"),
-                                    ("", replace(CONFIG, steps=3), "steps is 4 there and 3 here"),
-                                    ("other data", CONFIG, "other pictures")):
+    for config, origin, differs in ((replace(CONFIG, seed=1), "", "seed is 0 there and 1 here"),
+                                    (replace(CONFIG, steps=3), "", "steps is 4 there and 3 here"),
+                                    (CONFIG, "other data", "other pictures")):
         with pytest.raises(InputError, match=f"holds another run .*{differs}"):
             list(stage(pipe, data, config, folder, LORA, origin=origin)[1])
     list(stage(pipe, data, CONFIG, folder, PAPER, theta_1)[1])
@@ -255,17 +256,14 @@ def test_a_step_whose_gradients_are_too_large_is_left_out_and_counted(trained, m
 
 @pytest.mark.parametrize("scale, found", [(train.SCALE, True), (2**-12, False)])
 def test_small_gradients_survive_in_fp16(pipe, robot, tmp_path, monkeypatch, scale, found):
-    """Cards before Ampere compute in fp16, whose numbers end at 6e-8.
-
-    A picture of SD3.5 has 65,536 latents, and the gradient of a mean over them is as small. A scale of 2^-12
-    stands for such a size.
+    """Cards before Ampere compute in fp16, whose numbers end at 6e-8. The gradient of a mean over a picture's
+    65,536 latents is as small; a scale of 2^-12 stands for it.
     """
     monkeypatch.setattr(learning, "SCALE", scale)
     gradients = []
     for dtype in (torch.float32, torch.float16):
         pipe.mmdit.to(dtype)
-        config = replace(CONFIG, steps=1)
-        theta, rows = stage(pipe, encode(pipe, robot), config, tmp_path / str(dtype), LORA)
+        theta, rows = stage(pipe, encode(pipe, robot), replace(CONFIG, steps=1), tmp_path / str(dtype), LORA)
         list(rows)
         gradients.append(torch.cat([p.grad.flatten() for p in theta.parameters()]))
     exact, half = gradients
