@@ -69,13 +69,10 @@ def test_tensors_come_back_as_they_were_wherever_they_begin(path):
     assert Checkpoint([path]).tensor("one").item() == 1
 
 
-def test_another_model_is_refused_by_what_it_lacks(path):
+def test_a_file_or_folder_of_another_model_or_an_incomplete_one(path, tmp_path, sd3):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(InputError, match="no model.diffusion_model.x_embedder.*this is another model"):
         load_sd3(path)
-
-
-def test_a_folder_of_another_model_or_an_incomplete_one(tmp_path, sd3):
     with pytest.raises(InputError, match="no such file or folder"):
         load_sd3(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, "

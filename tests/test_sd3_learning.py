@@ -48,7 +48,7 @@ def command(sd3, tmp_path) -> list[str]:
 def sampled(out, concept, prompt, folder) -> bytes:
     main(["sample", str(concept), prompt, "--number", "1", "--steps", "2", "--weights", str(folder),
           "--device", "cpu", "--out", str(out)])
-    return out.with_name(f"{out.stem}-seed0.png").read_bytes()   # beside the sheet, which shows the prompt, too
+    return out.with_name(f"{out.stem}-seed0.png").read_bytes()   # the sheet shows the prompt, too
 
 
 BOUND = [name for name, method in METHODS.items() if method.where == "phrase"]

@@ -28,11 +28,6 @@ def refused(path, message, kind="concept"):
     assert "\n" not in str(caught.value)
 
 
-def test_round_trip(file):
-    tensors, facts = load_tensors(file, "concept")
-    assert facts == {"seed": 3} and tensor_hash(tensors) == tensor_hash(TENSORS)
-
-
 def test_missing_foreign_and_misused_files(file, tmp_path):
     refused(tmp_path / "none.safetensors", "no such file")
     refused(file, "file of kind tinyflow base; its kind is: concept", kind="tinyflow base")
