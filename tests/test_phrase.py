@@ -48,6 +48,10 @@ def test_a_phrase_goes_to_the_end_of_its_clause(marked):
     check(marked)
 
 
+def test_a_class_word_that_holds_an_and_does_not_end_its_own_phrase():
+    check("a 1<[V] salt and pepper mill >and a robot", {"[V]": "salt and pepper mill"})
+
+
 def test_the_next_placeholder_ends_a_phrase_even_in_a_list():
     check("a 1<[V1] robot with a hat and a big >2<[V2] cat>", {"[V1]": "robot", "[V2]": "cat"})
 
