@@ -62,7 +62,7 @@ def write_tokenizers(folder: Path) -> None:
     write_t5_tokenizer(folder / "tokenizer_3")
 
 
-def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
+def randomise(module: nn.Module, seed: int) -> nn.Module:
     """Random weights: no gate, norm or bias is left at zero or one. The meta device has no numbers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module
             if parameter.is_meta:
                 continue
             norm = "norm" in name and name.endswith("weight") and parameter.ndim == 1
-            parameter.copy_(norm + scale * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(norm + 0.1 * torch.randn(parameter.shape, generator=generator))
     return module.eval().requires_grad_(False)
 
 
