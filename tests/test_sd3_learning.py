@@ -26,6 +26,7 @@ from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 ROBOT = FOLDER / "checked_robot"
 PUBLIC = ["--base", "sd3.5-medium", "--size", "64", "--steps", "2", "--device", "cpu",
           "--class-word", "robot", "--learning-rate", "0.5"]
+BOUND = [name for name, method in METHODS.items() if method.where == "phrase"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +50,6 @@ def sampled(out, concept, prompt, folder) -> bytes:
     main(["sample", str(concept), prompt, "--number", "1", "--steps", "2", "--weights", str(folder),
           "--device", "cpu", "--out", str(out)])
     return out.with_name(f"{out.stem}-seed0.png").read_bytes()   # the sheet shows the prompt, too
-
-
-BOUND = [name for name, method in METHODS.items() if method.where == "phrase"]
 
 
 @pytest.mark.parametrize("name", [None, *BOUND])

@@ -165,13 +165,11 @@ def read_marks(marked: str) -> tuple[str, list[tuple[int, int, int]], list[int]]
 LONG = "the beach " * 200
 MARKED = [                                       # text, stand-ins, and the written text with its marks
     ("[V]", {"[V]": "teddy bear"}, "‹1teddy bear^›"),
-    ("the big [V] bear and a bear", {"[V]": "teddy bear"}, "the big ‹1teddy bear^ bear› and a bear"),
     ("a [V] toy on snow and a dog", {"[V]": "salt and pepper mill"},
      "a ‹1salt and pepper mill^ toy on snow› and a dog"),
     ("the [V]'s ball, a dog's", DOG, "the ‹1dog^'s ball›, a dog's"),
     ("the [V] sits. A dog; a [V]; ([V])!", DOG, "the ‹1dog^ sits›. A dog; a ‹1dog^›; (‹1dog^)!›"),
     ("[V], a-[V]-b, [V] [V]", DOG, "‹1dog^›, a-‹1dog^-b›, ‹1dog^ ›‹1dog^›"),
-    ("{a [V] robot on the left} and a robot", ROBOT, "‹1a robot^ robot on the left› and a robot"),
     ("a big {[V]} robot on snow", ROBOT, "a big ‹1robot^› robot on snow"),
     ("snow, {a big red [V], and a hat, }a dog", DOG, "snow, ‹1a big red dog^, and a hat, ›a dog"),
     ("{ a [V] } dog { [V] dog}", DOG, "‹1 a dog^ › dog ‹1 dog^ dog›"),
@@ -183,7 +181,6 @@ MARKED = [                                       # text, stand-ins, and the writ
     ("[V] dog <x> Dog", {"[V]": "dog", "dog": "cat", "<x>": "é🐕"}, "‹1dog^ ›‹2cat^ ›‹3é🐕^ Dog›"),
     ("½ ﬁne é \u2003 a [V] café Ω\u0301 e\u0323\u0301 on\n the beach, é", DOG,
      "½ ﬁne é \u2003 a ‹1dog^ café Ω\u0301 e\u0323\u0301 on\n the beach›, é"),
-    ("½ ﬁ [V] é", {"[V]": "ﬁne İt"}, "½ ﬁ ‹1ﬁne İt^ é›"),
     ("日本語 {の [V] 犬} が 浜辺に", DOG, "日本語 ‹1の dog^ 犬› が 浜辺に"),
     ("👩‍👩‍👧‍👦 İs [V] 🐕‍🦺 ❤️; 👍🏽", {"[V]": "é🐕 dog"}, "👩‍👩‍👧‍👦 İs ‹1é🐕 dog^ 🐕‍🦺 ❤️›; 👍🏽"),
     ("wow!! !!! a [V] dog!! now!, wow!", DOG, "wow!! !!! a ‹1dog^ dog!! now!›, wow!"),
