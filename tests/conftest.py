@@ -1,6 +1,7 @@
 """A tiny random pipeline that every quick test shares: the real classes, small, with no gate left at zero."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")     # before torch is loaded: a test process a core (-n auto)
 
@@ -40,6 +41,18 @@ def sd3(tmp_path_factory):
     from tests.public import write_sd3
     folder = tmp_path_factory.mktemp("public") / "sd3"
     return folder, write_sd3(folder)
+
+
+@pytest.fixture(params=["with T5", "without T5"])
+def sd3_in_both_forms(request, sd3, tmp_path):
+    """The same with T5, or as a user may download it, without."""
+    folder, pipeline = sd3
+    if request.param == "with T5":
+        return sd3
+    left_out = shutil.ignore_patterns("text_encoder_3", "tokenizer_3")
+    without = type(pipeline)(**pipeline.components | {"text_encoder_3": None, "tokenizer_3": None})
+    without.set_progress_bar_config(disable=True)
+    return shutil.copytree(folder, tmp_path / "sd3", ignore=left_out), without
 
 
 @pytest.fixture

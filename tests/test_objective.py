@@ -22,14 +22,9 @@ def draw():
     return lambda: torch.randn(SHAPE, generator=generator, dtype=torch.float64)
 
 
-def numbered_text(number: int) -> Text:
-    """A text that says its number and its rows, so that a stub can look up what to predict."""
-    rows = torch.arange(SHAPE[0])
-    nowhere = torch.zeros(SHAPE[0], 1)
-    return Text(torch.full((SHAPE[0], 1, 1), number), rows[:, None], nowhere, nowhere)
-
-
-TEXTS = Texts(*(numbered_text(number) for number in range(4)))
+# Each text says its number and its rows, so that a stub can look up what to predict.
+ROWS, NOWHERE = torch.arange(3)[:, None], torch.zeros(3, 1)
+TEXTS = Texts(*(Text(torch.full((3, 1, 1), number), ROWS, NOWHERE, NOWHERE) for number in range(4)))
 
 
 def predicts(**predictions):
@@ -77,35 +72,29 @@ def test_ablations_replace_one_part_of_the_papers_loss(draw):
     assert torch.equal(not_detached(thetas, batch_of(v), 2.0)[0], loss)
 
 
-def test_lambda_star_minimises_equation_11(draw):
-    R_complete, R_target = draw(), draw()
-    lam = lambda_star(R_complete, R_target)
-
-    def distance(lam):
-        return (R_complete - expand(lam, R_target) * R_target).square().flatten(1).sum(1)
-
-    for other in (lam + 1e-3, lam - 1e-3):
-        assert (distance(lam) < distance(other)).all()
-
-
-def test_lambda_star_is_per_sample_and_hits_its_known_values(draw):
-    R, orthogonal = draw(), draw()
+def test_lambda_star_minimises_equation_11_for_each_sample(draw):
+    R, R_complete = draw(), draw()
     scale = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)  # 1 when both are equal; it may be negative
     torch.testing.assert_close(lambda_star(expand(scale, R) * R, R), scale)
-    orthogonal -= expand(lambda_star(orthogonal, R), R) * R
-    assert lambda_star(orthogonal, R).abs().max() < 1e-12
+    lam = lambda_star(R_complete, R)
+    rejection, farther, nearer = (R_complete - expand(lam + step, R) * R for step in (0, 1e-3, -1e-3))
+    assert (inner(rejection, rejection) < inner(farther, farther)).all()
+    assert (inner(rejection, rejection) < inner(nearer, nearer)).all()
+    assert lambda_star(rejection, R).abs().max() < 1e-12
 
 
-def test_the_loss_is_the_squared_rejection(draw):
+def test_the_loss_is_the_squared_rejection_and_never_pulls_along_the_target(draw):
     """With lambda* put in, L_PureCC = |R_complete|^2 sin^2(angle): nothing along R_target is left."""
     v_complete, v_original, v_tar, v_null, v = (draw() for _ in range(5))
-    _, terms = step(v_complete, v_original, v_tar, v_null, v)
-    R = v_complete - v_original
+    _, terms = step(v_complete.requires_grad_(True), v_original, v_tar, v_null, v)
+    R = (v_complete - v_original).detach()
     sin_squared = 1 - torch.cosine_similarity(R.flatten(1), terms.R_target.flatten(1)) ** 2
     expected = (inner(R, R) * sin_squared).mean() / math.prod(SHAPE[1:])
     torch.testing.assert_close(terms.loss_purecc.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(log_of(terms)["rejection"], expected)
     assert inner(terms.v_purecc - v_complete, terms.R_target).abs().max() < 1e-10
+    gradient, = torch.autograd.grad(terms.loss_purecc, v_complete)
+    assert inner(gradient, terms.R_target).abs().max() < 1e-8 < gradient.abs().max()
 
 
 def test_envelope_theorem_detaching_lambda_changes_no_gradient(draw):
@@ -121,35 +110,20 @@ def test_envelope_theorem_detaching_lambda_changes_no_gradient(draw):
 
 
 def test_v_original_and_the_extractor_receive_no_gradient(draw):
-    """The paper does not say whether v_original does.
-
-    Here it does not; ablations.not_detached is the other choice.
-    """
+    """The paper does not say whether v_original does. In ablations.not_detached it receives the opposite."""
     predictions = [draw().requires_grad_(True) for _ in range(4)]
+    v_complete, v_original, v_tar, v_null = predictions
     loss, _ = step(*predictions, draw())
-    gradients = torch.autograd.grad(loss, predictions, allow_unused=True)
-    assert gradients[0].abs().max() > 1e-3 and gradients[1:] == (None, None, None)
-
-
-def test_an_attached_v_original_receives_the_opposite_gradient(draw):
-    v_complete, v_original = draw().requires_grad_(True), draw().requires_grad_(True)
-    R_target, v = draw(), draw()
-    theta_1 = predicts(target=R_target, null=torch.zeros(SHAPE, dtype=torch.float64))
-    thetas = Thetas(None, theta_1, predicts(complete=v_complete, base=v_original))
-    _, log = not_detached(thetas, batch_of(v), eta=1.0)
+    on_complete, *others = torch.autograd.grad(loss, predictions, allow_unused=True)
+    assert on_complete.abs().max() > 1e-3 and others == [None, None, None]
+    theta_1, theta = predicts(target=v_tar, null=v_null), predicts(complete=v_complete, base=v_original)
+    _, log = not_detached(Thetas(None, theta_1, theta), batch_of(draw()), eta=1.0)
     on_complete, on_original = torch.autograd.grad(log["loss_purecc"], (v_complete, v_original))
     assert on_complete.abs().max() > 1e-3
     torch.testing.assert_close(on_original, -on_complete)
 
 
-def test_the_loss_never_pulls_along_the_target(draw):
-    v_complete = draw().requires_grad_(True)
-    _, terms = step(v_complete, draw(), draw(), draw(), draw())
-    gradient, = torch.autograd.grad(terms.loss_purecc, v_complete)
-    assert inner(gradient, terms.R_target).abs().max() < 1e-8 < gradient.abs().max()
-
-
-@pytest.mark.parametrize("a", [0.01, -3.0, 200.0])
+@pytest.mark.parametrize("a", [-0.01, 200.0])
 def test_scaling_the_target_scales_lambda_and_leaves_v_purecc(draw, a):
     v_complete, v_original, R_target, v = draw(), draw(), draw(), draw()
     _, one = step(v_complete, v_original, R_target, torch.zeros(SHAPE), v)
@@ -169,21 +143,7 @@ def test_a_vanishing_target_gives_zero_and_no_nan(draw):
         assert gradient.isfinite().all()
 
 
-def test_gradient_matches_finite_differences(draw):
-    v_original, R_target = draw(), draw()
-
-    def mean_square(v):
-        v_purecc = v_original + expand(lambda_star(v - v_original, R_target), R_target) * R_target
-        return (v_purecc - v).square().mean()
-
-    assert torch.autograd.gradcheck(mean_square, (draw().requires_grad_(True),), eps=1e-6, atol=1e-8)
-
-
 def test_bf16_predictions_are_compared_in_fp32():
     """bf16 has eight bits: a sum of 257 ones would come out as 256 or 258."""
     ones = torch.ones(1, 1, 1, 257, dtype=torch.bfloat16)
     assert inner(ones, ones).item() == 257 and lambda_star(ones, ones).dtype == torch.float32
-
-
-def test_a_method_needs_no_more_than_its_thetas():
-    assert Thetas._fields == ("theta_0", "theta_1", "theta")

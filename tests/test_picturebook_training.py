@@ -1,5 +1,6 @@
-"""The optimizer, the schedule, and the trainings of codec and reader on a toy budget."""
+"""The optimizer, the schedule, and the trainings of codec, reader and base model on a toy budget."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,23 +8,77 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import make_pipe
 from tinyflow.errors import InputError
-from tinyflow.picturebook import codec, reader, world
+from tinyflow.picturebook import codec, pretrain, reader, world
 from tinyflow.picturebook.codec import CODEC, CodecTraining, psnr
 from tinyflow.picturebook.model import load_codec, make_codec
 from tinyflow.picturebook.muon import Muon, orthogonal
+from tinyflow.picturebook.pretrain import Pretraining
 from tinyflow.picturebook.reader import Reader, ReaderTraining, shows
 from tinyflow.picturebook.render import render_all
 from tinyflow.picturebook.training import rate_share, train
 from tinyflow.picturebook.world import Scene, Thing
 from tinyflow.pipeline import to_pixels
-from tinyflow.weights import load_tensors
+from tinyflow.weights import load_tensors, save_tensors, tensor_hash
 
-SMALL_CODEC = replace(CODEC, steps=6, warmup=2, pictures=520)
+SMALL_CODEC = replace(CODEC, steps=6, batch=8, warmup=2, pictures=520)
 SMALL_READER = replace(reader.READER, steps=6, batch=4, warmup=2, pictures=12)
+SMALL_BASE = replace(pretrain.BASE, steps=6, batch=4, warmup=2, pictures=16)
 
 
-# ---------------------------------------------------------------------------------------- optimizer, schedule
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """The same picture again and again, and little of what a training shows of itself: all that takes longer
+    than the training here.
+    """
+    pictures, masks = render_all([Scene((Thing("cat", "red"),), "meadow")])
+
+    def render_one(scenes):
+        return pictures.repeat(len(scenes), 0), masks.repeat(len(scenes), 0)
+    monkeypatch.setattr(codec, "render_all", render_one)
+    monkeypatch.setattr(codec, "quality", lambda vae, count, quality=codec.quality: quality(vae, 2))
+    monkeypatch.setattr(reader, "FRESH", 4)
+    monkeypatch.setattr(pretrain, "sample_page", lambda pipe: pretrain.Image.new("RGB", (8, 8)))
+
+
+def begin(kind, out, **changes):
+    torch.manual_seed(0)
+    if kind == "codec":
+        return CodecTraining(replace(SMALL_CODEC, **changes), make_codec())
+    if kind == "reader":
+        return ReaderTraining(replace(SMALL_READER, **changes), Reader())
+    return Pretraining(replace(SMALL_BASE, **changes), make_pipe().requires_grad_(True), out)
+
+
+# ---------------------------------------------------------------------------------------------- all trainings
+@pytest.mark.parametrize("kind", ["codec", "reader", "base"])
+def test_an_interrupted_training_ends_bitwise_like_a_whole_one(kind, tmp_path, few_pictures):
+    folders = whole, cut = tmp_path / "whole", tmp_path / "cut"
+    losses = [loss for _, loss in train(begin(kind, whole), whole, 2)]
+    rows = train(begin(kind, cut), cut, 2)
+    resumed = [next(rows)[1] for _ in range(5)][:4]              # the fifth is lost: step 4 was saved
+    resumed += [loss for _, loss in train(begin(kind, cut), cut, 2)]
+    assert resumed == losses and len(losses) == 6
+    one, other = (load_tensors(folder / f"{kind}.safetensors", f"tinyflow {kind}")[0] for folder in folders)
+    log = (cut / "log.jsonl").read_text().splitlines()
+    assert tensor_hash(one) == tensor_hash(other)
+    assert [json.loads(line)["step"] for line in log] == [2, 4, 6]
+    if kind == "codec":                          # its latents have no mean, and unit variance
+        latents = load_codec(whole / "codec.safetensors").encode(to_pixels(begin(kind, whole).pictures[:4]))
+        assert abs(latents.mean()) < .02 and latents.std().item() == pytest.approx(1, abs=.02)
+    with pytest.raises(InputError, match="another configuration"):
+        list(train(begin(kind, cut, lr=1.0), cut, 2))
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path, few_pictures):
+    training = begin("codec", tmp_path)
+    finite = training.loss
+    training.loss = lambda k: finite(k) * np.nan
+    with pytest.raises(InputError, match="not finite at step 0"):
+        list(train(training, tmp_path, 2))
+
+
 def test_muons_steps_are_nearly_orthogonal():
     torch.manual_seed(0)
     for shape in ((1, 8, 8), (2, 16, 40), (3, 40, 16)):
@@ -57,52 +112,54 @@ def test_the_rate_warms_up_stays_and_falls():
     assert shares[60:] == sorted(shares[60:], reverse=True) and .02 <= shares[99] < .03
 
 
-def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path, few_pictures):
-    training = CodecTraining(SMALL_CODEC, make_codec())
-    finite = training.loss
-    training.loss = lambda k: finite(k) * np.nan
-    with pytest.raises(InputError, match="not finite at step 0"):
-        list(train(training, tmp_path, 2))
-
-
-# ------------------------------------------------------------------------------------------------ the codec
-@pytest.fixture
-def few_pictures(monkeypatch):
-    """The same picture again and again, since rendering takes longer than the training here."""
-    pictures, masks = render_all([Scene((Thing("cat", "red"),), "meadow")])
-
-    def render_one(scenes):
-        return pictures.repeat(len(scenes), 0), masks.repeat(len(scenes), 0)
-    monkeypatch.setattr(codec, "render_all", render_one)
-    monkeypatch.setattr(reader, "FRESH", 4)
-
-
-@pytest.mark.parametrize("kind", ("codec", "reader"))
-def test_an_interrupted_training_ends_bitwise_like_a_whole_one(kind, tmp_path, few_pictures):
-    def start():
-        torch.manual_seed(0)
-        codec = kind == "codec"
-        return CodecTraining(SMALL_CODEC, make_codec()) if codec else ReaderTraining(SMALL_READER, Reader())
-
-    whole = [loss for _, loss in train(start(), tmp_path / "whole", 2)]
-    rows = train(start(), tmp_path / "cut", 2)
-    cut = [next(rows)[1] for _ in range(5)][:4]
-    cut += [loss for _, loss in train(start(), tmp_path / "cut", 2)]
-    assert cut == whole and len(whole) == 6 and whole[-1] < whole[0]
-    one, other = (load_tensors(tmp_path / name / f"{kind}.safetensors", f"tinyflow {kind}")[0]
-                  for name in ("whole", "cut"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_latents_have_no_mean_and_unit_variance(tmp_path, few_pictures):
-    training = CodecTraining(SMALL_CODEC, make_codec())
+# ----------------------------------------------------------------------------------------------- pretraining
+def test_the_average_is_what_is_kept_and_the_codec_is_not_trained(tmp_path, few_pictures):
+    training = begin("base", tmp_path)
+    codec = tensor_hash(training.codec.state_dict())
     list(train(training, tmp_path, 6))
-    codec = load_codec(tmp_path / "codec.safetensors").requires_grad_(False)
-    latents = codec.encode(to_pixels(training.pictures[:4]))
-    assert latents.shape == (4, 16, 16, 16)
-    assert abs(latents.mean()) < .02 and latents.std() == pytest.approx(1, abs=.02)
+    checkpoint, _ = load_tensors(tmp_path / "checkpoint.safetensors", "training checkpoint")
+    base, facts = load_tensors(tmp_path / "base.safetensors", "tinyflow base")
+    name = "mmdit.final_linear.weight"
+    assert torch.equal(base[name], checkpoint[f"average.{name}"].half())
+    assert not torch.equal(base[name], checkpoint[f"model.{name}"].half())
+    assert facts["config"]["steps"] == 6 and "seconds" in facts
+    assert tensor_hash(training.codec.state_dict()) == codec and not any("codec" in name for name in base)
 
 
+def test_latents_are_those_of_the_scenes_and_are_made_once(tmp_path):
+    training, file = begin("base", tmp_path), tmp_path / "latents.safetensors"
+    written = file.stat().st_mtime_ns
+    again = begin("base", tmp_path)
+    assert file.stat().st_mtime_ns == written and torch.equal(training.latents, again.latents)
+    x_0 = training.codec.encode(to_pixels(render_all(training.scenes[3:4])[0]))
+    assert torch.allclose(training.latents[3].float(), x_0[0], atol=2e-3)
+    other = begin("base", tmp_path, seed=2)      # other pictures: the file is made anew
+    assert not torch.equal(other.latents, again.latents)
+
+
+def test_batches_that_other_processes_make_ahead_are_the_same(tmp_path):
+    training = begin("base", tmp_path)
+    loader = pretrain.DataLoader(training, None, sampler=range(2, 5), **pretrain.AHEAD)
+    for k, ahead in enumerate(loader, start=2):
+        here = training[k]
+        assert all(torch.equal(a, b) for a, b in zip(ahead[:3], here[:3])) and list(ahead[3]) == here[3]
+
+
+def test_a_stage_goes_on_from_others_weights_and_a_wrong_start_is_one_line(tmp_path, monkeypatch, capsys):
+    weights, pipe = tmp_path / "start.safetensors", make_pipe()
+    state = {name: tensor for name, tensor in pipe.state_dict().items() if not name.startswith("codec.")}
+    save_tensors(weights, "tinyflow base", state, {})
+    monkeypatch.setattr(pretrain, "make_tiny", make_pipe)
+    begun = pretrain.begin(weights, None, 1)
+    assert torch.equal(begun.mmdit.final_linear.weight, pipe.mmdit.final_linear.weight)
+    assert all(p.requires_grad for p in begun.mmdit.parameters())
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(["--out", str(tmp_path / "x"), "--start", str(tmp_path / "none.safetensors")])
+    assert caught.value.code == 2 and "there is no such file" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------------- the codec
 def test_a_second_stage_trains_the_decoder_and_leaves_the_latents_alone(tmp_path, few_pictures):
     config = replace(SMALL_CODEC, steps=2, start="the shipped codec")
     training = CodecTraining(config, load_codec().requires_grad_(True))
@@ -127,12 +184,9 @@ def test_crops_lie_on_the_grid_of_the_latents_and_mostly_hold_the_object():
 
 
 def test_psnr_is_in_decibels_of_the_full_range():
-    x = torch.zeros(1, 3, 4, 4)
-    assert psnr(x, x + .2).item() == pytest.approx(20)
-    inside = torch.zeros(1, 4, 4, dtype=torch.bool)
-    inside[0, 0, 0] = True
-    y = x.clone()
-    y[..., 0, 0] = .02
+    x, y, inside = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), .2), torch.zeros(1, 4, 4).bool()
+    assert psnr(x, y).item() == pytest.approx(20)
+    y[..., 0, 0], inside[0, 0, 0] = .02, True
     assert psnr(x, y, inside).item() == pytest.approx(40)
 
 

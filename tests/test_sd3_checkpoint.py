@@ -16,7 +16,17 @@ from tinyflow.sd3.parts import Part
 
 SMALL = {"one": torch.arange(6.0).reshape(2, 3), "two": torch.ones(5, dtype=torch.float16),
          "none": torch.zeros(0, 4)}
-TRANSFORMER = "model.diffusion_model."
+TRANSFORMER, ONE = "model.diffusion_model.", b"\0\0\x80?"       # the number 1 in fp32
+
+
+def write_raw(path, header: dict, data: bytes, length: int = 0) -> None:
+    packed = json.dumps(header).encode().ljust(length)
+    path.write_bytes(len(packed).to_bytes(8, "little") + packed + data)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights.safetensors"
 
 
 def load_transformer(checkpoint: Checkpoint) -> None:
@@ -32,53 +42,37 @@ def load_autoencoder(checkpoint: Checkpoint) -> None:
     (lambda whole: b"<!doctype html>", "a web page, not weights: the repository is gated"),
     (lambda whole: b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not weights"),
     (lambda whole: b"PK\x03\x04" + bytes(99), "a pickled torch file, which is never opened")])
-def test_a_file_of_another_kind_is_named(tmp_path, spoil, message):
-    path = tmp_path / "weights.safetensors"
+def test_a_file_of_another_kind_is_named(path, spoil, message):
     save_file(SMALL, path)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(InputError, match=message):
         Checkpoint([path])
 
 
-def test_a_length_that_looks_like_a_web_page_is_a_length(tmp_path):
+def test_a_length_that_looks_like_a_web_page_is_a_length(path):
     """A header of 60 bytes and a multiple of 256 makes a file begin with "<"."""
-    header = json.dumps({"one": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes((60 + 256).to_bytes(8, "little") + header.ljust(60 + 256) + b"\0\0\x80?")
+    write_raw(path, {"one": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, ONE, length=60 + 256)
     assert path.read_bytes()[:1] == b"<" and Checkpoint([path]).tensor("one").item() == 1
 
 
-def test_tensors_come_back_as_they_were_wherever_they_begin(tmp_path):
-    path = tmp_path / "weights.safetensors"
+def test_tensors_come_back_as_they_were_wherever_they_begin(path):
     save_file(SMALL, path)
     for name, tensor in SMALL.items():
         ours = Checkpoint([path]).tensor(name)
         assert torch.equal(ours, tensor) and ours.dtype == tensor.dtype
-    header = json.dumps({"byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
-                         "one": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" + b"\0\0\x80?")
-    with pytest.raises(InputError, match="byte is U8"):
+    byte, one = ({"dtype": kind, "shape": [1], "data_offsets": [start, stop]}
+                 for kind, start, stop in (("U8", 0, 1), ("F32", 1, 5)))
+    write_raw(path, {"byte": byte, "one": one}, b"\0" + ONE)
+    with pytest.raises(InputError, match="byte is U8; this code reads bf16"):
         Checkpoint([path])
-    header = header.replace(b"byte", b"position_ids")    # it is skipped, and "one" begins at an odd place
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" + b"\0\0\x80?")
+    write_raw(path, {"position_ids": byte, "one": one}, b"\0" + ONE)     # skipped: 1 begins at an odd place
     assert Checkpoint([path]).tensor("one").item() == 1
 
 
-def test_fp8_is_refused_by_name(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file({f"{TRANSFORMER}x_embedder.proj.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, path)
-    with pytest.raises(InputError, match="x_embedder.proj.weight is F8_E4M3; this code reads bf16"):
-        load_sd3(path)
-
-
-def test_another_model_is_refused_by_what_it_lacks(tmp_path):
-    path = tmp_path / "weights.safetensors"
+def test_a_file_or_folder_of_another_model_or_an_incomplete_one(path, tmp_path, sd3):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(InputError, match="no model.diffusion_model.x_embedder.*this is another model"):
         load_sd3(path)
-
-
-def test_a_folder_of_another_model_or_an_incomplete_one(tmp_path, sd3):
     with pytest.raises(InputError, match="no such file or folder"):
         load_sd3(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, "
@@ -96,8 +90,7 @@ def test_a_folder_of_another_model_or_an_incomplete_one(tmp_path, sd3):
         load_sd3(tmp_path, sd3[0])
 
 
-def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path):
-    path = tmp_path / "weights.safetensors"
+def test_missing_unexpected_and_misshaped_tensors_are_all_listed(path):
     save_file({"a.weight": torch.zeros(2, 3), "c.weight": torch.zeros(1), "extra": torch.zeros(1)}, path)
     with torch.device("meta"):
         module = torch.nn.ModuleDict({"one": torch.nn.Linear(4, 2), "two": torch.nn.Linear(3, 2, bias=False)})
@@ -107,9 +100,8 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_listed(tmp_path):
                                       "missing a.bias; missing b.weight; unexpected c.weight")
 
 
-def test_300_corruptions_are_300_clean_errors(tmp_path):
+def test_300_corruptions_are_300_clean_errors(path):
     """Changed and missing bytes in headers, and files cut anywhere: InputError, or still a whole file."""
-    path = tmp_path / "weights.safetensors"
     save_file(small_single_file(), path)
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -142,22 +134,23 @@ def test_300_corruptions_are_300_clean_errors(tmp_path):
     ("joint_blocks.x.mlp.weight", (2, 2)), ("joint_blocks.999999999999.mlp.weight", (2, 2)),
     ("x_embedder.proj.weight", (3,)), ("x_embedder.proj.weight", (0, 0, 0, 0)), ("pos_embed", (1,)),
     ("joint_blocks.0.x_block.attn.ln_q.weight", (0,)), ("context_embedder.weight", (7, 0))])
-def test_absurd_names_and_shapes_are_errors_too(tmp_path, name, shape):
+def test_absurd_names_and_shapes_are_errors_too(path, name, shape):
     """Well-formed files that random damage does not hit once ended in a traceback or in 10^12 blocks."""
-    path = tmp_path / "weights.safetensors"
     save_file(small_single_file() | {TRANSFORMER + name: torch.zeros(shape)}, path)
     with pytest.raises(InputError):
         load_transformer(Checkpoint([path]))
 
 
-def test_half_an_autoencoder_and_a_clip_without_a_matrix_are_errors_too(tmp_path):
-    """A file with the decoder alone, and a projection that is one number, once ended in an IndexError."""
-    path = tmp_path / "weights.safetensors"
+def test_half_an_autoencoder_and_a_clip_without_a_matrix_are_errors_too(path):
+    """They once ended in an IndexError; and a width of 48, which heads of 64 do not divide, in another."""
     save_file({name: tensor for name, tensor in small_single_file().items() if ".encoder." not in name}, path)
     with pytest.raises(InputError, match="there is no first_stage_model.encoder"):
         load_autoencoder(Checkpoint([path]))
     save_file(small_clip(24, "gelu", 4).state_dict() | {"text_projection.weight": torch.tensor(1.0)}, path)
     with pytest.raises(InputError, match="the shapes contradict each other"):
+        load_clip(Part(Checkpoint([path]), "", DIFFUSERS, {}), "gelu")
+    save_file(small_clip(48, "gelu", 4).state_dict(), path)
+    with pytest.raises(InputError, match="width 48 that does not divide into heads of 64; .* --text DIR"):
         load_clip(Part(Checkpoint([path]), "", DIFFUSERS, {}), "gelu")
 
 

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from purecc_min import ablations, learning, methods, train
+from purecc_min import learning, methods, train
 from purecc_min.branch import Branch, Thetas
+from purecc_min.commands.folder import load_concept
 from purecc_min.concept import ConceptSet, encode
 from purecc_min.learning import fingerprint, learn, stage
-from purecc_min.measure.toy import PAIR_TEMPLATES
+from purecc_min.measure.toy import FOLDER, PAIR_TEMPLATES
 from purecc_min.methods import l_cc, paper
 from purecc_min.pairs import imagine
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
+from tests.conftest import make_pipe
 from tinyflow.errors import InputError
 from tinyflow.weights import tensor_hash
 
@@ -40,79 +42,65 @@ def trained(pipe, robot, tmp_path):
 
 
 def try_method(trained, method, eta=1.0):
-    """The loss and the log of one step, and the model that it trains."""
+    """The loss and the log of one step, of a theta_2 whose adapters are far from where they begin."""
     pipe, data, theta_1, _ = trained
     theta_2 = Branch.fresh(pipe, theta_1.embeddings.Y.detach(), 2, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for B in theta_2.lora.B.values():
-            B.normal_(std=0.1, generator=generator)
-    batch = draw_batch(data, CONFIG, 2, 0, pipe.shift)
-    loss, log = method(Thetas(pipe.velocity, theta_1, theta_2), batch, eta)
-    return loss, log, theta_2
+    for B in theta_2.lora.B.values():
+        B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(6))
+    return method(Thetas(pipe.velocity, theta_1, theta_2), draw_batch(data, CONFIG, 2, 0, pipe.shift), eta)
 
 
 # --------------------------------------------------------------------------------------------- data and draws
 def test_pictures_and_texts_are_paired_by_id(pipe, robot):
-    """Cached latents once met the wrong captions after a shuffle (diffusers #14430).
-
-    Any order gives the same pairs.
-    """
+    """Cached latents once met the wrong captions after a shuffle (diffusers #14430)."""
     changed = [replace(r, id=f"{n}.png", complete=f"a {colour} [V] robot", base=f"a {colour} robot",
                        pictures=np.full_like(r.pictures, n))
                for n, (r, colour) in enumerate(zip(robot.references, ("red", "green", "blue", "pink")))]
-    data, shuffled = (encode(pipe, ConceptSet("robot", rows)) for rows in (changed, changed[::-1]))
+    sets = [ConceptSet("robot", rows) for rows in (changed, changed[::-1])]
+    data, shuffled = (encode(pipe, concept) for concept in sets)
     for n, id in enumerate(data.ids):
         m = shuffled.ids.index(id)
         assert torch.equal(data.x_0[n], pipe.encode_images([changed[n].picture])[0]) and id == changed[n].id
         assert torch.equal(data.x_0[n], shuffled.x_0[m])
         assert torch.equal(data.texts.complete.context[n], shuffled.texts.complete.context[m])
-    one, other = (fingerprint(ConceptSet("robot", rows)) for rows in (changed, changed[::-1]))
-    assert one != other == fingerprint(ConceptSet("robot", changed[::-1]))
-
-
-def test_texts_hold_the_slot_where_they_should(pipe, robot):
-    data = encode(pipe, robot)
     counts = {name: text.slots.sum(1).tolist() for name, text in data.texts._asdict().items()}
     assert counts == {"complete": [1] * 4, "base": [0] * 4, "target": [1] * 4, "null": [0] * 4}
     assert data.class_text.slots.sum(1).tolist() == [1] * 4
+    assert fingerprint(sets[0]) != fingerprint(sets[1]) == fingerprint(ConceptSet("robot", changed[::-1]))
 
 
 def test_a_draw_depends_on_seed_stage_and_step_alone(pipe, robot):
-    data = encode(pipe, robot)
-
-    def draw(seed, stage, step):
-        return draw_batch(data, replace(CONFIG, seed=seed), stage, step, 1.0).x_t
-
-    assert torch.equal(draw(0, 1, 0), draw(0, 1, 0))
-    others = [draw(0, 1, 1), draw(0, 2, 0), draw(1, 1, 0)]
-    assert not any(torch.equal(draw(0, 1, 0), other) for other in others)
+    data, draws = encode(pipe, robot), ((0, 1, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0))
+    first, again, *others = (draw_batch(data, replace(CONFIG, seed=seed), stage, step, 1.0).x_t
+                             for seed, stage, step in draws)
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
 
 
-def test_a_draw_holds_each_pictures_own_texts(pipe, robot):
-    """x_0 = x_t - t v by Eq. 1 and 2: it tells which picture was drawn."""
-    data, batch = encode(pipe, robot), draw_batch(encode(pipe, robot), replace(CONFIG, batch=16), 1, 0, 1.0)
-    x_0 = batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v
-    for n in range(16):
-        row = (data.x_0 - x_0[n]).square().flatten(1).sum(1).argmin()
-        for text, drawn in zip(data.texts, batch.texts):
-            assert torch.equal(text.context[row], drawn.context[n])
+def test_a_draw_holds_crops_and_flips_of_each_picture_with_its_own_texts(pipe):
+    """x_0 = x_t - t v by Eq. 1 and 2 tells which variant of which picture was drawn: in time, each one."""
+    one, same, other = (load_concept(FOLDER / "checked_robot", "robot", 64, variants=3, seed=seed)
+                        for seed in (1, 1, 2))   # which crops they are, the seed says
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    data, drawn = encode(pipe, one), set()
+    batch = draw_batch(data, replace(CONFIG, batch=80), 1, 0, 1.0)
+    for n, x_0 in enumerate(batch.x_t - batch.t.view(-1, 1, 1, 1) * batch.v):
+        distance = (data.variants - x_0).abs().amax((2, 3, 4))                           # [4, 3]
+        (row, variant), = (distance < 1e-4).nonzero().tolist()
+        drawn.add((row, variant))
+        for text, its in zip(data.texts, batch.texts):
+            assert torch.equal(text.context[row], its.context[n])
+    assert len(drawn) == 4 * 3
 
 
 # ------------------------------------------------------------------------------------------------- the stages
-def test_the_base_model_is_never_written(pipe, robot, tmp_path):
-    before = tensor_hash(pipe.state_dict())
-    list(learn(pipe, robot, CONFIG, tmp_path, METHODS["paper"]))
-    assert tensor_hash(pipe.state_dict()) == before
-
-
 def test_stage_1_is_really_in_the_target_representation(trained):
     """The released code computes R(y_tar) with the extractor's adapters off; here they must matter."""
     theta_1 = trained[2]
-    with_it = try_method(trained, paper)[1]["norm_R_target"]
+    _, with_it = try_method(trained, paper)
     for B in theta_1.lora.B.values():
         B.zero_()
-    assert (try_method(trained, paper)[1]["norm_R_target"] - with_it).abs() > 1e-4
+    _, without = try_method(trained, paper)
+    assert (with_it["norm_R_target"] - without["norm_R_target"]).abs() > 1e-4
 
 
 def test_stage_2_never_moves_the_extractor(trained):
@@ -127,7 +115,7 @@ def test_stage_2_never_moves_the_extractor(trained):
 
 
 def test_training_lowers_the_loss_on_draws_it_never_saw(pipe, robot, tmp_path):
-    data, config = encode(pipe, robot), replace(CONFIG, steps=60, batch=4)
+    data, config = encode(pipe, robot), replace(CONFIG, steps=40, batch=4)
     theta_1, rows = stage(pipe, data, config, tmp_path, LORA)
     unseen = [draw_batch(data, config, 9, n, pipe.shift) for n in range(10)]
 
@@ -145,44 +133,13 @@ def test_adapters_and_embeddings_have_their_own_learning_rates(trained):
     assert (others["lr"], embeddings["lr"]) == (CONFIG.learning_rate, CONFIG.embedding_learning_rate)
 
 
-# ------------------------------------------------------------------------------------------------ the methods
-def test_without_eta_the_loss_is_plain_LoRA_on_the_same_draws(trained):
-    (plain, _, _), (nothing_added, _, _) = try_method(trained, l_cc), try_method(trained, paper, eta=0.0)
-    loss, log, _ = try_method(trained, paper, eta=2.0)
-    assert plain == nothing_added == log["loss_cc"]
-    torch.testing.assert_close(loss, log["loss_cc"] + 2.0 * log["loss_purecc"])
-
-
-def test_detaching_v_original_changes_the_gradient_and_nothing_else(trained):
-    _, detached, theta_a = try_method(trained, paper)
-    _, attached, theta_b = try_method(trained, ablations.not_detached)
-    gradients = []
-    for log, theta in ((detached, theta_a), (attached, theta_b)):
-        log["loss_purecc"].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in theta.lora.parameters()]))
-    for name in detached:
-        torch.testing.assert_close(detached[name].detach(), attached[name].detach(), rtol=1e-4, atol=1e-5)
-    assert (gradients[0] - gradients[1]).norm() > 0.05 * gradients[0].norm()
-
-
-def test_v_original_from_the_base_model_ignores_theta_2(trained):
-    from_theta_2, from_base = (try_method(trained, m)[1] for m in (paper, ablations.untouched_original))
-    assert (from_theta_2["norm_R_complete"] - from_base["norm_R_complete"]).abs() > 1e-3
-    torch.testing.assert_close(from_theta_2["loss_cc"], from_base["loss_cc"])
-
-
-def test_a_constant_lambda_is_used(trained):
-    assert try_method(trained, ablations.constant_lambda(3.0))[1]["lambda"] == 3.0
-
-
 def test_the_anchor_asks_the_base_text_to_stay(trained):
-    eta = 1e6                                    # the anchor is small in this random model
-    loss, log, _ = try_method(trained, methods.anchored, eta)
-    assert log["loss_anchor"] > 0 and eta * log["loss_anchor"] > 0.1 * log["loss_cc"]
-    torch.testing.assert_close(loss, log["loss_cc"] + eta * log["loss_anchor"])
     pipe, data, theta_1, _ = trained
-    fresh = Branch.fresh(pipe, theta_1.embeddings.Y, 2)
-    batch = draw_batch(data, CONFIG, 2, 0, pipe.shift)
+    eta = 1e6                                    # the anchor is small in this random model
+    loss, log = try_method(trained, methods.anchored, eta)
+    assert eta * log["loss_anchor"] > 0.1 * log["loss_cc"]
+    torch.testing.assert_close(loss, log["loss_cc"] + eta * log["loss_anchor"])
+    fresh, batch = Branch.fresh(pipe, theta_1.embeddings.Y, 2), draw_batch(data, CONFIG, 2, 0, pipe.shift)
     assert methods.anchor_loss(Thetas(pipe.velocity, None, fresh), batch) == 0
 
 
@@ -205,9 +162,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(trained, 
 
 def test_another_runs_folder_is_refused(trained):
     pipe, data, theta_1, folder = trained
-    for origin, config, differs in (("", replace(CONFIG, seed=1), "seed is 0 there and 1 here"),
-                                    ("", replace(CONFIG, steps=3), "steps is 4 there and 3 here"),
-                                    ("other data", CONFIG, "other pictures")):
+    for config, origin, differs in ((replace(CONFIG, seed=1), "", "seed is 0 there and 1 here"),
+                                    (replace(CONFIG, steps=3), "", "steps is 4 there and 3 here"),
+                                    (CONFIG, "other data", "other pictures")):
         with pytest.raises(InputError, match=f"holds another run .*{differs}"):
             list(stage(pipe, data, config, folder, LORA, origin=origin)[1])
     list(stage(pipe, data, CONFIG, folder, PAPER, theta_1)[1])
@@ -219,65 +176,60 @@ CHILD = """
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background jobs ignore it
-from purecc_min import learning
-from purecc_min.commands.folder import load_concept
-from purecc_min.measure.toy import FOLDER
-from purecc_min.registry import METHODS
-from purecc_min.train import TrainConfig
-from tests.conftest import make_pipe
+from tests.test_train import learning, two_stages
 learning.SAVE_EVERY = 3
-config = TrainConfig(steps=20, batch=2, rank=2, learning_rate=1e-2)
-robot = load_concept(FOLDER / "checked_robot", "robot", 64)
-for stage, _, row in learning.learn(make_pipe(), robot, config, Path(sys.argv[1]), METHODS["paper"]):
+for stage, _, row in two_stages(Path(sys.argv[1])):
     print(stage, row["step"], flush=True)
     sys.stdin.readline()                                         # a step is taken only when it is asked for
 """
 
 
-def start_child(folder):
-    root = Path(__file__).parent.parent
+def two_stages(folder):
+    robot = load_concept(FOLDER / "checked_robot", "robot", 64)
+    return learn(make_pipe(), robot, replace(CONFIG, steps=8), folder, PAPER)
+
+
+def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_path, monkeypatch):
+    whole, cut, root, chance = tmp_path / "a", tmp_path / "b", Path(__file__).parent.parent, random.Random(0)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], cwd=root, env=environment, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
-def test_a_run_killed_at_random_steps_ends_where_an_uninterrupted_one_ends(tmp_path):
-    whole, chance = start_child(tmp_path / "whole"), random.Random(0)
-    assert whole.communicate()[0].count("\n") == 40 and whole.returncode == 0
-    for sent in (signal.SIGKILL, signal.SIGINT):                 # after at most 24 of the 40 steps
-        child = start_child(tmp_path / "cut")
-        for _ in range(chance.randint(4, 12)):
-            child.stdout.readline()
+    for sent in (signal.SIGKILL, signal.SIGINT):                 # after at most 12 of the 16 steps
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(cut)], cwd=root, env=environment,
+                                 text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(chance.randint(4, 6)):
+            assert child.stdout.readline()
             child.stdin.write("\n")
             child.stdin.flush()
         time.sleep(chance.random() * 0.02)                       # somewhere in the next step
         child.send_signal(sent)
         child.communicate()
         assert child.returncode != 0
-    assert not (tmp_path / "cut" / "concept.safetensors").exists()
-    last = start_child(tmp_path / "cut")
-    assert last.communicate()[0].count("\n") < 40 and last.returncode == 0
-    for file in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes(), file.name
-    lines = (tmp_path / "cut" / "stage2.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+    assert not (cut / "concept.safetensors").exists()
+    monkeypatch.setattr(learning, "SAVE_EVERY", 3)
+    assert len(list(two_stages(cut))) < len(list(two_stages(whole))) == 16
+    for file in whole.iterdir():
+        assert (cut / file.name).read_bytes() == file.read_bytes(), file.name
+    lines = (cut / "stage2.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_goes_on_where_it_stopped(pipe, robot, tmp_path, monkeypatch, name):
+    """And the base model is never written."""
     monkeypatch.setattr(learning, "SAVE_EVERY", 1)
-    method, imagined = METHODS[name], None
+    before = tensor_hash(pipe.state_dict())
+    method, scenes = METHODS[name], None
     if method.imagines:
-        imagined = imagine(pipe, robot, PAIR_TEMPLATES, seed=0, count=2, steps=1)
-    rows = list(learn(pipe, robot, CONFIG, tmp_path / "whole", method, imagined=imagined))
+        scenes = imagine(pipe, robot, PAIR_TEMPLATES, seed=0, count=2, steps=1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    rows = list(learn(pipe, robot, CONFIG, whole, method, imagined=scenes))
     for stopped_after in (2, 1):
-        started = learn(pipe, robot, CONFIG, tmp_path / "cut", method, imagined=imagined)
+        started = learn(pipe, robot, CONFIG, cut, method, imagined=scenes)
         for _ in range(stopped_after):
             next(started)
         started.close()
-    assert len(list(learn(pipe, robot, CONFIG, tmp_path / "cut", method, imagined=imagined))) < len(rows)
-    whole, cut = (tmp_path / run / "concept.safetensors" for run in ("whole", "cut"))
-    assert whole.read_bytes() == cut.read_bytes()
+    assert len(list(learn(pipe, robot, CONFIG, cut, method, imagined=scenes))) < len(rows)
+    assert (cut / "concept.safetensors").read_bytes() == (whole / "concept.safetensors").read_bytes()
+    assert tensor_hash(pipe.state_dict()) == before
 
 
 @pytest.mark.parametrize("name", ["lora", "paper"])
@@ -304,17 +256,14 @@ def test_a_step_whose_gradients_are_too_large_is_left_out_and_counted(trained, m
 
 @pytest.mark.parametrize("scale, found", [(train.SCALE, True), (2**-12, False)])
 def test_small_gradients_survive_in_fp16(pipe, robot, tmp_path, monkeypatch, scale, found):
-    """Cards before Ampere compute in fp16, whose numbers end at 6e-8.
-
-    A picture of SD3.5 has 65,536 latents, and the gradient of a mean over them is as small. A scale of 2^-12
-    stands for such a size.
+    """Cards before Ampere compute in fp16, whose numbers end at 6e-8. The gradient of a mean over a picture's
+    65,536 latents is as small; a scale of 2^-12 stands for it.
     """
     monkeypatch.setattr(learning, "SCALE", scale)
     gradients = []
     for dtype in (torch.float32, torch.float16):
         pipe.mmdit.to(dtype)
-        config = replace(CONFIG, steps=1)
-        theta, rows = stage(pipe, encode(pipe, robot), config, tmp_path / str(dtype), LORA)
+        theta, rows = stage(pipe, encode(pipe, robot), replace(CONFIG, steps=1), tmp_path / str(dtype), LORA)
         list(rows)
         gradients.append(torch.cat([p.grad.flatten() for p in theta.parameters()]))
     exact, half = gradients
