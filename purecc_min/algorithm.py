@@ -4,8 +4,8 @@
     python -m purecc_min.algorithm photos/ --class-word robot      learns from your own pictures
 
 Stage 1 (the paper's lines 1-7) teaches the representation extractor theta_1 on the flow-matching loss. Stage
-2 (lines 8-18) teaches theta_2 with L_PCC. `learn FOLDER --class-word WORD --method paper` does the same, can
-be stopped, and measures. Read next: methods.py.
+2 (lines 8-18) teaches theta_2 with L_PCC. `learn FOLDER --class-word WORD --method paper` trains in the same
+way; it also crops pictures, reads masks, can be resumed, and measures the result. Read next: methods.py.
 """
 
 import argparse
@@ -65,7 +65,7 @@ theta_1.requires_grad_(False)                            # frozen from here on
 
 # --------------------------------------------------------------------------- stage 2: pure learning, theta_2
 config = TrainConfig(steps=options.steps, learning_rate=1e-3)
-Y = theta_1.state_dict()["embeddings.Y"]
+Y = theta_1.state_dict()["embeddings.Y"]                # as trained; theta_2 gets a copy
 theta_2 = Branch.fresh(pipe, Y, config.rank, generator_for(config.seed, 2, step=-1))
 optimizer = optimizer_for(theta_2, config)
 for step in (bar := tqdm(range(config.steps), "stage 2: theta_2")):

@@ -53,9 +53,9 @@ class Thetas(NamedTuple):
 
 
 def velocity_with(branches: list[Branch], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-    """v(x_t | text) [B, C, H, W] of the base model with several concepts; branches[n - 1] is placeholder n.
+    """v(x_t | text) [B, C, H, W] of the base model with several concepts; placeholder n is branches[n - 1].
 
-    Adapters everywhere act on the whole text, others at their own phrase or placeholder. Changes add up.
+    Adapters everywhere act at all tokens, others at their own phrase or placeholder. Changes add up.
     """
     def visit(l: int, block: nn.Module, x: Tensor, c: Tensor, vec: Tensor) -> tuple[Tensor, Tensor | None]:
         with contextlib.ExitStack() as stack:

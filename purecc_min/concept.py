@@ -20,7 +20,7 @@ from tinyflow.flow import path, velocity_target
 from tinyflow.pipeline import Pipeline, Text
 
 TOKEN = "[V]"                                    # the new concept's name in every text
-STYLE_WORD = "a"                                 # a style's class word (tiny): "[V] red ball" is "a red ball"
+STYLE_WORD = "a"                                 # a style's class word: "[V] red ball" is read "a red ball"
 STYLE_WORDS = (STYLE_WORD, "style")              # elsewhere it is "style": "a red ball in [V] style"
 STYLE = re.compile(r",?\s*\bin (?:(?:the |a )?\[V\] style\b|the style of \[V\])", re.IGNORECASE)
 
@@ -33,7 +33,7 @@ class Reference:
     complete: str
     base: str
     target: str
-    masks: np.ndarray | None = None              # uint8 [K, S, S], 255 where L_CC counts; None: everywhere
+    masks: np.ndarray | None = None              # uint8 [K, S, S], 255 where L_CC counts; in all, or none
 
     @property
     def picture(self) -> np.ndarray:             # [S, S, 3], the picture itself
@@ -77,7 +77,7 @@ class EncodedConcept(NamedTuple):
     ids: list[str]
     variants: Tensor                             # [n, K, C, H, W]: each picture, then its crops and flips
     texts: Texts
-    class_text: Text                             # base texts (the word where it is missing); slots: the word
+    class_text: Text                             # base texts, or the word where it is missing; slots mark it
     masks: Tensor | None = None                  # [n, K, 1, H, W] in [0, 1], if the references have masks
     imagined: "EncodedConcept | None" = None     # scenes that the base model sampled itself (pairs.py)
 

@@ -52,10 +52,10 @@ def read_concept(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def check_base(path: str | Path, facts: dict, pipe: Pipeline) -> None:
-    """Raises: InputError if the concept was learned on other weights, or if one of the two has no T5."""
+    """Raises: InputError if the concept was learned on other weights, or only one of the two with T5."""
     own = torch.tensor(sample_of(pipe.mmdit))
     learned_on = torch.tensor(facts.get("base_sample", own.tolist()))
-    if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():  # other dtypes
+    if learned_on.shape != own.shape or not (learned_on - own).norm() <= 0.05 * own.norm():  # 5 %: dtypes
         raise InputError(f"{path}: the concept was learned on other weights than these; use the base model "
                          "that it was learned on")
     if facts.get("t5", has_t5(pipe)) != has_t5(pipe):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purecc_min.concept import EncodedConcept
-from tinyflow.flow import path, sample_times
+from tinyflow.flow import path, training_times
 from tinyflow.pipeline import Pipeline, Text
 
 
@@ -44,7 +44,7 @@ def class_word_states(pipe: Pipeline, data: EncodedConcept, generator: torch.Gen
     """The initial Y, [L, D]: the base model's mean state of the class word at the input of every block."""
     x_0, states = data.x_0, []
     for _ in range(8):                           # random times and noises for each reference
-        t = sample_times(len(x_0), pipe.shift, generator).to(x_0)
+        t = training_times(len(x_0), pipe.shift, generator).to(x_0)
         x_t = path(x_0, torch.randn(x_0.shape, generator=generator).to(x_0), t)
         states.append(states_in_slots(pipe, x_t, t, data.class_text))
     return torch.stack(states).mean(0)

@@ -85,7 +85,7 @@ def train_resumably(loss_of_step: LossOfStep, thetas: Thetas, data: EncodedConce
     try:
         for row in train_steps(loss_of_step, thetas, data, config, number, optimizer, first):
             log.append(row)
-            yield row                            # first: a step that is stopped here is done again
+            yield row                            # then saved: a step that is stopped here is done again
             if row["step"] % SAVE_EVERY == 0 or row["step"] == config.steps:
                 write_whole(log_file, "".join(json.dumps(row) + "\n" for row in log).encode())
                 save_checkpoint(checkpoint, theta, optimizer, facts, row["step"])
@@ -100,9 +100,8 @@ def fingerprint(concept: ConceptSet, imagined: EncodedConcept | None = None) -> 
     Not of encoded references: their last bits may depend on the number of threads.
     """
     texts = [concept.class_word, *([r.id, r.complete, r.base, r.target] for r in concept.references)]
-    arrays = {f"{name} {n}": getattr(r, name) for n, r in enumerate(concept.references)
-              for name in ("pictures", "masks") if getattr(r, name) is not None}
-    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    tensors = {f"{name} {n}": torch.tensor(getattr(r, name)) for n, r in enumerate(concept.references)
+               for name in ("pictures", "masks") if getattr(r, name) is not None}
     if imagined:
         tensors["imagined"] = imagined.variants
     return text_hash(tensor_hash(tensors) + json.dumps(texts))

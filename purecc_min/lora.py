@@ -4,13 +4,13 @@ Each adapted linear layer computes W x + B A x, with A [r, in] and B [out, r]. B
 set changes nothing. While a set is `attached` to a block, hooks add its B A x to the outputs of the block's
 layers. So the frozen extractor and the trainable model are two sets over ONE base model in memory. `where`:
 
-    everywhere    all projections of the joint attention, image and text, at all tokens (as in the paper)
+    everywhere    all projections of the joint attention, of image and text, at all tokens (for the paper)
     phrase        the text keys and values, at the tokens of [V]'s phrase
     token         the text keys and values, at [V] alone
 
-With phrase or token, the velocity of a text without [V] is exactly the base model's. B A x is not scaled; in
-programs with alpha this is alpha = rank. A and B are fp32, and used in the dtype of the layer's input.
-(As the first size of a shape, B is the batch.) Read next: branch.py.
+With phrase or token, the velocity of a text without [V] is exactly the base model's. Many programs
+multiply B A x by alpha / rank; here is no such factor, as if alpha = rank. A and B are fp32, and used in the
+dtype of the layer's input. (As the first size of a shape, B is the batch.) Read next: branch.py.
 """
 
 import contextlib

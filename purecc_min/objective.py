@@ -25,7 +25,7 @@ from tinyflow.pipeline import Velocity, in_one_batch
 class Terms(NamedTuple):
     """The intermediate results of one step, for logs, lessons and figures. Velocities are [B, C, H, W]."""
     v_original: Tensor                           # v_theta2(x_t | y_base)
-    v_complete: Tensor                           # v_theta2(x_t | y_complete), the only one with a gradient
+    v_complete: Tensor                           # v_theta2(x_t | y_complete), with a gradient
     v_purecc: Tensor
     R_target: Tensor                             # R(y_tar), frozen
     R_complete: Tensor                           # R(y_complete, y_base)
@@ -38,11 +38,10 @@ def lambda_star(R_complete: Tensor, R_target: Tensor) -> Tensor:
     """lambda* = argmin_k |R_complete - k R_target|^2 = <R_complete, R_target> / |R_target|^2 (Eq. 11, 12).
 
     One lambda* per sample, [B], is our choice: the paper is silent. lambda* may be negative. If R_target
-    is 0, lambda* and its gradient are 0.
+    is 0, lambda* is 0.
     """
     squared_norm = inner(R_target, R_target)
-    vanishes = squared_norm == 0                 # the second `where` avoids 0 / 0, whose gradient is nan
-    return torch.where(vanishes, 0.0, inner(R_complete, R_target) / torch.where(vanishes, 1.0, squared_norm))
+    return inner(R_complete, R_target) / torch.where(squared_norm == 0, 1.0, squared_norm)      # no 0 / 0
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

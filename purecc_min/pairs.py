@@ -3,7 +3,7 @@
 Imagined scenes of two things of the class are sampled from the base model: "a robot on the left and a small
 robot on the right". For such a scene, noised to x_t, with [V] at one of the two things, theta must predict
 
-    v_original + M R,     v_original = v_0(x_t | both plain),   R = v_theta1(x_t | one is [V]) - v_original
+    v_original + M R,   v_original = v_theta0(x_t | both plain),  R = v_theta1(x_t | one is [V]) - v_original
 
 where M is 1 in [V]'s half of the picture and 0 in the other. This is Eq. 13 with the mask M in place of
 lambda*. (Eq. 8 subtracts the empty text's velocity; this R subtracts v_original.) `half_kept` uses only the

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from purecc_min.branch import Branch
 from purecc_min.concept import Batch, EncodedConcept, noised
-from tinyflow.flow import sample_times
+from tinyflow.flow import training_times
 
 SCALE = 2.0**12                                  # of the loss: small gradients would become 0 in fp16
 
@@ -31,16 +31,16 @@ class TrainConfig:
 
 
 def generator_for(seed: int, stage: int, step: int) -> torch.Generator:
-    """The generator of a step's random numbers, up to stage 9, step 10**7. Step -1: initial weights."""
+    """A step's generator, its own up to stage 9 and step 10**7. Step -1: for initial weights."""
     return torch.Generator().manual_seed((seed * 10 + stage) * 10**7 + step)
 
 
 def draw_batch(data: EncodedConcept, config: TrainConfig, stage: int, step: int, shift: float,
                generator: torch.Generator | None = None) -> Batch:
-    """A step's batch: random references at random times, with random noise. shift: see flow.sample_times."""
+    """A step's batch: random references, times and noise. shift: see flow.shift_times."""
     generator = generator or generator_for(config.seed, stage, step)
     rows = torch.randint(len(data.variants), (config.batch,), generator=generator)
-    t = sample_times(config.batch, shift, generator).to(data.variants)
+    t = training_times(config.batch, shift, generator).to(data.variants)
     x_1 = torch.randn((config.batch, *data.x_0.shape[1:]), generator=generator).to(data.variants)
     which = torch.randint(data.variants.shape[1], (config.batch,), generator=generator)  # crop or flip
     batch = noised(data.variants[rows, which], x_1, t, data.texts.rows(rows))

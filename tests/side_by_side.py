@@ -32,7 +32,7 @@ from purecc_min.branch import Branch
 from purecc_min.concept import Batch, Texts, noised
 from purecc_min.objective import pcc_loss
 from tests.public import small_vae
-from tinyflow.flow import sample_times, squared_error
+from tinyflow.flow import squared_error, training_times
 from tinyflow.mmdit import MMDiT, MMDiTConfig
 from tinyflow.pipeline import Pipeline, Text
 from tinyflow.sd3.checkpoint import take
@@ -174,7 +174,7 @@ class Inputs:
                     case.draw(case.batch, config.pooled_width, seed=seed), slots, slots)
 
     def noisy(self, step: int) -> Batch:
-        t = sample_times(self.case.batch, 3.0, torch.Generator().manual_seed(step)).to(self.case.device)
+        t = training_times(self.case.batch, 3.0, torch.Generator().manual_seed(step)).to(self.case.device)
         return noised(self.x_0, self.case.draw(*self.x_0.shape, seed=step), t, self.texts)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints and logs of trainings: which facts they hold, and how a run is resumed.
 
-A checkpoint has a module's tensors, its optimizer's, and facts: its run, its step, and a hash of
+A checkpoint holds the tensors of a module and of its optimizer, and facts: the run, the step, and a hash of
 the names and shapes of the optimizer's state. An InputError says what is missing or wrong.
 """
 
@@ -55,7 +55,7 @@ def progress(tensors: dict[str, Tensor], step: int) -> dict:
     return {"step": step, "optimizer": text_hash("\n".join(parts))}
 
 
-def reached_step(tensors: dict[str, Tensor], facts: dict, where: str | Path) -> int:
+def reached_step(tensors: dict[str, Tensor], facts: dict, path: str | Path) -> int:
     """The step that a checkpoint has reached. Removes the entries of `progress` from its facts.
 
     Raises: InputError if the step is missing or not one of its run's, or the optimizer's state is not whole.
@@ -63,16 +63,16 @@ def reached_step(tensors: dict[str, Tensor], facts: dict, where: str | Path) -> 
     step, parts, config = facts.pop("step", None), facts.pop("optimizer", None), facts.get("config")
     steps = config.get("steps") if isinstance(config, dict) else None
     if type(step) is not int or type(steps) is not int or not 1 <= step <= steps:
-        raise InputError(f"{where}: its step is missing or wrong; delete the file, and the run starts again")
+        raise InputError(f"{path}: its step is missing or wrong; delete the file, and the run starts again")
     if parts != progress(tensors, step)["optimizer"]:
-        raise InputError(f"{where}: the optimizer's state is not whole; delete the file, and the run "
+        raise InputError(f"{path}: the optimizer's state is not whole; delete the file, and the run "
                          "starts again")
     return step
 
 
 def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict,
                     step: int) -> None:
-    """Keeps all that `resume` needs. facts: which run it is of, with its settings as "config"."""
+    """Keeps all that `resume` needs. facts: which run this is, with the run's settings as "config"."""
     tensors = module.state_dict() | optimizer_tensors(optimizer)
     save_tensors(path, "training checkpoint", tensors, {**facts, **progress(tensors, step)})
 
@@ -80,7 +80,7 @@ def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
 def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> int:
     """Puts back what `save_checkpoint` kept; returns the step that it has reached.
 
-    With more steps than before, stage 1 ends with other weights, so stage 2 starts again: returns 0.
+    If a run gets more steps, its stage 1 ends with other weights. Then stage 2 starts again: returns 0.
     Raises: InputError for a checkpoint that is damaged, or of another run; it names what differs.
     """
     tensors, saved = load_tensors(path, "training checkpoint")
@@ -88,7 +88,7 @@ def resume(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, fact
     longer = before["steps"] < config["steps"]
     wrong = [f"{name} is {before.get(name)} there and {config[name]} here" for name in config
              if before.get(name) != config[name] and not (longer and name == "steps")]
-    # repr: a stage that is `true` is not stage 1
+    # repr, because True == 1
     others = {name for name in facts if name != "config" and repr(saved.get(name)) != repr(facts[name])}
     if longer and facts["stage"] == 2 and others == {"origin"} and not wrong:
         return 0

@@ -38,13 +38,13 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_times(count: int, shift: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Training times [count] in (0, 1): the sigmoid of a standard normal (logit-normal), then shifted."""
+def training_times(count: int, shift: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Times for training [count] in (0, 1): the sigmoid of a standard normal (logit-normal), then shifted."""
     return shift_times(torch.sigmoid(torch.randn(count, generator=generator)), shift)
 
 
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error in fp32, over batch, channels and positions. It estimates the E of Eq. 2 and 3.
+    """Mean squared error in fp32: the E of Eq. 2 and 3, divided by the number of values in a sample.
 
     weight: [B, 1, H, W], not negative: the weight of each position. None: all weights are equal.
     """
@@ -64,7 +64,7 @@ def noise_for(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def sampling_times(steps: int, shift: float = 1.0, last: float | None = None) -> list[float]:
-    """The steps + 1 times of the sampler, 1 to 0. last: the last time above 0, before the shift."""
+    """The steps + 1 times of the sampler, 1 to 0. last: the last time above 0, unshifted; None: 1 / steps."""
     times = torch.linspace(1, last or 1 / steps, steps, dtype=torch.float64)
     return [*shift_times(times, shift).tolist(), 0.0]
 

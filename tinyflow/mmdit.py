@@ -53,7 +53,7 @@ def time_features(t: Tensor, width: int = 256) -> Tensor:
 
 
 def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
-    """2-D sin-cos positions [G, G, width], G = max_grid. The first half of the channels encodes x, then y."""
+    """2-D sin-cos positions [G, G, width], G = max_grid. The first half of width encodes x, the second y."""
     place = torch.arange(max_grid, dtype=torch.float64) * base_grid / max_grid
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = place[:, None] * frequencies                                               # [G, width/4]
@@ -63,7 +63,7 @@ def position_features(width: int, max_grid: int, base_grid: int) -> Tensor:
 
 
 class AdaLN(nn.Module):
-    """Maps vec [B, D] to `count` tensors [B, 1, D]: shift, scale and, for an output that is added, a gate."""
+    """Maps vec [B, D] to `count` tensors [B, 1, D]: shifts and scales, and gates of what is added to x."""
 
     def __init__(self, width: int, count: int):
         super().__init__()

@@ -38,14 +38,14 @@ class Written(NamedTuple):
 def write_stand_ins(text: str, stand_ins: dict[str, str], styles: tuple[str, ...] = ()) -> Written:
     """Replaces placeholders by stand-ins, and finds the phrase of each.
 
-    A placeholder must be a word of its own: "[V]'s" has [V], but "hotdog" has no "dog". Braces have a
-    meaning only in a text of which some words are replaced by others ({"dog": "dog"} only finds the dog).
+    A placeholder must be a word of its own: "[V]'s" has [V], but "hotdog" has no "dog". Braces count only if
+    some stand-in differs from its placeholder: the stand-in "dog" for "dog" only finds the dog.
 
     Args:
         stand_ins: placeholder -> the words that replace it, e.g. {"[V]": "teddy bear"}.
         styles: the placeholders that name a style, not a thing.
-    Raises: InputError for a placeholder as [V] that touches another word, for braces that do not enclose one
-        placeholder each, and for two styles in one text.
+    Raises: InputError for a placeholder such as [V] that touches another word, for braces that do not enclose
+        one placeholder each, and for two styles in one text.
     """
     parts = split_at(text, stand_ins)
     any_replaced = any(stand_ins.get(piece, piece) != piece for piece in parts[1::2])

@@ -34,6 +34,7 @@ class WordTokenizer:
         tokens = Tokens(*(torch.zeros(len(texts), self.length, dtype=torch.long) for _ in Tokens._fields))
         for row, text in enumerate(texts):
             written = write_stand_ins(text, stand_ins or {}, styles)
+            # words, without the punctuation around them
             words = list(re.finditer(r"[^\s.,;!?](\S*[^\s.,;!?])?", written.text))
             if len(words) > self.length - 2:
                 raise InputError(f"the text {shown(text)} has {len(words)} words; "

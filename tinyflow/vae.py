@@ -1,9 +1,9 @@
 """SD3's autoencoder: it encodes pictures as latents with sides `factor` times shorter, and decodes them.
 
-Each level of the encoder halves the resolution, and each level of the decoder doubles it (not the last one).
-At the coarsest resolution, self-attention connects all positions. The encoder outputs a mean and a
-log-variance per latent value; we use the mean. The MMDiT gets latents that are shifted and scaled to about
-unit variance. In shapes, f is the factor and C the latent channels. Read next: pipeline.py.
+Each level of the encoder halves the resolution, and each level of the decoder doubles it; the last level of
+each keeps it. At the coarsest resolution, self-attention connects all positions. The encoder outputs a mean
+and a log-variance per latent value; we use the mean. The MMDiT gets latents that are shifted and scaled to
+about unit variance. In shapes, f is the factor and C the latent channels. Read next: pipeline.py.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h                                                    # [B, C, H, W]
+        return self.shortcut(x) + h                                                    # [B, out, H, W]
 
 
 class SpatialAttention(Projections):
@@ -104,7 +104,7 @@ def levels(channels: tuple[int, ...], layers: int, groups: int, resample: type[n
                            for before, after, step in zip(channels_in, channels, steps)))
 
 
-class Ends(nn.Module):
+class Coder(nn.Module):
     """What encoder and decoder share: the first and last convolution, and the middle blocks."""
 
     def __init__(self, channels_in: int, channels: tuple[int, ...], channels_out: int, groups: int):
@@ -116,23 +116,23 @@ class Ends(nn.Module):
         self.norm_out, self.conv_out = norm(groups, channels[-1]), conv(channels[-1], channels_out)
 
 
-class Encoder(Ends):
+class Encoder(Coder):
     def __init__(self, config: VAEConfig):
         super().__init__(3, config.channels, 2 * config.latent_channels, config.groups)
         self.down = levels(config.channels, config.layers, config.groups, Downsample)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.down(self.conv_in(x)))                                       # [B, C, H/f, W/f]
+        x = self.mid(self.down(self.conv_in(x)))                                       # [B, widest, H/f, W/f]
         return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 2*C, H/f, W/f]
 
 
-class Decoder(Ends):
+class Decoder(Coder):
     def __init__(self, config: VAEConfig):
         super().__init__(config.latent_channels, config.channels[::-1], 3, config.groups)
         self.up = levels(config.channels[::-1], config.layers + 1, config.groups, Upsample)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.up(self.mid(self.conv_in(z)))                                         # [B, C, H, W]
+        x = self.up(self.mid(self.conv_in(z)))                                         # [B, finest, H, W]
         return self.conv_out(F.silu(self.norm_out(x)))                                 # [B, 3, H, W]
 
 

@@ -78,7 +78,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, about["facts"]
 
 
-def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+def load_into(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Copies tensors into a module. Raises InputError that lists each tensor that is missing, unexpected, or
     of a wrong shape.
     """
@@ -89,5 +89,5 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) 
     wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
               for name in both if own[name].shape != tensors[name].shape]
     if wrong:
-        raise InputError(f"{where}: the tensors do not fit this model: {listing(wrong)}")
+        raise InputError(f"{path}: the tensors do not fit this model: {listing(wrong)}")
     module.load_state_dict(tensors)

@@ -29,7 +29,7 @@ from purecc_min.methods import Loss, Method, l_cc, paper
 from purecc_min.pairs import pairs_with_lambda
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig, generator_for
-from tinyflow.flow import sample_times, squared_error
+from tinyflow.flow import squared_error, training_times
 from tinyflow.picturebook import world
 from tinyflow.picturebook.reader import Reader
 from tinyflow.pipeline import Pipeline, Text, Velocity
@@ -108,7 +108,7 @@ class Imagining:
     def draw(self, count: int) -> Batch:
         """Random scenes at random times, with random noise."""
         rows = torch.randint(IMAGINED, (count,), generator=self.generator)
-        t = sample_times(count, self.shift, self.generator).to(self.x_0)
+        t = training_times(count, self.shift, self.generator).to(self.x_0)
         x_1 = torch.randn((count, *self.x_0.shape[1:]), generator=self.generator).to(self.x_0)
         return noised(self.x_0[rows], x_1, t, self.texts.rows(rows))
 

@@ -1,4 +1,4 @@
-"""A folder of 3 to 5 reference pictures, read as a custom set (concept.py says what that is).
+"""A folder of 3 to 5 reference pictures, read as a ConceptSet (concept.py).
 
 Texts come from a `.txt` or `.caption` file beside each picture, from `metadata.jsonl` (file_name, text), or
 from a CSV with the columns of the released PureCC (COLUMNS). Without any of them the texts are "a [V] <class

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinyflow.device import choose_device
-from tinyflow.flow import path, sample_times, squared_error, velocity_target
+from tinyflow.flow import path, squared_error, training_times, velocity_target
 from tinyflow.picturebook import world
 from tinyflow.picturebook.model import SHIPPED, load_base, load_codec, make_tiny
 from tinyflow.picturebook.render import render_all
@@ -71,7 +71,7 @@ class Pretraining(Training):
         rng = np.random.default_rng((config.seed, k))
         chosen = torch.randint(len(self.scenes), (config.batch,), generator=generator)
         captions = [world.random_caption(self.scenes[n], rng) for n in chosen.tolist()]
-        t = sample_times(config.batch, self.model.shift, generator)
+        t = training_times(config.batch, self.model.shift, generator)
         x_0 = self.latents[chosen].float()
         x_1 = torch.randn(x_0.shape, generator=generator)
         return x_0, x_1, t, captions

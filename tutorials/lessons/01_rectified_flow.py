@@ -755,7 +755,7 @@ assert same
 # sigmoid of a normal number (a *logit-normal* time), and the shift moves the hill to where the data want it.
 
 # %%
-def sample_times(count, shift, random):
+def training_times(count, shift, random):
     return shift_times(torch.sigmoid(torch.randn(count, generator=random)), shift)  # [count], in (0, 1)
 
 moments, gain, spread = torch.linspace(0.02, 0.98, 49), [], data.T.cov(correction=0)
@@ -768,7 +768,7 @@ for t in moments:
     gain.append((guess - linear).norm(dim=-1).mean())
 gain = torch.stack(gain)
 plt.figure(figsize=(5.6, 2.3), layout="constrained")
-plt.hist(sample_times(100_000, 0.5, seeded(0)), bins=80, density=True, color=GREY, alpha=0.5,
+plt.hist(training_times(100_000, 0.5, seeded(0)), bins=80, density=True, color=GREY, alpha=0.5,
          label="how often training draws t, shift 1/2")
 plt.plot(moments, gain / gain.mean(), color=CORAL, label="how far the guess is from the linear one")
 plt.gca().set(xlabel="t", yticks=[], xlim=(0, 1))
@@ -858,7 +858,7 @@ def model(x, t):                                                               #
 
 def draw(count, random):
     x_0 = data[torch.randint(len(data), (count,), generator=random)]           # [count, 2]
-    return x_0, torch.randn(count, 2, generator=random), sample_times(count, 0.5, random)
+    return x_0, torch.randn(count, 2, generator=random), training_times(count, 0.5, random)
 
 random, steps, history = seeded(6), 3000, []
 optimizer = torch.optim.Adam(layers.parameters(), lr=0.015)

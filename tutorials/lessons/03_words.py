@@ -1121,7 +1121,7 @@ def train(steps, dropout=0.1, seed=0, looks=(), batch=32):
     for k in range(steps):
         chosen = torch.randint(len(data), (batch,), generator=random)
         captions = drop_captions([texts[n] for n in chosen], dropout, random)
-        x_0, t = data[chosen], flow.sample_times(batch, model.shift, random)
+        x_0, t = data[chosen], flow.training_times(batch, model.shift, random)
         x_1 = torch.randn(x_0.shape, generator=random)
         with torch.enable_grad():
             loss = flow_loss(model, x_0, x_1, t, captions)

@@ -1076,7 +1076,7 @@ with torch.no_grad():
 def your_batch(k):                               # step k's
     x_0 = torch.stack([latent for latent, _ in pairs(cache, k)[:2]])
     rows = torch.tensor([row_of[ref.id] for ref in loader(k)[:2]])
-    t = flow.sample_times(2, SHIFT, seeded(k))
+    t = flow.training_times(2, SHIFT, seeded(k))
     return noised(x_0, torch.randn(x_0.shape, generator=seeded(1000 + k)), t, texts.rows(rows))
 
 def train(theta, theta_1, loss_of_step, first):
