@@ -17,36 +17,31 @@ from tests.test_commands import alike, few_sampling_steps, make_concept, sampled
 from tinyflow.picturebook.model import load_tiny
 from tinyflow.pipeline import to_pictures
 from tinyflow.sheet import GAP, MARGIN
-from tinyflow.weights import load_tensors, save_tensors
+from tinyflow.weights import load_tensors
 
 
 @pytest.mark.parametrize("name", ["lora", "switched-off", "bound"])
 def test_tables_sheets_and_sample_draw_a_method_in_one_way(name, tmp_path):
     """README's picture and its table once let two models answer the empty text: fidelity .69 and .88."""
     method, text = METHODS[name], unseen_texts("robot")[0]
-    concept = make_concept(tmp_path / "c.safetensors", "robot", method.where)
-    tensors, facts = load_tensors(concept, "concept")
-    save_tensors(concept, "concept", tensors, facts | {"method": name})
+    concept = make_concept(tmp_path / "c.safetensors", "robot", method.where, method=name)
     sampled(tmp_path / "s.png", concept, text, "--steps", "3")
-    by_sample = np.asarray(Image.open(tmp_path / "s-seed0.png")).astype(int)
+
+    def pixels(file):
+        return np.asarray(Image.open(tmp_path / file)).astype(int)
+
+    def drawn(**who):
+        return to_pictures(draw(pipe, texts=[text], class_word="robot", **who))[0].astype(int)
 
     pipe = load_tiny()
     theta = load_branch(pipe, concept)[0]
-    in_tables = as_tabled(MAIN[name], Thetas(pipe.velocity, None, theta))
-    drawn = to_pictures(draw(pipe, texts=[text], class_word="robot", **in_tables))[0].astype(int)
-    assert alike(by_sample, drawn)
-    references, file = CONCEPTS["checked_robot"].references(), tmp_path / "sheet.png"
-    draw_sheet(pipe, references, {name: as_sampled(method, theta, pipe.velocity)}, [text], file)
-    assert in_sheet(file, drawn)
-    adapted = to_pictures(draw(pipe, texts=[text], class_word="robot", theta=theta))[0].astype(int)
-    assert alike(adapted, drawn) == (method.where == "phrase")       # what such a model answers matters
-
-
-def in_sheet(file, picture) -> bool:
-    """Whether the sheet's last row begins with this picture, enlarged."""
-    page = np.asarray(Image.open(file)).astype(int)
-    y, side = page.shape[0] - 2 * GAP - 128, 128
-    return alike(page[y:y + side:2, MARGIN:MARGIN + side:2], picture)
+    in_tables = drawn(**as_tabled(MAIN[name], Thetas(pipe.velocity, None, theta)))
+    assert alike(pixels("s-seed0.png"), in_tables)
+    assert alike(drawn(theta=theta), in_tables) == (method.where == "phrase")  # who answers "" matters
+    references, row = CONCEPTS["checked_robot"].references(), as_sampled(method, theta, pipe.velocity)
+    draw_sheet(pipe, references, {name: row}, [text], tmp_path / "sheet.png")
+    last = pixels("sheet.png")[-2 * GAP - 128:-2 * GAP:2, MARGIN:MARGIN + 128:2]     # of its rows, enlarged
+    assert alike(last, in_tables)
 
 
 def test_the_demo_s_second_concept_was_learned_as_its_rows_are():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 USE = """
 import purecc_min, tinyflow
 from pathlib import Path
+from purecc_min.__main__ import main
 from purecc_min.commands.folder import load_concept
 from purecc_min.measure.toy import CONCEPTS, FOLDER
 from tinyflow.picturebook.model import load_tiny
@@ -23,28 +24,21 @@ pixels = pipe.decode(pipe.sample(pipe.encode_text(["a red cat"]), [0], steps=2))
 Reader.shipped()(pixels)
 for folder in FOLDER.iterdir():
     assert len(load_concept(folder, CONCEPTS[folder.name].class_word, pipe.picture_size).references) == 4
+main(["words"])
 """
 
 
 def test_an_installed_package_brings_all_that_it_needs(tmp_path):
-    site, elsewhere, source = tmp_path / "site", tmp_path / "elsewhere", tmp_path / "source"
-    elsewhere.mkdir()
+    site, source = tmp_path / "site", tmp_path / "source"
     for name in ("tinyflow", "purecc_min", "tests"):     # a copy: building leaves files beside the source
         shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
         shutil.copy(ROOT / name, source)
     install = ["-m", "pip", "install", "-q", "--no-deps", "--target", site, source]
     subprocess.run([sys.executable, *install], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-
-    def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, *command], cwd=elsewhere, env=environment,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run("-c", f"SITE = {str(site)!r}\n{USE}")
-    assert "robot" in run("-m", "purecc_min", "words")
+    used = subprocess.run([sys.executable, "-c", f"SITE = {str(site)!r}\n{USE}"], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True)
+    assert used.returncode == 0 and "robot" in used.stdout, used.stderr
     assert not list(site.glob("tests")), "tests are not installed"
 
 
