@@ -24,31 +24,30 @@ from tutorials.build import FOLDER, chosen_notebooks, main, tags, versions
 from tutorials.minutes import HOURS, README, WORDS, minutes, with_table
 
 LESSONS = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob("[0-9]*.py"))}
+GUIDE = (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------- the pages
 def exercises() -> set[str]:
     sources = "\n".join(path.read_text(encoding="utf-8") for path in LESSONS.values())
     return set(re.findall(r"^# ### Exercise (\d+\.\d)", sources, re.MULTILINE))
 
 
 def test_a_teachers_page_cites_exercises_and_sections_that_exist():
-    text = (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8")
-    before, table = text.split("## Numbers to expect")
+    before, table = GUIDE.split("## Numbers to expect")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
     named = set(re.findall(r"(?<![\d.])(\d{1,2}\.\d)(?![\d.])", "\n".join([before, *rows])))
-    named -= set(re.findall(r"nbgrader (\d\.\d)|Python (\d\.\d)", text)[0])
+    named -= set(re.findall(r"nbgrader (\d\.\d)|Python (\d\.\d)", GUIDE)[0])
     assert named and named <= exercises(), named - exercises()
-    cited = re.findall(r"(?:lesson )?(\d+), sections? (\d+)(?: (?:to|and) (\d+))?", text)
+    cited = re.findall(r"(?:lesson )?(\d+), sections? (\d+)(?: (?:to|and) (\d+))?", GUIDE)
     assert cited
     for lesson, *sections in cited:
         source = LESSONS[int(lesson)].read_text(encoding="utf-8")
         for section in filter(None, sections):
-            assert re.search(rf"^# ## {section} · ", source, re.MULTILINE), (lesson, section)
+            assert f"\n# ## {section} · " in source, (lesson, section)
 
 
 def test_the_minutes_of_a_syllabus_add_up():
-    days = re.split(r"\n\| minutes \|", (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8"))[1:]
+    days = re.split(r"\n\| minutes \|", GUIDE)[1:]
     rows = [re.findall(r"^\| (\d+) \| [^|]*\|$", day.split("\n\n")[0], re.MULTILINE) for day in days]
     assert [sum(map(int, minutes)) for minutes in rows] == [210, 360, 360]
 
@@ -75,14 +74,11 @@ def test_the_table_of_the_readme_is_that_of_the_lessons():
     assert not {number: own.words for number, own in found.items() if own.words > WORDS}
 
 
-# ------------------------------------------------------------------------------------- notebooks and archives
 @pytest.mark.parametrize("recipe", kit.RECIPES)
 def test_a_recipe_leaves_its_exercises_blank_and_nothing_else(recipe):
     """Filled in, its notebooks are the solved ones, which --check runs from the first cell to the last."""
-    items = kit.RECIPES[recipe].split()
-    made = chosen_notebooks(items, LESSONS)
-    left = set()
-    for name, (notebook, filled) in made.items():
+    items, left = kit.RECIPES[recipe].split(), set()
+    for name, (notebook, filled) in chosen_notebooks(items, LESSONS).items():
         solved = versions(jupytext.read(FOLDER / "lessons" / name.replace(".ipynb", ".py")))["solved"]
         assert [cell.source for cell in filled.cells] == [cell.source for cell in solved.cells
                                                           if "slide" not in tags(cell)]
@@ -121,23 +117,18 @@ def students(tmp_path_factory):
 
 def test_a_students_archive_has_no_solution_and_no_dead_link(students):
     names = set(students.namelist())
-    folders = {parent.as_posix() for name in names for parent in Path(name).parents}
+    there = names | {parent.as_posix() for name in names for parent in Path(name).parents}
     assert not [name for name in names if re.search("lessons/|solved/|exam|keys|tests/|build.py", name)]
-    notebooks = [name for name in names if name.endswith(".ipynb")]
-    assert len(notebooks) == len(LESSONS)
-    for name in names:
-        if name.endswith((".md", ".ipynb")):
-            text = students.read(name).decode()
-            if name.endswith(".ipynb"):
-                text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells
-                                 if cell.cell_type == "markdown")
-            dead = [link for link in links_of(text)
-                    if os.path.normpath(Path(name).parent / link) not in names | folders]
-            assert not dead, (name, dead)
-    for number, path in LESSONS.items():
-        text = students.read(next(name for name in notebooks if f"/{number:02}_" in name)).decode()
+    texts = {name: students.read(name).decode() for name in names if name.endswith((".md", ".ipynb"))}
+    for path in LESSONS.values():
+        (name,) = (name for name in texts if name.endswith(f"/{path.stem}.ipynb"))
         blanks = sum("exercise" in tags(cell) for cell in jupytext.read(path).cells)
-        assert text.count('"# Exercise ') == blanks and "YourTurn(" in text
+        assert texts[name].count('"# Exercise ') == blanks and "YourTurn(" in texts[name]
+        cells = nbformat.reads(texts[name], as_version=4).cells
+        texts[name] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for name, text in texts.items():
+        dead = [link for link in links_of(text) if os.path.normpath(Path(name).parent / link) not in there]
+        assert not dead, (name, dead)
 
 
 def test_a_teachers_archive_has_what_students_lack(tmp_path, students):
@@ -148,7 +139,6 @@ def test_a_teachers_archive_has_what_students_lack(tmp_path, students):
         assert f"purecc-min/tutorials/{name}" in names - set(students.namelist())
 
 
-# --------------------------------------------------------------------------------------------- start anywhere
 @pytest.mark.parametrize("place, found", [("tutorials/notebooks", True), (".", True), ("..", True),
                                           ("elsewhere", False)])
 def test_the_first_cell_finds_the_course_or_says_what_to_do(tmp_path, place, found):
@@ -157,20 +147,22 @@ def test_the_first_cell_finds_the_course_or_says_what_to_do(tmp_path, place, fou
     (own / "tutorials" / "notebooks").mkdir(parents=True)
     (own / "tutorials" / "first_cell.py").write_text(cell)
     (own / "tutorials" / "course.py").write_text("own_work = 1\n")
-    (tmp_path / "elsewhere").mkdir()
-    here = own / place if found else tmp_path / "elsewhere"
-    ran = subprocess.run([sys.executable, "-c", cell + "\nprint('root', root)"], cwd=here, text=True,
-                         capture_output=True, env={"PATH": ""})
+    ran = subprocess.run([sys.executable, "-c", f"{cell}\nprint(root)"], text=True, capture_output=True,
+                         cwd=own / place if found else tmp_path, env={"PATH": ""})
     if found:
-        assert Path(ran.stdout.split(" ", 1)[1].strip()).resolve() == own.resolve(), ran.stderr
+        assert Path(ran.stdout.strip()).resolve() == own.resolve(), ran.stderr
     else:
         assert "folder of the course is not found" in ran.stderr.splitlines()[-1]
 
 
+def learners(kind):
+    """The cells of this kind in each blank notebook."""
+    return [[cell for cell in versions(jupytext.read(path))["learner"].cells if cell.cell_type == kind]
+            for path in LESSONS.values()]
+
+
 def test_every_notebook_begins_with_the_first_cell_and_has_marks_for_nbgrader():
-    for path in LESSONS.values():
-        made = versions(jupytext.read(path))
-        code = [cell for cell in made["learner"].cells if cell.cell_type == "code"]
+    for code in learners("code"):
         assert code[0].source.startswith("# Finds the course's folder")
         assert not any("sys.path.insert(0, str(Path.cwd()" in cell.source for cell in code)
         marks = [cell.metadata["nbgrader"] for cell in code if "nbgrader" in cell.metadata]
@@ -186,9 +178,8 @@ def server(tmp_path_factory):
     runtime = tmp_path_factory.mktemp("runtime")
     line = [sys.executable, "-m", "jupyter_server", "--no-browser", "--ServerApp.port=0", "--allow-root",
             "--IdentityProvider.token=course"]
-    own = {**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)}
-    running = subprocess.Popen(line, cwd=FOLDER.parent, env=own, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=FOLDER.parent,
+                               env={**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)})
     try:
         for _ in range(600):
             if found := list(runtime.glob("jpserver-*.json")):
@@ -210,12 +201,8 @@ def test_a_running_server_finds_each_link_of_the_blank_notebooks(server):
             return error.code
 
     assert asked("api/contents/tutorials/no-such-file?content=0") == 404
-    targets = set()
-    for path in LESSONS.values():
-        notebook = versions(jupytext.read(path))["learner"]
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                targets |= {os.path.normpath(f"tutorials/notebooks/{link}") for link in links_of(cell.source)}
+    targets = {os.path.normpath(f"tutorials/notebooks/{link}") for cells in learners("markdown")
+               for cell in cells for link in links_of(cell.source)}
     assert len(targets) > 10
     for target in targets:                       # a page's address, and the file itself: no folder has one
         assert asked(f"api/contents/{target}?content=0") == asked(f"files/{target}") == 200, target
