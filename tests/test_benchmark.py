@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from purecc_min.benchmark import __main__ as command
 from purecc_min.benchmark import cells, entries, two
 from purecc_min.benchmark.cells import ALL, Cell, learn_theta_1, run_cell, set_up, theta_1_cell, train_cell
 from purecc_min.benchmark.entries import MAIN, as_sampled, start
@@ -25,7 +24,7 @@ from purecc_min.measure.toy import CONCEPTS, EARLIER, HELD_OUT, TUNING
 from purecc_min.registry import METHODS, is_held
 from purecc_min.sheets import draw_texts
 from purecc_min.train import TrainConfig, draw_batch, optimizer_for
-from tinyflow.flow import expand, noise_for, shift_times
+from tinyflow.flow import noise_for, shift_times
 from tinyflow.weights import tensor_hash
 from tutorials.experiments.mechanism import study
 
@@ -49,7 +48,6 @@ def cheap():
     pair_of.cache_clear()
 
 
-# ---------------------------------------------------------------------------------------------------- methods
 @pytest.mark.parametrize("name", list(ALL))
 def test_every_method_trains_what_it_says_and_never_the_base(name, cheap, tmp_path):
     cell, pipe, method = Cell("striped_cat", name, steps=2), set_up("striped_cat").pipe, ALL[name]
@@ -108,18 +106,15 @@ def test_a_weight_that_matters_stays_where_it_is(cheap):
     setup, cell = set_up("striped_cat"), Cell("striped_cat", "DreamBooth + EWC", steps=2)
     loss = ALL[cell.method].loss_for(setup, cell.config())
     theta = start(ALL[cell.method], setup.pipe, setup.data, cell.config(), None)
-    batch = draw_batch(setup.data, cell.config(), 1, 0, 1.0)
+    batch, weight = draw_batch(setup.data, cell.config(), 1, 0, 1.0), next(theta.mmdit.parameters()).data
 
-    def moved(parameter, size):
-        with torch.no_grad():
-            parameter.add_(size)
-            value = loss(Thetas(setup.pipe.velocity, None, theta), batch, 1.0)[1]["loss_ewc"].item()
-            parameter.sub_(size)
-        return value
+    def moved(size):
+        weight.add_(size)
+        cost = loss(Thetas(setup.pipe.velocity, None, theta), batch, 1.0)[1]["loss_ewc"].item()
+        weight.sub_(size)
+        return cost
 
-    weights = list(theta.mmdit.parameters())
-    assert moved(weights[0], 0.0) == pytest.approx(0, abs=1e-6)
-    assert moved(weights[0], 0.02) == pytest.approx(4 * moved(weights[0], 0.01), rel=0.05)
+    assert moved(0) == pytest.approx(0, abs=1e-6) and moved(.02) == pytest.approx(4 * moved(.01), rel=.05)
     assert torch.cat([fisher.flatten() for fisher in loss.fisher]).mean() == pytest.approx(1, rel=1e-4)
 
 
@@ -133,7 +128,6 @@ def test_every_Y_has_the_embeddings_learning_rate(cheap):
     assert len(others["params"]) + 2 == len(list(theta.parameters()))
 
 
-# ------------------------------------------------------------------------------------------------------ cells
 def test_a_cell_run_again_gives_the_same_result_and_its_pictures(cheap, tmp_path):
     """The second time its extractor is there already."""
     cell = Cell("striped_cat", "paper", steps=2, on_the_way=False)
@@ -170,10 +164,17 @@ def test_a_result_stands_for_what_its_method_uses_and_for_nothing_else(monkeypat
     assert once.recipe() != often.recipe() and once.recipe(measured=False) == often.recipe(measured=False)
 
 
-def test_there_is_one_registry():
+def test_there_is_one_registry_and_every_row_of_the_main_table_had_as_many_tries():
     """`learn` and the benchmark once had a method each under other names and at other rates."""
     for name, method in METHODS.items():
         assert vars(MAIN[name]).items() >= vars(method).items(), name
+    for name, method in MAIN.items():
+        if method.times > 1:                     # as the same method after the usual number of steps
+            assert method.settings == MAIN[name.removesuffix(", longer")].settings
+            continue
+        assert len(method.tries) == 5 and method.settings in method.tries, name
+        has_rank = method.adapters and not method.whole_model
+        assert any(one.get("rank") == 16 for one in method.tries) == has_rank, name
 
 
 def test_the_two_ends_of_the_scale_and_a_result_of_other_settings_is_not_taken(cheap, tmp_path, monkeypatch):
@@ -183,7 +184,9 @@ def test_the_two_ends_of_the_scale_and_a_result_of_other_settings_is_not_taken(c
     assert {name: nothing[name] for name in known} == pytest.approx(known, abs=1e-6)
     assert cell.result(tmp_path) and Cell("striped_cat", "perfect").result(tmp_path) is None
     perfect = run_cell(Cell("striped_cat", "perfect"), tmp_path)["ways"][""]["0"]
-    assert perfect["drift"] == perfect["path KL"] == perfect["class drift"] == 0
+    held = run_cell(Cell("striped_cat", "switched-off", steps=2, on_the_way=False), tmp_path)["ways"][""]["2"]
+    for values in (perfect, held):               # the base model's pictures, which are not drawn again
+        assert values["drift"] == values["path KL"] == values["class drift"] == 0 < values["outside change"]
     monkeypatch.setattr(cells, "FEW_STEPS", 2)
     assert cell.result(tmp_path) is None
 
@@ -201,36 +204,20 @@ def test_the_plans_keep_tuning_and_held_out_concepts_apart():
         assert len({cell.file for cell in cells_of}) == len(cells_of)
 
 
-def test_every_row_of_the_main_table_had_as_many_tries():
-    for name, method in MAIN.items():
-        if method.times > 1:                     # as the same method after the usual number of steps
-            assert method.settings == MAIN[name.removesuffix(", longer")].settings
-            continue
-        assert len(method.tries) == 5 and method.settings in method.tries, name
-        has_rank = method.adapters and not method.whole_model
-        assert any(one.get("rank") == 16 for one in method.tries) == has_rank, name
-
-
-# ----------------------------------------------------------------------------------- pictures and experiments
 def test_fig_8_shows_pictures_that_the_velocities_lead_to(cheap):
     """The figure once showed predictions of x_0 from one noised picture, not where the velocities lead.
 
     Before its first step theta_2 predicts for the base text what the base model does. So its v_original must
     lead from a noise to the picture that the base model draws for that text without guidance.
     """
-    pytest.importorskip("matplotlib")
-    from purecc_min.benchmark.figures import follow, scene_unseen
-    setup = set_up("striped_cat")
-    texts, x_1 = scene_unseen(setup), noise_for([0], (16, 16, 16))
+    figures, setup = pytest.importorskip("purecc_min.benchmark.figures"), set_up("striped_cat")
+    texts, x_1 = figures.scene_unseen(setup), noise_for([0], (16, 16, 16))
     theta = start(MAIN["lora"], setup.pipe, setup.data, TrainConfig(), None)
-    x_0 = follow("v_original", theta, theta, texts, x_1, setup.pipe.shift)
-    drawn = setup.pipe.sample(texts.base, [0], guidance=1)
-    assert (x_0 - drawn).abs().max() < 1e-5
-    t = torch.ones(1)
-    at_once = x_1 - expand(t, x_1) * setup.pipe.velocity(x_1, t, texts.base)
-    assert (x_0 - at_once).abs().mean() > 0.1
-    other = follow("v_purecc", theta, theta, texts, x_1, setup.pipe.shift)
-    assert (other - x_0).abs().max() > 1e-5      # Y says something
+    x_0, other = (figures.follow(name, theta, theta, texts, x_1, setup.pipe.shift)
+                  for name in ("v_original", "v_purecc"))
+    assert (x_0 - setup.pipe.sample(texts.base, [0], guidance=1)).abs().max() < 1e-5
+    at_once = x_1 - setup.pipe.velocity(x_1, torch.ones(1), texts.base)
+    assert (x_0 - at_once).abs().mean() > 0.1 and (other - x_0).abs().max() > 1e-5   # Y says something
 
 
 def test_a_bound_method_never_moves_a_text_without_the_token(cheap, tmp_path):
@@ -247,12 +234,8 @@ def test_a_bound_method_never_moves_a_text_without_the_token(cheap, tmp_path):
         said = texts.complete                    # with [V] a switched-off LoRA is the LoRA
         assert torch.equal(who["theta"](x_t, t, said), thetas.theta(x_t, t, said))
     assert as_sampled(ALL["lora"], thetas, "own empty text") == {"theta": thetas.theta}
-
-
-def test_what_is_the_base_models_by_construction_is_measured_without_drawing_it(cheap, tmp_path):
-    cell = Cell("striped_cat", "switched-off", steps=2, on_the_way=False)
-    values = run_cell(cell, tmp_path)["ways"][""]["2"]
-    assert values["class drift"] == values["drift"] == values["path KL"] == 0 < values["outside change"]
+    assert study(Cell("striped_cat", "embeddings", steps=2), tmp_path)["base moves"] == 0    # Y alone
+    assert study(Cell("striped_cat", "lora", steps=2), tmp_path)["base moves"] > 0
 
 
 def test_a_bound_extractor_teaches_a_bound_model():
@@ -260,11 +243,6 @@ def test_a_bound_extractor_teaches_a_bound_model():
         teacher = theta_1_cell(Cell("striped_cat", name))
         assert (teacher is None) == (method.extractor is None), name
         assert not teacher or (ALL[teacher.method].where == method.where) != method.imagines, name
-
-
-def test_Y_alone_never_moves_the_base_text_and_adapters_do(cheap, tmp_path):
-    assert study(Cell("striped_cat", "embeddings", steps=2), tmp_path)["base moves"] == 0
-    assert study(Cell("striped_cat", "lora", steps=2), tmp_path)["base moves"] > 0
 
 
 def test_two_untrained_concepts_draw_what_the_base_draws(cheap):
@@ -298,7 +276,6 @@ def test_a_pair_is_drawn_once_and_its_table_counts_each_concept(cheap, tmp_path,
     assert means == pytest.approx({"together": .6, "alone": .75, "other's": .2, "keeps": .8})
 
 
-# ---------------------------------------------------------------------------------------------- its README.md
 def added_by(title, known, name, most):
     """What the Python block below a heading of the benchmark's README.md adds: (its name, itself)."""
     text = (cells.RESULTS.parent / "README.md").read_text()
@@ -318,17 +295,12 @@ def test_a_method_and_a_concept_are_added_by_the_recipes(cheap, tmp_path, monkey
     assert run_cell(Cell(name, "perfect"), tmp_path)["ways"][""]["0"]["sees concept"] >= 0
 
 
-# ------------------------------------------------------------------------------------------------ the command
-def test_matplotlib_is_asked_for_in_one_line_and_before_any_work(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("figures", "report"):
-        monkeypatch.delitem(sys.modules, f"purecc_min.benchmark.{name}", raising=False)
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    monkeypatch.delattr("purecc_min.benchmark.figures")
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["--quick"])
-    (error,) = capsys.readouterr().err.strip().splitlines()
-    assert "pip install matplotlib" in error
+def test_matplotlib_is_asked_for_in_one_line():
+    code = "import sys; sys.modules['matplotlib'] = None\n" \
+           "from purecc_min.benchmark.__main__ import main\nmain(['--quick'])"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    (error,) = ran.stderr.strip().splitlines()
+    assert ran.returncode == 2 and "pip install matplotlib" in error
 
 
 def test_a_killed_benchmark_leaves_no_workers_and_goes_on(tmp_path):

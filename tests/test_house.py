@@ -17,7 +17,7 @@ CORE = [f"{name}.py" for name in (
     "purecc_min/objective", "purecc_min/train", "purecc_min/algorithm")]
 SERVANTS = ["tinyflow/errors.py", "tinyflow/files.py", "tinyflow/weights.py"]      # that the core imports
 CORE_LINES, SERVANT_LINES = 1500, 150
-COLUMNS, FILE_LINES, FUNCTION_LINES = 110, 400, 60
+FILE_LINES, FUNCTION_LINES = 400, 60             # ruff counts the columns
 
 # Each layer may import those before it, and none after it.
 LAYERS = ["tinyflow", "tinyflow.sd3", "tinyflow.picturebook", "purecc_min", "purecc_min.measure",
@@ -26,8 +26,8 @@ FORBIDDEN = {("tinyflow.picturebook", "tinyflow.sd3"), ("purecc_min", "tinyflow.
              ("purecc_min", "tinyflow.picturebook"), ("purecc_min.measure", "tinyflow.sd3"),
              ("purecc_min.benchmark", "tinyflow.sd3"), ("purecc_min.commands", "purecc_min.benchmark")}
 EVERYTHING = {"purecc_min.__main__", "purecc_min.algorithm"}  # the entry point, and the script of the core
-SOURCES = [path for package in ("tinyflow", "purecc_min", "tutorials") for path in (ROOT / package).rglob("*.py")
-           if path.parent.name != "lessons"]     # these become notebooks
+SOURCES = [path for package in ("tinyflow", "purecc_min", "tutorials")
+           for path in (ROOT / package).rglob("*.py") if path.parent.name != "lessons"]      # of notebooks
 
 
 def module_of(path: Path) -> str:
@@ -51,13 +51,10 @@ def imports_of(path: Path) -> set[str]:
     return found & modules
 
 
-def lines_of(files: list[str]) -> int:
-    return sum(len((ROOT / file).read_text().splitlines()) for file in files)
-
-
 def test_the_core_is_small_and_runs_by_itself(tmp_path):
     """A course is taught from these files. With the weights and a folder of pictures they are enough."""
-    assert lines_of(CORE) <= CORE_LINES and lines_of(SERVANTS) <= SERVANT_LINES
+    for files, most in ((CORE, CORE_LINES), (SERVANTS, SERVANT_LINES)):
+        assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= most
     for folder in ("tinyflow", "tinyflow/picturebook", "purecc_min"):
         (tmp_path / folder).mkdir()
         shutil.copy(ROOT / folder / "__init__.py", tmp_path / folder)
@@ -95,16 +92,15 @@ def test_everything_imports_and_runs_without_what_only_unix_has():
 def test_loading_public_weights_does_not_pull_in_the_renderer():
     code = "import sys, purecc_min.commands.learn, purecc_min.commands.sample\n" \
            "print([name for name in sys.modules if 'picturebook.r' in name or 'measure' in name])"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
 
 
-def test_files_lines_and_functions_stay_readable():
+def test_files_and_functions_stay_short():
     wrong = []
     for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]:
         lines = path.read_text().splitlines()
         wrong += [f"{path}: {len(lines)} lines"] * (len(lines) > FILE_LINES)
-        wrong += [f"{path}:{number}" for number, line in enumerate(lines, 1) if len(line) > COLUMNS]
         wrong += [f"{path}: {node.name}" for node in ast.walk(ast.parse(path.read_text()))
                   if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES]
     assert not wrong

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import jupytext
@@ -27,9 +28,14 @@ LESSONS = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob
 GUIDE = (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8")
 
 
-def exercises() -> set[str]:
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in LESSONS.values())
-    return set(re.findall(r"^# ### Exercise (\d+\.\d)", sources, re.MULTILINE))
+SOURCES = {number: path.read_text(encoding="utf-8") for number, path in LESSONS.items()}
+EXERCISES = set(re.findall(r"\n# ### Exercise (\d+\.\d)", "".join(SOURCES.values())))
+
+
+@cache
+def made(number: int) -> dict:
+    """The blank and the solved notebook of a lesson."""
+    return versions(jupytext.read(LESSONS[number]))
 
 
 def test_a_teachers_page_cites_exercises_and_sections_that_exist():
@@ -37,13 +43,12 @@ def test_a_teachers_page_cites_exercises_and_sections_that_exist():
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
     named = set(re.findall(r"(?<![\d.])(\d{1,2}\.\d)(?![\d.])", "\n".join([before, *rows])))
     named -= set(re.findall(r"nbgrader (\d\.\d)|Python (\d\.\d)", GUIDE)[0])
-    assert named and named <= exercises(), named - exercises()
+    assert named and named <= EXERCISES, named - EXERCISES
     cited = re.findall(r"(?:lesson )?(\d+), sections? (\d+)(?: (?:to|and) (\d+))?", GUIDE)
     assert cited
     for lesson, *sections in cited:
-        source = LESSONS[int(lesson)].read_text(encoding="utf-8")
         for section in filter(None, sections):
-            assert f"\n# ## {section} · " in source, (lesson, section)
+            assert f"\n# ## {section} · " in SOURCES[int(lesson)], (lesson, section)
 
 
 def test_the_minutes_of_a_syllabus_add_up():
@@ -52,20 +57,8 @@ def test_the_minutes_of_a_syllabus_add_up():
     assert [sum(map(int, minutes)) for minutes in rows] == [210, 360, 360]
 
 
-def test_minutes_are_words_and_stars():
-    text = ("# 3 · Name\n" + "word " * 127 + "\n## 1 · Core\n### Exercise 3.1 ★★ · It\n"
-            "```\n# no heading\n```\n## 2 · More (optional)\n" + "word " * 257 +
-            "\n### Exercise 3.2 ★★★ · That\n## What you can say\n")
-    lesson = new_notebook(cells=[new_markdown_cell(text),
-                                 new_markdown_cell("# slide", metadata={"tags": ["slide"]})])
-    found = minutes(lesson)
-    assert found == ("3 · Name", len(text.split()), 13, 27)
-    table = "| 3. Old | what | 1 | 2 |\n| 4. Kept | what | 60 |  |\n| in all | | | |\n"
-    assert with_table(table, {3: found}) == ("| 3. Name | what | 13 | 27 |\n| 4. Kept | what | 60 |  |\n"
-                                             "| in all | | 1.2 h | 0.5 h |\n")
-
-
 def test_the_table_of_the_readme_is_that_of_the_lessons():
+    """Words and stars as minutes, apart for what is optional."""
     found = {number: minutes(jupytext.read(path)) for number, path in LESSONS.items()}
     readme = README.read_text(encoding="utf-8")
     assert with_table(readme, found) == readme, "run python -m tutorials.build --minutes"
@@ -79,11 +72,10 @@ def test_a_recipe_leaves_its_exercises_blank_and_nothing_else(recipe):
     """Filled in, its notebooks are the solved ones, which --check runs from the first cell to the last."""
     items, left = kit.RECIPES[recipe].split(), set()
     for name, (notebook, filled) in chosen_notebooks(items, LESSONS).items():
-        solved = versions(jupytext.read(FOLDER / "lessons" / name.replace(".ipynb", ".py")))["solved"]
-        assert [cell.source for cell in filled.cells] == [cell.source for cell in solved.cells
-                                                          if "slide" not in tags(cell)]
+        solved = [cell.source for cell in made(int(name[:2]))["solved"].cells if "slide" not in tags(cell)]
+        assert [cell.source for cell in filled.cells] == solved
         left |= {kit.number_of(cell) for cell in notebook.cells if "raise YourTurn" in cell.source}
-    whole = {name for name in exercises() if f"{name.split('.')[0]}.*" in items}
+    whole = {name for name in EXERCISES if f"{name.split('.')[0]}.*" in items}
     assert left == {item for item in items if "." in item and "*" not in item} | whole
 
 
@@ -101,11 +93,10 @@ def links_of(text: str) -> list[str]:
     return [target for _, _, target, _ in kit.LINK.findall(text) if ":" not in target]
 
 
-def test_links_lead_where_they_led(tmp_path):
-    text = "[a](../../tinyflow/flow.py) [b](https://x.org) ![c](../play.html)"
-    notebook = new_notebook(cells=[new_markdown_cell(text)])
-    kit.moved(notebook, FOLDER.parent / "output" / "deep" / "er")
-    assert links_of(notebook.cells[0].source) == ["../../../tinyflow/flow.py", "../../../tutorials/play.html"]
+def test_links_lead_where_they_led():
+    cell = new_markdown_cell("[a](../../tinyflow/flow.py) [b](https://x.org) ![c](../play.html)")
+    kit.moved(new_notebook(cells=[cell]), FOLDER.parent / "output" / "deep" / "er")
+    assert links_of(cell.source) == ["../../../tinyflow/flow.py", "../../../tutorials/play.html"]
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +111,9 @@ def test_a_students_archive_has_no_solution_and_no_dead_link(students):
     there = names | {parent.as_posix() for name in names for parent in Path(name).parents}
     assert not [name for name in names if re.search("lessons/|solved/|exam|keys|tests/|build.py", name)]
     texts = {name: students.read(name).decode() for name in names if name.endswith((".md", ".ipynb"))}
-    for path in LESSONS.values():
+    for number, path in LESSONS.items():
         (name,) = (name for name in texts if name.endswith(f"/{path.stem}.ipynb"))
-        blanks = sum("exercise" in tags(cell) for cell in jupytext.read(path).cells)
+        blanks = SOURCES[number].count('tags=["exercise"]')
         assert texts[name].count('"# Exercise ') == blanks and "YourTurn(" in texts[name]
         cells = nbformat.reads(texts[name], as_version=4).cells
         texts[name] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
@@ -157,8 +148,7 @@ def test_the_first_cell_finds_the_course_or_says_what_to_do(tmp_path, place, fou
 
 def learners(kind):
     """The cells of this kind in each blank notebook."""
-    return [[cell for cell in versions(jupytext.read(path))["learner"].cells if cell.cell_type == kind]
-            for path in LESSONS.values()]
+    return [[cell for cell in made(number)["learner"].cells if cell.cell_type == kind] for number in LESSONS]
 
 
 def test_every_notebook_begins_with_the_first_cell_and_has_marks_for_nbgrader():
