@@ -42,12 +42,15 @@ def sd3(tmp_path_factory):
     return folder, write_sd3(folder)
 
 
-@pytest.fixture
-def cheap(monkeypatch):
-    """These tests are about the machinery, not about pictures."""
-    from purecc_min.benchmark import cells, entries
-    monkeypatch.setattr(cells, "FEW_STEPS", 1)
-    monkeypatch.setattr(entries, "IMAGINED", 2)
-    cells.set_up.cache_clear()
-    yield
-    cells.set_up.cache_clear()
+@pytest.fixture(scope="module")
+def few_pictures():
+    """Four of each group are drawn and measured, for tests of the machinery."""
+    from purecc_min.measure.toy import Toy
+
+    def few(asked):
+        return lambda self: {group: prompts[:4] for group, prompts in asked(self).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prompts", "forms"):
+            patch.setattr(Toy, name, few(getattr(Toy, name)))
+        yield

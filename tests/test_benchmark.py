@@ -32,16 +32,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def cheap():
-    """These tests are about the machinery, not about pictures: they draw few of them, in one step."""
-    all_prompts = toy.Toy.prompts
+def cheap(few_pictures):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "FEW_STEPS", 1)
-        patch.setattr(cells, "IMAGINED", 2)
-        patch.setattr(entries, "IMAGINED", 2)
-        patch.setattr(two, "SCENES", 12)
-        patch.setattr(toy.Toy, "prompts", lambda self: {group: prompts[:4] for group, prompts
-                                                        in all_prompts(self).items()})
+        for place, name, value in ((cells, "FEW_STEPS", 1), (two, "FEW_STEPS", 1), (two, "SCENES", 12),
+                                   (cells, "IMAGINED", 2), (entries, "IMAGINED", 2)):
+            patch.setattr(place, name, value)
         set_up.cache_clear()
         yield
     set_up.cache_clear()

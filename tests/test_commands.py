@@ -41,14 +41,12 @@ def fails(capsys, *arguments) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_sampling_steps():
-    """These tests are about the commands, not about pictures."""
+def few_sampling_steps(few_pictures):
     sample = Pipeline.sample.__wrapped__         # behind torch.no_grad
-    usual = sample.__defaults__
-    sample.__defaults__, steps = (3, *usual[1:]), commands_demo.FEW_STEPS
-    commands_demo.FEW_STEPS = 1
-    yield
-    sample.__defaults__, commands_demo.FEW_STEPS = usual, steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "__defaults__", (3, *sample.__defaults__[1:]))
+        patch.setattr(commands_demo, "FEW_STEPS", 1)
+        yield
 
 
 def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
