@@ -44,13 +44,14 @@ def sd3(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few_pictures():
-    """Four of each group are drawn and measured, for tests of the machinery."""
+    """A few of each group are drawn and measured, for tests of the machinery."""
     from purecc_min.measure.toy import Toy
+    all_prompts, all_forms = Toy.prompts, Toy.forms
 
-    def few(asked):
-        return lambda self: {group: prompts[:4] for group, prompts in asked(self).items()}
+    def few(groups):                             # 12 of the others are seen combinations
+        return {group: prompts[:14 if group == "other" else 4] for group, prompts in groups.items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("prompts", "forms"):
-            patch.setattr(Toy, name, few(getattr(Toy, name)))
+        patch.setattr(Toy, "prompts", lambda self: few(all_prompts(self)))
+        patch.setattr(Toy, "forms", lambda self: few(all_forms(self)))
         yield

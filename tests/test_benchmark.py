@@ -250,7 +250,7 @@ def test_two_untrained_concepts_draw_what_the_base_draws(cheap):
     drawn, kept = draw_pair(pair, "bound", fresh, (0, 1), 2), draw_pair(pair, "", [], (), 2)
     said_twice = [text.replace("[V1]", "cat").replace("[V2]", "fish") for text in both]
     base = draw_texts(pair.setups[0].pipe, said_twice[:2], {}, steps=1)
-    assert torch.equal(drawn, base) and not torch.equal(drawn, kept)
+    assert torch.allclose(drawn, base, atol=1e-4) and not torch.allclose(drawn, kept, atol=1e-2)
 
 
 def test_in_a_perfect_picture_of_two_concepts_each_has_its_own_traits(cheap):
