@@ -9,7 +9,7 @@ from purecc_min.benchmark import page, tables
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims
 from purecc_min.benchmark.entries import FURTHER, MAIN
 from purecc_min.benchmark.plans import VARIED, plan
-from purecc_min.benchmark.report import by_concept, further_text, gather, phrase_text
+from purecc_min.benchmark.report import further_text, gather, phrase_text
 from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
 from purecc_min.measure.measures import MEASURES
 
@@ -51,19 +51,6 @@ def test_methods_are_compared_where_the_weaker_one_ends():
     assert all(cell == "0" or cell.startswith(("+0.0", "-0.0")) for row in rows for cell in row[2:])
 
 
-def test_rows_with_another_number_of_steps_say_so():
-    own, end = run("c", "lora", 0, 0.5), run("c", "nothing", 0, 0.1)
-    groups = {("short",): [own | {"steps": 20}], ("long",): [run("c", "lora, twice", 0, 0.5)],
-              ("own",): [own], ("end",): [end]}
-    text = tables.methods_tables(groups)
-    assert "short (20 steps)" in text and "long (400 steps)" in text
-    assert "own (" not in text and "end (" not in text
-    results = [run(concept, "lora", 0, 0.5) | {"way": way} for concept in "ab" for way in tables.WAYS]
-    text = by_concept(results)                   # a row for a method and not for each way of sampling it
-    assert {line.split("|")[1].strip() for line in text.splitlines() if "lora" in line} == {"a", "b"}
-    assert "empty text" not in text
-
-
 def test_the_score_is_0_without_fidelity_and_1_without_damage():
     best = dict.fromkeys(MEASURES, 0.0) | {"fidelity": 1.0}
     assert score(best) == 1 and score(best | {"fidelity": 0.0}) == 0
@@ -85,14 +72,9 @@ def test_intervals_are_students_and_verdicts_look_at_the_whole_interval():
 def test_each_further_method_is_compared_with_what_it_varies():
     for entry in FURTHER.values():
         assert entry.beside and set(entry.beside) <= set(VARIED) <= set(MAIN)
-    results = [run("striped_cat", name, 0, *similarities, **{"class leak": leak})
-               for name, similarities, leak in (("lora, twice", (0.5, 1.0), 0.8), ("lora", (0.5,), 0.2),
-                                                ("paper", (1.0,), 0.6), ("nothing", (0.0,), 0.0))]
-    text = further_text(results)
-    rows = {title: " ".join(line for line in text.splitlines() if f"| {title} " in line)
-            for title in ("lora, twice minus lora", "lora, twice minus paper", "released minus paper")}
-    assert "+0.700" in rows["lora, twice minus lora"] and "+0.200" in rows["lora, twice minus paper"]
-    assert rows["released minus paper"] and not re.search(r"\d|nan", rows["released minus paper"])
+    text = further_text([run("striped_cat", "paper", 0, 1.0), run("striped_cat", "nothing", 0, 0.0)])
+    rows = [line for line in text.splitlines() if "| released minus paper " in line]         # it was not run
+    assert rows and not re.search(r"\d|nan", "".join(rows))
 
 
 def test_every_claim_names_methods_and_measures_that_are_run():
