@@ -110,6 +110,11 @@ TEXTS = {                                        # file -> what is bad about it 
                   "a comma too many": rows("image_path,prompt", f"{{}},{GOOD},red"),
                   "an open quote": rows("image_path,prompt", f'{{}},"{GOOD}')},
 }
+SAYS = {"no token": "has no [V]; write it before", "two texts of one": "has a text in another file already",
+        "a missing picture": "which is not in the folder", "of one picture": "this picture has no text",
+        "no text": "needs JSON with file_name and text", "semicolons": "needs the columns",
+        "a comma too many": "more fields", "the token in the base": "the base text '[V]' has [V] in it",
+        "an empty table": "there is no text in it"}
 TAKEN = {
     "1.txt": {"a byte-order mark": f"\ufeff{GOOD}", "Windows' lines": f"{GOOD}\r\n", "full stop": f"{GOOD}.",
               "two lines": f"a [V]\n{WORD}", "capitals": f"A [V] {WORD.upper()}", "small v": f"a [v] {WORD}"},
@@ -136,7 +141,8 @@ def put_other(root: Path, file: str, kind: str) -> None:
 def texts() -> Iterator[Case]:
     for file, kinds in TEXTS.items():
         for name, text in kinds.items():
-            yield Case("text", f"{file}: {name}", LEARN, partial(put_text, file=file, text=text))
+            yield Case("text", f"{file}: {name}", LEARN, partial(put_text, file=file, text=text),
+                       says=SAYS.get(name, ""))
     for file, kinds in TAKEN.items():
         for name, text in kinds.items():
             yield Case("text, odd", f"{file}: {name}", TO_STOP, partial(put_text, file=file, text=text),

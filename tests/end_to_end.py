@@ -3,7 +3,7 @@
     python -m tests.end_to_end
 
 Trainings take two steps, and what they leave is looked at: files, tables, pictures that are not one colour.
-It is a step of its own in .ci/run; pytest tries the same commands with less to draw.
+It is a step of its own in .ci/run; pytest tries `learn` and `sample` with less to draw.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from purecc_min.__main__ import main
+from purecc_min.commands.demo import ROWS
 from purecc_min.measure.toy import FOLDER, write_references
 from purecc_min.registry import METHODS
 
@@ -165,9 +166,14 @@ def on_public_weights(folder: Path) -> None:
 
 def all_else(folder: Path) -> None:
     command("--out", folder / "demo", *FEW)
-    for name in ("comparison.png", "table.md", "results.json"):
+    for name in ("table.md", *(f"{row}-concept.safetensors" for row in ROWS)):
         assert (folder / "demo" / name).stat().st_size > 0
     look_at(folder / "demo" / "comparison.png")
+    results = json.loads((folder / "demo" / "results.json").read_text())
+    assert results.keys() == set(ROWS) and results["lora"]["drift"] > 1e-5
+    assert max(results["bound"]["class drift"], results["switched-off"]["drift"]) < 1e-6      # last bits
+    first, second = map(json.loads, (folder / "demo" / "paper-stage2.jsonl").read_text().splitlines())
+    assert second["step"] == 2 and {"loss_cc", "loss_purecc", "lambda", "cosine"} <= first.keys()
     assert "robot" in command("words") and command("memory").count("\n| ") >= 24
     assert "| stage 2 |" in module("purecc_min", "speed", "--steps", "2", "--device", "cpu")
     module("purecc_min.benchmark", "--quick", "--steps", "2", "--out", folder / "benchmark")

@@ -1,20 +1,20 @@
-"""The house: what is core, how large it may grow, and which way imports run."""
+"""The house: what is core, how large it may grow, which way imports run, and what pip installs."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 REFERENCES = ROOT / "purecc_min" / "measure" / "references" / "checked_robot"
-CORE = [f"{name}.py" for name in (
-    "tinyflow/flow", "tinyflow/attention", "tinyflow/mmdit", "tinyflow/text", "tinyflow/phrase",
-    "tinyflow/tokenizer", "tinyflow/vae", "tinyflow/pipeline", "tinyflow/picturebook/model",
-    "purecc_min/concept", "purecc_min/embeddings", "purecc_min/lora", "purecc_min/branch",
-    "purecc_min/objective", "purecc_min/train", "purecc_min/algorithm")]
+CORE = re.findall(r"^\| \[([a-z_/0-9]+\.py)\]", (ROOT / "README.md").read_text(), re.MULTILINE)
 SERVANTS = ["tinyflow/errors.py", "tinyflow/files.py", "tinyflow/weights.py"]      # that the core imports
 CORE_LINES, SERVANT_LINES = 1500, 150
 FILE_LINES, FUNCTION_LINES = 400, 60             # ruff counts the columns
@@ -53,6 +53,7 @@ def imports_of(path: Path) -> set[str]:
 
 def test_the_core_is_small_and_runs_by_itself(tmp_path):
     """A course is taught from these files. With the weights and a folder of pictures they are enough."""
+    assert len(CORE) == 16 and CORE[-1] == "purecc_min/algorithm.py"
     for files, most in ((CORE, CORE_LINES), (SERVANTS, SERVANT_LINES)):
         assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= most
     for folder in ("tinyflow", "tinyflow/picturebook", "purecc_min"):
@@ -106,13 +107,48 @@ def test_files_and_functions_stay_short():
     assert not wrong
 
 
-def test_the_readme_names_the_core_in_its_order():
-    named = re.findall(r"^\| \[([a-z_/0-9]+\.py)\]", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert named == CORE
-
-
 def test_links_on_every_page_lead_somewhere():
     pages = [path for path in ROOT.rglob("*.md") if not {"output", ".pytest_cache"} & set(path.parts)]
     links = [(page, target) for page in pages for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
     assert not [(page, target) for page, target in links if not target.startswith(("http", "#", "<"))
                 and not (page.parent / target.partition("#")[0]).exists()]
+
+
+USE = """
+import purecc_min, tinyflow
+from pathlib import Path
+from purecc_min.__main__ import main
+from purecc_min.commands.folder import load_concept
+from purecc_min.measure.toy import CONCEPTS, FOLDER
+from tinyflow.picturebook.model import load_tiny
+from tinyflow.picturebook.reader import Reader
+assert {Path(package.__file__).parent.parent for package in (purecc_min, tinyflow)} == {Path(SITE)}
+pipe = load_tiny()
+pixels = pipe.decode(pipe.sample(pipe.encode_text(["a red cat"]), [0], steps=2))
+Reader.shipped()(pixels)
+for folder in FOLDER.iterdir():
+    assert len(load_concept(folder, CONCEPTS[folder.name].class_word, pipe.picture_size).references) == 4
+main(["words"])
+"""
+
+
+def test_an_installed_package_brings_all_that_it_needs(tmp_path):
+    site, source = tmp_path / "site", tmp_path / "source"
+    for name in ("tinyflow", "purecc_min", "tests"):     # a copy: building leaves files beside the source
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
+        shutil.copy(ROOT / name, source)
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", site, source]
+    subprocess.run([sys.executable, *install], check=True)
+    used = subprocess.run([sys.executable, "-c", f"SITE = {str(site)!r}\n{USE}"], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True)
+    assert used.returncode == 0 and "robot" in used.stdout, used.stderr
+    assert not list(site.glob("tests")), "tests are not installed"
+
+
+@pytest.mark.parametrize("extra, file", [("course", "tutorials"), ("test", "tests")])
+def test_an_extra_is_what_its_requirements_say(extra, file):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = (ROOT / file / "requirements.txt").read_text().splitlines()
+    wanted = [row.partition("#")[0].strip() for row in rows]
+    assert project["optional-dependencies"][extra] == [row for row in wanted if row]

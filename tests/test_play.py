@@ -48,7 +48,6 @@ show();"""
 
 
 def driven(drive: str, folder: Path, width: int = 1200) -> list[dict]:
-    """What the page reports while a script drives it."""
     return in_browser(PAGE, f"{PROBE}{drive}\nreport(found);", folder, width)
 
 
@@ -191,14 +190,11 @@ def luminance(colour: str) -> float:
     return np.where(parts <= .04045, parts / 12.92, ((parts + .055) / 1.055)**2.4) @ [.2126, .7152, .0722]
 
 
-def test_colours_of_text_have_contrast():
+def test_colours_have_contrast_and_nothing_comes_from_elsewhere():
     colours = dict(re.findall(r"--(\w+): (#\w{6})", PAGE))
     for name in ("ink", "coral", "blue", "grey"):
         assert (luminance(colours["paper"]) + .05) / (luminance(colours[name]) + .05) >= 4.5, name
     assert set(re.findall(r"fill: (#\w{6})", PAGE)) <= {colours["coral"], colours["blue"]}
-
-
-def test_the_page_needs_nothing_from_elsewhere():
     text = PAGE.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|<link|src=|@import|url\((?!#)", text)
 
@@ -264,8 +260,7 @@ def test_attention_can_be_read_by_word_and_by_patch(tmp_path):
 
 def test_a_strip_is_cut_at_its_groups(tmp_path):
     """Each picture of this strip is of a colour of its own, its number in the strip."""
-    pytest.importorskip("matplotlib")
-    from purecc_min.benchmark.figures import typical_pictures
+    typical_pictures = pytest.importorskip("purecc_min.benchmark.figures").typical_pictures
     rows = [dict(concept="striped_cat", method=method, seed=0, changes={}, steps=STEPS, on_the_way=True,
                  way="", snapshots={"200": {"similarity": .5}}) for method in ("nothing", "lora", "paper")]
     rows.append({**rows[1], "way": "own empty text"})        # was never drawn as a strip
@@ -276,7 +271,6 @@ def test_a_strip_is_cut_at_its_groups(tmp_path):
         Image.fromarray(np.repeat(numbers, 64)[None, :, None].repeat(64, 0).repeat(3, 2)).save(file)
     found, texts = typical_pictures(rows, tmp_path, "striped_cat")
     assert list(found) == ["nothing", "lora"]    # an earlier page showed lora's pictures under that name, too
-    shown = [int(picture[0, 0, 0]) for group in STRIP for picture in found["lora"][group]]
-    assert shown == numbers.tolist()
+    assert [picture[0, 0, 0] for group in STRIP for picture in found["lora"][group]] == numbers.tolist()
     assert {group: len(own) for group, own in texts.items()} == STRIP
     assert "[V]" in texts["concept"][0] and texts["plain"][0] == texts["concept"][0].replace("[V] ", "")

@@ -189,13 +189,10 @@ def test_a_printed_deck_has_a_page_for_each_slide(tmp_path):
     assert {tuple(round(float(side)) for side in size.split()) for size in sizes} == {(0, 0, 960, 540)}
 
 
-def test_deck_0_is_there_with_notes_of_its_own():
+def test_deck_0_has_notes_of_its_own_and_every_diagram_is_used_and_can_be_read():
     source = DECK_0.read_text(encoding="utf-8")
     assert 9 <= source.count('"slide"') <= 14 and source.count("# ???\n") == source.count('"slide"')
     assert "![](" not in source and (FOLDER / "slides" / "introduction.html").exists()
-
-
-def test_every_diagram_is_used_and_can_be_read():
     texts = "".join(path.read_text(encoding="utf-8") for path in (FOLDER / "lessons").glob("*.py"))
     for path in (FOLDER / "diagrams").glob("*.svg"):
         assert f"../diagrams/{path.name}" in texts, f"no slide shows {path.name}"
