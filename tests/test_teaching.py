@@ -5,6 +5,7 @@ which students find no solution. And a course that can be started from anywhere.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -172,11 +173,15 @@ def server(tmp_path_factory):
                                env={**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)})
     try:
         for _ in range(600):
-            if found := list(runtime.glob("jpserver-*.json")):
-                yield json.loads(found[0].read_text())["url"]
-                return
-            time.sleep(0.1)
-        pytest.fail("the server does not start")
+            try:
+                own = json.loads(next(runtime.glob("jpserver-*.json")).read_text())
+                socket.create_connection((own["hostname"], own["port"])).close()
+                break
+            except (StopIteration, OSError):     # it writes its address a while before it answers
+                time.sleep(0.1)
+        else:
+            pytest.fail("the server does not start")
+        yield own["url"]
     finally:
         running.terminate()
         running.wait()
