@@ -4,6 +4,7 @@ What a file says of itself is changed and sealed again, so that no checksum noti
 turned over, so that one has to. See hostile.py.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +33,46 @@ TO_STOP = (*LEARN, "--prompts", "nothing.txt")
 MISSING = object()
 ODD = ("25", None, -5, 1.5, float("nan"), [], {}, True, MISSING)     # in the place of a fact
 Change = Callable[[dict], dict]                  # of tensors
+
+
+PAGES = {"nothing": b"", "zeros": bytes(1000), "a web page": b"<!doctype html>", "text": b"not weights",
+         "svg": b"<svg xmlns='x'/>", "exe": b"MZ" + bytes(99), "a pickle": b"\x80\x02}q\x00.",
+         "a zip": b"PK\x03\x04" + bytes(99), "GGUF": b"GGUF" + bytes(99), "a list": b"[]",
+         "a pointer": b"version https://git-lfs.github.com/spec/v1\n"}
+NO_FILES = ("folder", "pipe", "loop", "device")
+
+
+# ------------------------------------------------------------------------------------------------- every file
+def spoil(root: Path, file: str, kind: str) -> None:
+    """Puts something in a file's place that is none, or none that can be used."""
+    path = root / file
+    data, (what, _, share) = path.read_bytes(), kind.partition(" ")
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind in ("loop", "device"):
+        path.symlink_to(path if kind == "loop" else "/dev/zero")
+    elif kind == "fractions":
+        Image.fromarray(np.random.default_rng(0).random((64, 64), np.float32)).save(path.with_suffix(".tiff"))
+    elif kind[0].isdigit():
+        Image.new("RGB", tuple(map(int, kind.split("x")))).save(path)
+    elif what in ("cut", "flip"):
+        place = int(len(data) * float(share))
+        rest = bytes([data[place] ^ 64]) + data[place + 1:] if what == "flip" else b""
+        path.write_bytes(data[:place] + rest)
+    elif kind == "foreign":
+        save_file({"a": torch.ones(2)}, path)
+    elif kind == "another":
+        shutil.copy(SHIPPED / "reader.safetensors", path)
+    else:
+        path.write_bytes(PAGES[kind])
+
+
+def write(root: Path, file: str, text: str | bytes) -> None:
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_bytes(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
 
 
 # ------------------------------------------------------------------------------------------- texts and tables
@@ -69,6 +110,11 @@ TEXTS = {                                        # file -> what is bad about it 
                   "a comma too many": rows("image_path,prompt", f"{{}},{GOOD},red"),
                   "an open quote": rows("image_path,prompt", f'{{}},"{GOOD}')},
 }
+SAYS = {"no token": "has no [V]; write it before", "two texts of one": "has a text in another file already",
+        "a missing picture": "which is not in the folder", "of one picture": "this picture has no text",
+        "no text": "needs JSON with file_name and text", "semicolons": "needs the columns",
+        "a comma too many": "more fields", "the token in the base": "the base text '[V]' has [V] in it",
+        "an empty table": "there is no text in it"}
 TAKEN = {
     "1.txt": {"a byte-order mark": f"\ufeff{GOOD}", "Windows' lines": f"{GOOD}\r\n", "full stop": f"{GOOD}.",
               "two lines": f"a [V]\n{WORD}", "capitals": f"A [V] {WORD.upper()}", "small v": f"a [v] {WORD}"},
@@ -84,67 +130,39 @@ def put_text(root: Path, file: str, text: str | bytes) -> None:
     """Writes a file among the references. Where it is a table, there is no other text."""
     for other in (root / "photos").glob("*.txt") if file.startswith(("metadata", "train")) else ():
         other.unlink()
-    (root / "photos" / file).write_bytes(text.encode() if isinstance(text, str) else text)
+    write(root, f"photos/{file}", text)
 
 
 def put_other(root: Path, file: str, kind: str) -> None:
-    """Something that is no file, in a text's place."""
     put_text(root, file, "")
-    spoil(root / "photos" / file, kind)
+    spoil(root, f"photos/{file}", kind)
 
 
 def texts() -> Iterator[Case]:
     for file, kinds in TEXTS.items():
         for name, text in kinds.items():
-            yield Case("text", f"{file}: {name}", LEARN, partial(put_text, file=file, text=text))
+            yield Case("text", f"{file}: {name}", LEARN, partial(put_text, file=file, text=text),
+                       says=SAYS.get(name, ""))
     for file, kinds in TAKEN.items():
         for name, text in kinds.items():
             yield Case("text, odd", f"{file}: {name}", TO_STOP, partial(put_text, file=file, text=text),
                        says=STOP)
     for file in ("1.txt", "metadata.jsonl", "train.csv"):
-        for kind in ("folder", "pipe", "loop", "device"):
+        for kind in NO_FILES:
             yield Case("text", f"{file} is a {kind}", LEARN, partial(put_other, file=file, kind=kind))
 
 
 # --------------------------------------------------------------------------------------------------- pictures
-KINDS = ("folder", "pipe", "loop", "device", "fractions", "1x1", "20000x40", "15x64", "nothing", "text",
-         "svg", "half", "head", "zeros", "flipped", "exe")
+KINDS = (*NO_FILES, "fractions", "1x1", "20000x40", "15x64", "nothing", "text", "svg", "zeros", "exe",
+         "cut .5", "cut .001", "flip .02")
 MODES = {"1": "png", "L": "png", "LA": "png", "P": "png", "RGBA": "png", "CMYK": "jpg", "YCbCr": "jpg",
          "LAB": "tiff", "I;16": "png", "I": "tiff"}
 ENDINGS = ("bmp", "gif", "tif", "jpeg", "avif", "webp", "png")
 
 
-def spoil(file: Path, kind: str) -> None:
-    """Puts something in a file's place that is none, or none that can be used."""
-    good = file.read_bytes()
-    file.unlink()
-    if kind == "folder":
-        file.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(file)
-    elif kind in ("loop", "device"):
-        file.symlink_to(file if kind == "loop" else "/dev/zero")
-    elif kind == "fractions":
-        Image.fromarray(np.random.default_rng(0).random((64, 64), np.float32)).save(file.with_suffix(".tiff"))
-    elif kind[0].isdigit():
-        Image.new("RGB", tuple(map(int, kind.split("x")))).save(file)
-    else:
-        data = {"nothing": b"", "text": b"<html>no picture</html>", "svg": b"<svg xmlns='x'/>",
-                "exe": b"MZ" + bytes(99), "half": good[:len(good) // 2], "head": good[:20],
-                "zeros": bytes(1000), "flipped": good[:60] + bytes([255 - byte for byte in good[60:61]]) +
-                good[61:]}
-        file.write_bytes(data[kind])
-
-
-def spoil_picture(root: Path, kind: str) -> None:
-    file = root / "photos" / "1.png"
-    if kind == "one colour":
-        Image.new("RGB", (64, 64)).save(file)
-    elif kind == "104 of them":
-        for n in range(100, 200):
-            shutil.copy(file, file.with_name(f"{n}.png"))
-    else:
-        spoil(file, kind)
+def add_pictures(root: Path) -> None:
+    for n in range(100, 200):
+        shutil.copy(root / "photos" / "1.png", root / "photos" / f"{n}.png")
 
 
 def spoil_mask(root: Path, kind: str) -> None:
@@ -162,7 +180,7 @@ def spoil_mask(root: Path, kind: str) -> None:
     elif kind == "twice":
         shutil.copy(mask, mask.with_name("1-mask.png"))
     else:
-        spoil(mask, kind)
+        spoil(root, "photos/1.mask.png", kind)
 
 
 def convert(root: Path, mode: str, ending: str) -> Path:
@@ -172,9 +190,8 @@ def convert(root: Path, mode: str, ending: str) -> Path:
     file.unlink()
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
-    picture = picture if mode == "I;16" else picture.convert(mode)
-    picture.save(file.with_suffix(f".{ending}"))
-    return file.with_suffix(f".{ending}")
+    picture.convert(mode).save(file := file.with_suffix(f".{ending}"))
+    return file
 
 
 def damage_picture(root: Path, ending: str, seed: int) -> None:
@@ -187,8 +204,9 @@ def damage_picture(root: Path, ending: str, seed: int) -> None:
 
 
 def pictures() -> Iterator[Case]:
-    for kind in (*KINDS, "one colour", "104 of them"):
-        yield Case("picture", kind, LEARN, partial(spoil_picture, kind=kind))
+    for kind in (*KINDS, "64x64"):               # the last is of one colour
+        yield Case("picture", kind, LEARN, partial(spoil, file="photos/1.png", kind=kind))
+    yield Case("picture", "104 of them", LEARN, add_pictures)
     for kind in (*KINDS, "black", "another size", "missing", "of no picture", "twice"):
         yield Case("mask", kind, LEARN, partial(spoil_mask, kind=kind))
     for mode, ending in (*MODES.items(), *(("RGB", ending) for ending in ENDINGS)):
@@ -209,22 +227,6 @@ def reseal(root: Path, file: str, facts: dict | None = None, change: Change | No
     save_tensors(root / file, kind, change(tensors) if change else tensors, said)
 
 
-def damage(root: Path, file: str, kind: str) -> None:
-    path, share = root / file, float(kind.partition(" ")[2] or 0)
-    data = bytearray(path.read_bytes())
-    if kind.startswith("cut"):
-        path.write_bytes(data[:int(len(data) * share)])
-    elif kind.startswith("flip"):
-        data[int(len(data) * share)] ^= 64
-        path.write_bytes(data)
-    elif kind == "foreign":
-        save_file({"a": torch.ones(2)}, path)
-    elif kind == "another":
-        shutil.copy(SHIPPED / "reader.safetensors", path)
-    else:
-        path.write_text("not weights")
-
-
 DAMAGES = ("cut 0", "cut .001", "cut .1", "cut .5", "cut .99", "flip .0001", "flip .01", "flip .3", "flip .7",
            "flip .999", "foreign", "another", "text")
 SHAPES: dict[str, Change] = {
@@ -241,19 +243,19 @@ def concepts() -> Iterator[Case]:
     for kind in DAMAGES:
         for arguments in (DRAW, ("export", "good.safetensors", "--out", "lora.safetensors")):
             yield Case("concept", f"{arguments[0]}: {kind}", arguments,
-                       partial(damage, file="good.safetensors", kind=kind))
+                       partial(spoil, file="good.safetensors", kind=kind))
     for name, change in SHAPES.items():
         yield Case("concept", name, DRAW, good(change=change))
     for fact in ("rank", "class_word", "base", "size", "where", "method", "base_sample"):
-        odd = [value for value in (*ODD, "nonsense", 10**9)      # older files do not say all of these
-               if value is not MISSING or fact in ("rank", "class_word")]
-        for value in odd:
-            if not (isinstance(value, str) and fact in ("class_word", "method")):    # any text may be one
+        for value in (*ODD, "nonsense", 10**9):
+            is_text = isinstance(value, str) and fact in ("class_word", "method")    # any text may be one
+            if not is_text and (value is not MISSING or fact in ("rank", "class_word")):     # older files
                 yield Case("concept", f"{fact} is {value!r}", DRAW, good(facts={fact: value}))
 
 
 # --------------------------------------------------------------------------------- runs, checkpoints, logs
 FEW = ("--batch", "1", "--rank", "1", "--device", "cpu")
+# a longer run that failed once left "3 steps" in run.json, and the run of 2 steps was then refused
 GOES_ON = ("learn", REFERENCES, "--class-word", WORD, "--method", "lora", "--out", "run", *FEW, "--steps",
            "3")
 CHECKPOINT = "run/stage1.safetensors"
@@ -278,11 +280,6 @@ def in_run(root: Path, spoiled: Callable[[Path], object] | None = None) -> None:
 
 def spoiled_run(function: Callable, **named) -> Callable[[Path], None]:
     return partial(in_run, spoiled=partial(function, **named))
-
-
-def write(root: Path, file: str, text: str) -> None:
-    (root / file).parent.mkdir(parents=True, exist_ok=True)
-    (root / file).write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
 def without(part: str) -> Change:
@@ -315,7 +312,7 @@ def runs() -> Iterator[Case]:
     for name, change in STATES.items():
         yield Case("checkpoint", name, GOES_ON, spoiled_run(reseal, file=CHECKPOINT, change=change))
     for kind in DAMAGES:
-        yield Case("checkpoint", kind, GOES_ON, spoiled_run(damage, file=CHECKPOINT, kind=kind))
+        yield Case("checkpoint", kind, GOES_ON, spoiled_run(spoil, file=CHECKPOINT, kind=kind))
     for text in RUNS:
         yield Case("run", text[:30], GOES_ON, spoiled_run(write, file="run/run.json", text=text))
     for text in LOGS:
@@ -333,9 +330,6 @@ WEIGHTS = [f"{name}.safetensors" for name in (
     "text_encoder_2/model", "text_encoder_3/model")]
 JSON = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_3/tokenizer.json", "model_index.json",
         "vae/config.json")
-PAGES = {"a web page": b"<!doctype html>", "a pointer": b"version https://git-lfs.github.com/spec/v1\n",
-         "a pickle": b"\x80\x02}q\x00.", "a zip": b"PK\x03\x04" + bytes(99), "GGUF": b"GGUF" + bytes(99),
-         "nothing": b"", "zeros": bytes(99), "half": None}
 ON_PUBLIC = ("learn", REFERENCES, "--class-word", WORD, "--base", "sd3.5-medium", "--weights", "sd3",
              "--size", "64", "--out", "out", *FEW, "--steps", "1")
 
@@ -348,19 +342,16 @@ def public_model() -> Path:
     return folder
 
 
-def spoil_public(root: Path, file: str, data: bytes | None) -> None:
+def spoil_public(root: Path, file: str, kind: str) -> None:
     shutil.copytree(public_model(), root / "sd3")
-    path = root / "sd3" / file
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2] if data is None else data)
+    spoil(root / "sd3", file, kind)
 
 
 def public() -> Iterator[Case]:
-    texts = {name: PAGES[name] for name in ("nothing", "a web page", "half")} | {"a list": b"[]"}
-    for files, pages in ((WEIGHTS, PAGES), (JSON, texts)):
-        for file in files:
-            for name, data in pages.items():
-                yield Case("public", f"{file} is {name}", ON_PUBLIC,
-                           partial(spoil_public, file=file, data=data))
+    texts = ("nothing", "a web page", "a list", "cut .5")
+    for files, kinds in ((WEIGHTS, (*PAGES, "cut .5")), (JSON, texts)):
+        for file, kind in itertools.product(files, kinds):
+            yield Case("public", f"{file}: {kind}", ON_PUBLIC, partial(spoil_public, file=file, kind=kind))
 
 
 FILES = (texts, pictures, concepts, runs, public)

@@ -16,25 +16,29 @@ from functools import partial
 from pathlib import Path
 from typing import Iterator
 
+from purecc_min import __main__ as purecc_min
 from purecc_min.benchmark import __main__ as benchmark
-from tests.bad_files import FILES, write
-from tests.hostile import LONG, STOP, WORD, Case, run
+from tests.bad_files import FILES, LEARN, write
+from tests.hostile import LONG, STOP, Case, run
 from tinyflow.picturebook import check, codec, pretrain, reader
 from tutorials import build, gallery
 
 # --------------------------------------------------------------------------- numbers, and lines that are none
-LEARN = ("learn", "photos", "--class-word", WORD, "--method", "bound", "--out", "out")
-SAMPLE = ("sample", "good.safetensors", "a [V] house", "--out", "out.png")
-COMMANDS = {"demo": ("demo", "--out", "out"), "learn": LEARN, "sample": SAMPLE, "speed": ("speed",)}
+SAMPLE, DEMO = ("sample", "good.safetensors", "a [V] house", "--out", "out.png"), ("demo", "--out", "out")
 WHOLE = ("-1", "", "nan", "inf", "1.5", "0x10", "1e3", "word", "9" * 30, LONG)
 FRACTIONS = ("-1", "-1e-9", "nan", "inf", "-inf", "1e999", "1e30", "word", "")
-STEPS = ("--steps", "--batch", "--rank", "--seed", "--learning-rate", "--embedding-learning-rate", "--eta")
-TAKEN = {"demo": STEPS, "learn": (*STEPS, "--size", "--samples-every"), "speed": ("--steps", "--seed"),
-         "sample": ("--steps", "--seed", "--number", "--guidance", "--strength")}
 FRACTIONAL = ("--learning-rate", "--embedding-learning-rate", "--eta", "--guidance", "--strength")
-TRAININGS = {"pretrain": (pretrain, ("--steps", "--batch", "--pictures", "--seed", "--save-every")),
-             "reader": (reader, ("--steps", "--seed")), "codec": (codec, ("--steps", "--seed")),
-             "check": (check, ("--count",))}
+COUNTED = ("--steps", "--batch", "--rank", "--number", "--size", "--samples-every", "--workers", "--pictures",
+           "--save-every", "--count")            # 0 is none of these
+STEPS = ("--steps", "--batch", "--rank", "--seed", "--learning-rate", "--embedding-learning-rate", "--eta")
+TRAININGS = {"pretrain": pretrain.main, "reader": reader.main, "codec": codec.main, "check": check.main}
+NUMBERED = ((purecc_min.main, DEMO, STEPS), (purecc_min.main, ("speed",), ("--steps", "--seed")),
+            (purecc_min.main, LEARN, (*STEPS, "--size", "--samples-every")),
+            (purecc_min.main, SAMPLE, ("--steps", "--seed", "--number", "--guidance", "--strength")),
+            (benchmark.main, ("--quick",), ("--steps", "--workers")),
+            (pretrain.main, ("--out", "out"), ("--steps", "--batch", "--pictures", "--seed", "--save-every")),
+            (reader.main, (), ("--steps", "--seed")), (codec.main, (), ("--steps", "--seed")),
+            (check.main, (), ("--count",)))
 LINES = (("lern",), ("learn",), ("sample",), ("sample", "good.safetensors"), ("export",), ("--stepz", "3"),
          ("demo", "extra"), ("learn", "photos", "--method", "dora"), ("learn", "photos", "--base", "flux"),
          (*SAMPLE, "--empty-text", "nobody"), ("speed", "--device", "tpu"), ("memory", "3"), ("words", "red"),
@@ -43,23 +47,12 @@ LINES = (("lern",), ("learn",), ("sample",), ("sample", "good.safetensors"), ("e
 
 
 def numbers() -> Iterator[Case]:
-    for command, options in TAKEN.items():
+    for main, line, options in NUMBERED:
         for option in options:
-            values = FRACTIONS if option in FRACTIONAL else WHOLE
-            values += ("0",) if option in STEPS[:3] + ("--number", "--size", "--samples-every") else ()
+            values = (*(FRACTIONS if option in FRACTIONAL else WHOLE), *("0",) * (option in COUNTED))
             for value in values:
-                line = (*COMMANDS[command], f"{option}={value}")
-                yield Case("number", f"{command} {option}={value:.20}", line, says=option)
-    for option in ("--steps", "--workers"):
-        for value in (*WHOLE, "0"):
-            yield Case("number", f"benchmark {option}={value:.20}", (f"{option}={value}",), says=option,
-                       main=benchmark.main)
-    for name, (module, options) in TRAININGS.items():
-        out = ("--out", "out") if name == "pretrain" else ()
-        for option in options:
-            for value in ("-1", "nan", "1.5", "word", ""):
-                yield Case("number", f"{name} {option}={value}", (*out, f"{option}={value}"), says=option,
-                           main=module.main)
+                name = f"{main.__module__} {line[:1]} {option}={value:.20}"
+                yield Case("number", name, (*line, f"{option}={value}"), main=main, says=option)
     for value in (" 3 ", "+3", "003", "\u0663"):              # odd, and numbers all the same
         yield Case("number, odd", f"--steps={value!r}", ("learn", "none", f"--steps={value}"),
                    says="there is no such folder")
@@ -82,12 +75,12 @@ NOT_THERE = ("none", "file", "theirs", "empty", "loop", "pipe", "/dev/null", LON
 
 def places() -> Iterator[Case]:
     for out in (*NOT_FOLDERS, "theirs"):
-        for name in ("learn", "demo"):
-            yield Case("place", f"{name} --out {out:.20}", (*COMMANDS[name][:-2], "--out", out))
+        for line in (LEARN, DEMO):
+            yield Case("place", f"{line[0]} --out {out:.20}", (*line[:-1], out))
     for out in NOT_FOLDERS:
         yield Case("place", f"benchmark --out {out:.20}", ("--quick", "--out", out), main=benchmark.main)
         for name in ("pretrain", "reader", "codec"):
-            yield Case("place", f"{name} --out {out:.20}", ("--out", out), main=TRAININGS[name][0].main)
+            yield Case("place", f"{name} --out {out:.20}", ("--out", out), main=TRAININGS[name])
     for out in NOT_SHEETS:
         yield Case("place", f"sample --out {out:.20}", (*SAMPLE[:-2], "--out", out))
     for out in NOT_EXPORTS:
@@ -105,11 +98,10 @@ def places() -> Iterator[Case]:
                            ("reader", "--start"), ("codec", "--start"), ("check", "--base"),
                            ("check", "--reader"), ("check", "--codec")):
         for path in (*NOT_THERE, "good.safetensors"):
-            yield Case("place", f"{name} {options[-1]} {path:.20}", (*options, path),
-                       main=TRAININGS[name][0].main)
-    for name in ("learn", "sample") if os.geteuid() else ():     # root may write everything
-        line = (*COMMANDS[name][:-1], f"closed/{COMMANDS[name][-1]}")
-        yield Case("place", f"{name} in a folder of another's", line, close_one, says="permission denied")
+            yield Case("place", f"{name} {options[-1]} {path:.20}", (*options, path), main=TRAININGS[name])
+    for line in (LEARN, SAMPLE) if os.geteuid() else ():         # root may write everything
+        closed = (*line[:-1], f"closed/{line[-1]}")
+        yield Case("place", f"{line[0]} into another's folder", closed, close_one, says="permission denied")
 
 
 def close_one(root: Path) -> None:
@@ -120,7 +112,7 @@ def devices() -> Iterator[Case]:
     for name in ("pretrain", "reader"):
         for device in ("foo", "", "cuda", "cuda:99", "mps", "meta", "\x1b[31mcpu"):
             yield Case("device", f"{name} --device {device!r}", ("--out", "out", f"--device={device}"),
-                       main=TRAININGS[name][0].main, says="--device")
+                       main=TRAININGS[name], says="--device")
 
 
 # ------------------------------------------------------------------------------------------------------ words
@@ -148,19 +140,19 @@ def words() -> Iterator[Case]:
 
 # ------------------------------------------------------------------------------------------------- all cases
 def main(arguments: list[str]) -> None:
-    third, wanted = "--third" in arguments, [name for name in arguments if name != "--third"]
+    third, wanted = "--third" in arguments, set(arguments) - {"--third"}
     cases = [case for kind in (numbers, places, devices, words, *FILES) for case in kind()]
     cases = [case for case in cases if not wanted or case.kind.split(",")[0] in wanted]
-    counted, wrong, begun = Counter(), [], time.time()
+    counted, wrong, begun = Counter(), 0, time.time()
     for case in cases[::3] if third else cases:
         found = run(case)
         counted[case.kind] += 1
         if found != "clear":
-            wrong.append(f"{case.kind}: {case.name}: {found}")
-            print(wrong[-1][:600], flush=True)
+            wrong += 1
+            print(f"{case.kind}: {case.name}: {found}"[:600], flush=True)
     for kind, count in counted.items():
         print(f"{kind:24s} {count:5d}")
-    print(f"{sum(counted.values())} cases, {len(wrong)} not as they should be ({time.time() - begun:.0f} s)")
+    print(f"{sum(counted.values())} cases, {wrong} not as they should be ({time.time() - begun:.0f} s)")
     sys.exit(bool(wrong))
 
 

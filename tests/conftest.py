@@ -55,12 +55,16 @@ def sd3_in_both_forms(request, sd3, tmp_path):
     return shutil.copytree(folder, tmp_path / "sd3", ignore=left_out), without
 
 
-@pytest.fixture
-def cheap(monkeypatch):
-    """These tests are about the machinery, not about pictures."""
-    from purecc_min.benchmark import cells, entries
-    monkeypatch.setattr(cells, "FEW_STEPS", 1)
-    monkeypatch.setattr(entries, "IMAGINED", 2)
-    cells.set_up.cache_clear()
-    yield
-    cells.set_up.cache_clear()
+@pytest.fixture(scope="module")
+def few_pictures():
+    """A few of each group are drawn and measured, for tests of the machinery."""
+    from purecc_min.measure.toy import Toy
+    all_prompts, all_forms = Toy.prompts, Toy.forms
+
+    def few(groups):                             # 12 of the others are seen combinations
+        return {group: prompts[:14 if group == "other" else 4] for group, prompts in groups.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Toy, "prompts", lambda self: few(all_prompts(self)))
+        patch.setattr(Toy, "forms", lambda self: few(all_forms(self)))
+        yield

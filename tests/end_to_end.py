@@ -3,11 +3,12 @@
     python -m tests.end_to_end
 
 Trainings take two steps, and what they leave is looked at: files, tables, pictures that are not one colour.
-It is a step of its own in .ci/run; pytest tries the same commands with less to draw.
+It is a step of its own in .ci/run; pytest tries `learn` and `sample` with less to draw.
 """
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from purecc_min.__main__ import main
+from purecc_min.commands.demo import ROWS
 from purecc_min.measure.toy import FOLDER, write_references
 from purecc_min.registry import METHODS
 
@@ -69,7 +71,6 @@ def left(out: Path, *more: str) -> None:
         look_at(picture)
 
 
-# ------------------------------------------------------------------------------------------------- the paths
 def every_method_learns(folder: Path) -> None:
     for method in METHODS:
         out = folder / method
@@ -79,9 +80,12 @@ def every_method_learns(folder: Path) -> None:
 
 
 def what_a_user_may_bring(folder: Path) -> None:
+    """A style and a capital class word once ended in a traceback, after all the work."""
     style, table, masked = (folder / name for name in ("style", "csv", "masked"))
     write_references("moss_print", style)
-    command("learn", style, "--class-word", "A", "--out", folder / "of a style", *FEW)
+    line = ("learn", style, "--class-word", "A", "--out", folder / "of a style", *FEW)
+    for _ in range(2):                           # and again, where nothing is left to train
+        assert "learned: " in command(*line)
     left(folder / "of a style")
     assert "fills the whole picture" in refuses("learn", style, "--class-word", "a", "--method", "bound-half",
                                                 "--out", folder / "none", *FEW)
@@ -100,6 +104,9 @@ def what_a_user_may_bring(folder: Path) -> None:
         white.save(masked / f"{n}.mask.png")
     assert "4 masks" in command("learn", masked, "--class-word", "ROBOT", "--out", folder / "of masks", *FEW)
     left(folder / "of masks")
+    defaults = [json.loads((folder / name / "run.json").read_text())["method"]
+                for name in ("of a style", "of masks")]
+    assert defaults == ["switched-off", "bound-pairs"]
 
 
 def a_run_goes_on(folder: Path) -> None:
@@ -111,7 +118,7 @@ def a_run_goes_on(folder: Path) -> None:
     first = (out / "concept.safetensors").read_bytes()
     command(*line, *FEW)
     assert (out / "concept.safetensors").read_bytes() == first
-    command(*line, "--steps", "3", *FEW[2:])
+    assert "going on from step 2" in command(*line, "--steps", "3", *FEW[2:])
     assert (out / "concept.safetensors").read_bytes() != first
     left(out, "samples-1-000001.png", "concept-1-000001.safetensors", "samples-1-000003.png")
     assert "seed, which is 0 there and 1 here" in refuses(*line, "--steps", "3", *FEW[2:], "--seed", "1")
@@ -159,10 +166,15 @@ def on_public_weights(folder: Path) -> None:
 
 def all_else(folder: Path) -> None:
     command("--out", folder / "demo", *FEW)
-    for name in ("comparison.png", "table.md", "results.json"):
+    for name in ("table.md", *(f"{row}-concept.safetensors" for row in ROWS)):
         assert (folder / "demo" / name).stat().st_size > 0
     look_at(folder / "demo" / "comparison.png")
-    assert "robot" in command("words") and "GB" in command("memory")
+    results = json.loads((folder / "demo" / "results.json").read_text())
+    assert results.keys() == set(ROWS) and results["lora"]["drift"] > 1e-5
+    assert max(results["bound"]["class drift"], results["switched-off"]["drift"]) < 1e-6      # last bits
+    first, second = map(json.loads, (folder / "demo" / "paper-stage2.jsonl").read_text().splitlines())
+    assert second["step"] == 2 and {"loss_cc", "loss_purecc", "lambda", "cosine"} <= first.keys()
+    assert "robot" in command("words") and command("memory").count("\n| ") >= 24
     assert "| stage 2 |" in module("purecc_min", "speed", "--steps", "2", "--device", "cpu")
     module("purecc_min.benchmark", "--quick", "--steps", "2", "--out", folder / "benchmark")
     for name in ("table.md", "results.csv", "fronts.png", "figure8.png"):

@@ -1,8 +1,7 @@
 """One case of bad input: a folder full of traps, a command that runs in it, and how it must end.
 
 It must end with exit code 2 and ONE line of at most 300 characters. Every file that was there must be byte
-for byte as it was, nothing new may lie there, and nothing may wait for ever. bad_input.py and bad_files.py
-have the cases.
+for byte as it was, nothing new may lie there, and nothing may wait for ever.
 """
 
 import contextlib
@@ -39,7 +38,6 @@ class Hang(BaseException):
     """No error that a command could catch."""
 
 
-# ------------------------------------------------------------------------------------------------- one case
 def contents(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -82,17 +80,15 @@ def hangs(*_) -> None:
 def set_traps(root: Path) -> None:
     """A folder of references, and everything that a path can be by mistake."""
     shutil.copytree(REFERENCES, root / "photos")
-    (root / "file").write_text("mine")
-    (root / "nothing.txt").write_text(" \n")
-    (root / "theirs").mkdir()
-    (root / "theirs" / "thesis.txt").write_text("mine")
-    (root / "loop").symlink_to(root / "loop")
-    (root / "loop.png").symlink_to(root / "loop.png")
-    (root / "folder.png").mkdir()
-    (root / "empty").mkdir()
-    os.mkfifo(root / "pipe.png")
-    os.mkfifo(root / "pipe")
-    (root / "sheet.png").write_bytes(b"an older sheet")
+    for name in ("theirs", "folder.png", "empty"):
+        (root / name).mkdir()
+    for name, text in (("file", "mine"), ("nothing.txt", " \n"), ("theirs/thesis.txt", "mine"),
+                       ("sheet.png", "an older sheet")):
+        (root / name).write_text(text)
+    for name in ("loop", "loop.png"):
+        (root / name).symlink_to(root / name)
+    for name in ("pipe", "pipe.png"):
+        os.mkfifo(root / name)
     shutil.copy(FOLDER.parent / "learned" / "dotted_house-bound.safetensors", root / "good.safetensors")
 
 

@@ -9,15 +9,8 @@ from purecc_min.benchmark import page, tables
 from purecc_min.benchmark.claims import CLOSE, COMPARISONS, Claim, bound, claims
 from purecc_min.benchmark.entries import FURTHER, MAIN
 from purecc_min.benchmark.plans import VARIED, plan
-from purecc_min.benchmark.report import by_concept, further_text, gather, phrase_text
-from purecc_min.benchmark.tables import (
-    add_fidelity,
-    at_similarity,
-    difference,
-    equal_fidelity,
-    mean_and_interval,
-    score,
-)
+from purecc_min.benchmark.report import further_text, gather, phrase_text
+from purecc_min.benchmark.tables import add_fidelity, at_similarity, equal_fidelity, mean_and_interval, score
 from purecc_min.measure.measures import MEASURES
 
 
@@ -45,8 +38,7 @@ def test_damage_at_a_similarity_is_read_off_the_front_at_its_first_crossing():
 
 def test_methods_are_compared_where_the_weaker_one_ends():
     """The stronger run is stopped early, so a damage that grows with fidelity alone makes no difference."""
-    names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "text kept", "mask IoU",
-                           "composition"), 1.0)
+    names = dict.fromkeys((*tables.DAMAGES, "retention, held out", "text kept", "mask IoU", "composition"), 1)
     results = [run("c", "nothing", 0, 0.0, **names), run("c", "perfect", 0, 1.0, **names)]
     ends = (("paper", 0.6), ("lora", 0.7), ("DreamBooth", 0.4))
     results += [run("c", method, seed, 0.3, end, **names) for seed in range(2) for method, end in ends]
@@ -57,33 +49,6 @@ def test_methods_are_compared_where_the_weaker_one_ends():
     both = [["DreamBooth minus paper", "0.40"], ["lora minus paper", "0.60"]]     # no token was run
     assert rows and [row[:2] for row in rows] == both * (len(rows) // 2)
     assert all(cell == "0" or cell.startswith(("+0.0", "-0.0")) for row in rows for cell in row[2:])
-
-
-def test_tables_fit_a_terminal_and_lose_no_column():
-    header = ["method", *(f"measure {n}" for n in range(20))]
-    rows = [[f"row {n}", *(f"{n}.{k} ± 0.001" for k in range(20))] for n in range(3)]
-    text = tables.markdown(header, rows)
-    assert max(map(len, text.splitlines())) <= tables.WIDE
-    parts = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-             for table in text.split("\n\n")]
-    assert len(parts) > 1
-    for n, line in enumerate((header, None, *rows)):
-        if line:
-            assert [line[0], *(cell for part in parts for cell in part[n][1:])] == line
-            assert all(part[n][0] == line[0] for part in parts)
-
-
-def test_rows_with_another_number_of_steps_say_so():
-    own, end = run("c", "lora", 0, 0.5), run("c", "nothing", 0, 0.1)
-    groups = {("short",): [own | {"steps": 20}], ("long",): [run("c", "lora, twice", 0, 0.5)],
-              ("own",): [own], ("end",): [end]}
-    text = tables.methods_tables(groups)
-    assert "short (20 steps)" in text and "long (400 steps)" in text
-    assert "own (" not in text and "end (" not in text
-    results = [run(concept, "lora", 0, 0.5) | {"way": way} for concept in "ab" for way in tables.WAYS]
-    text = by_concept(results)                   # a row for a method and not for each way of sampling it
-    assert {line.split("|")[1].strip() for line in text.splitlines() if "lora" in line} == {"a", "b"}
-    assert "empty text" not in text
 
 
 def test_the_score_is_0_without_fidelity_and_1_without_damage():
@@ -104,24 +69,12 @@ def test_intervals_are_students_and_verdicts_look_at_the_whole_interval():
         assert Claim("", "", "", values, equal).verdict() == verdict
 
 
-def test_a_difference_pairs_concepts_and_seeds():
-    results = [run("a", "paper", 0, 0.5), run("b", "paper", 0, 0.9), run("a", "lora", 0, 0.4),
-               run("b", "lora", 0, 0.6), run("a", "paper", 1, 0.5)]
-    assert difference(results, "paper", "lora", "similarity", ("a", "b")) == pytest.approx([0.2])
-    assert difference(results, "paper", "lora", "neighbour leak", ("a", "b")) == []      # no style has it
-
-
 def test_each_further_method_is_compared_with_what_it_varies():
     for entry in FURTHER.values():
         assert entry.beside and set(entry.beside) <= set(VARIED) <= set(MAIN)
-    results = [run("striped_cat", name, 0, *similarities, **{"class leak": leak})
-               for name, similarities, leak in (("lora, twice", (0.5, 1.0), 0.8), ("lora", (0.5,), 0.2),
-                                                ("paper", (1.0,), 0.6), ("nothing", (0.0,), 0.0))]
-    text = further_text(results)
-    rows = {title: " ".join(line for line in text.splitlines() if f"| {title} " in line)
-            for title in ("lora, twice minus lora", "lora, twice minus paper", "released minus paper")}
-    assert "+0.700" in rows["lora, twice minus lora"] and "+0.200" in rows["lora, twice minus paper"]
-    assert rows["released minus paper"] and not re.search(r"\d|nan", rows["released minus paper"])
+    text = further_text([run("striped_cat", "paper", 0, 1.0), run("striped_cat", "nothing", 0, 0.0)])
+    rows = [line for line in text.splitlines() if "| released minus paper " in line]         # it was not run
+    assert rows and not re.search(r"\d|nan", "".join(rows))
 
 
 def test_every_claim_names_methods_and_measures_that_are_run():
@@ -130,16 +83,6 @@ def test_every_claim_names_methods_and_measures_that_are_run():
         assert row.measure in MEASURES
         for method in {row.larger, row.smaller, bound(row.larger), bound(row.smaller)} - {None}:
             assert {(concept, method) for concept in row.concepts} <= cells, row
-
-
-def test_a_claim_is_asked_of_bound_adapters_as_well():
-    measures = {name: 1 for name in MEASURES if name != "similarity"}
-    terms = {"terms": {str(step): [{"lambda": 1.0}] for step in (1, 50, 200)}}
-    results = [run("striped_cat", name, 0, value, **measures) | terms
-               for name, value in {"paper": 0.5, "lora": 0.4, "bound-paper": 0.2, "bound": 0.3}.items()]
-    row = next(n for n, row in enumerate(COMPARISONS) if row.says == "CLIP-I: above L_CC alone")
-    assert claims(results)[row].values == pytest.approx([0.1])
-    assert claims(results, is_bound=True)[row].values == pytest.approx([-0.1])
 
 
 def test_the_shipped_parts_make_their_tables(tmp_path, monkeypatch):

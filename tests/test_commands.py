@@ -1,10 +1,8 @@
 """The commands end to end, on a toy budget, as a user runs them."""
 
 import errno
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,19 +15,25 @@ import torch
 from PIL import Image
 
 from purecc_min.__main__ import main
-from purecc_min.branch import Branch
-from purecc_min.commands import demo as commands_demo
-from purecc_min.commands.demo import ROWS
+from purecc_min.benchmark.entries import MAIN
+from purecc_min.benchmark.entries import as_sampled as as_tabled
+from purecc_min.branch import Branch, Thetas
+from purecc_min.commands import demo
 from purecc_min.commands.options import build_parser
-from purecc_min.measure.measures import MEASURES, in_words
-from purecc_min.measure.toy import FOLDER, write_references
+from purecc_min.concept_file import load_branch
+from purecc_min.measure.draw import draw
+from purecc_min.measure.measures import in_words
+from purecc_min.measure.toy import CONCEPTS, FOLDER
+from purecc_min.registry import METHODS, as_sampled
+from purecc_min.sheets import draw_sheet, unseen_texts
 from tinyflow.device import choose_device
 from tinyflow.picturebook.model import load_tiny
-from tinyflow.pipeline import Pipeline
-from tinyflow.weights import load_tensors, save_tensors
+from tinyflow.pipeline import Pipeline, to_pictures
+from tinyflow.sheet import GAP, MARGIN
+from tinyflow.weights import load_tensors
 
-ROBOT = FOLDER / "checked_robot"
-LEARN = ["learn", ROBOT, "--class-word", "robot", "--method", "paper"]
+ROOT = Path(__file__).parent.parent
+LEARN = ["learn", FOLDER / "checked_robot", "--class-word", "robot", "--method", "bound", "--out"]
 BUDGET = ["--steps", "2", "--batch", "1", "--device", "cpu"]
 
 
@@ -42,56 +46,25 @@ def fails(capsys, *arguments) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_sampling_steps():
-    """These tests are about the commands, not about pictures."""
+def few_sampling_steps(few_pictures):
     sample = Pipeline.sample.__wrapped__         # behind torch.no_grad
-    usual = sample.__defaults__
-    sample.__defaults__, steps = (3, *usual[1:]), commands_demo.FEW_STEPS
-    commands_demo.FEW_STEPS = 1
-    yield
-    sample.__defaults__, commands_demo.FEW_STEPS = usual, steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "__defaults__", (3, *sample.__defaults__[1:]))
+        patch.setattr(demo, "FEW_STEPS", 1)
+        yield
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "learned"
-    main(["learn", str(ROBOT), "--class-word", "robot", "--method", "bound", "--out", str(out), *BUDGET])
-    return out
-
-
-def test_the_demo_leaves_picture_table_logs_and_concepts(tmp_path, capsys):
-    out = tmp_path / "demo"
-    main(["demo", "--out", str(out), *BUDGET])
-    assert "| sees concept ↑ |" in capsys.readouterr().out
-    results = json.loads((out / "results.json").read_text())
-    measured = {name for name, row in MEASURES.items() if row.group is None}
-    assert results.keys() == set(ROWS) and results["paper"].keys() == measured
-    assert max(results["bound"]["class drift"], results["switched-off"]["drift"]) < 1e-6      # last bits
-    assert results["lora"]["drift"] > 1e-5
-    rows = [json.loads(line) for line in (out / "paper-stage2.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-    assert {"loss_cc", "loss_purecc", "lambda", "cosine"} <= rows[0].keys()
-    assert Image.open(out / "comparison.png").width > 1000
-    assert all((out / f"{name}-concept.safetensors").exists() for name in ROWS)
-
-
-def test_a_learned_concept_can_be_moved_and_sampled(learned, tmp_path, capsys):
-    moved = tmp_path / "mine.safetensors"
-    moved.write_bytes((learned / "concept.safetensors").read_bytes())
+def test_a_learned_concept_can_be_moved_and_says_what_it_is(tmp_path, capsys):
+    out, moved = tmp_path / "out", tmp_path / "mine.safetensors"
+    main([*map(str, LEARN), str(out), *BUDGET])
+    said = capsys.readouterr().out
+    assert f"learned: {out}/concept.safetensors" in said and "| similarity ↑ |" in said
+    (out / "concept.safetensors").rename(moved)
     _, facts = load_tensors(moved, "concept")
-    assert facts["class_word"] == "robot" and facts["token"] == "[V]" and facts["config"]["steps"] == 2
-    assert facts["versions"]["torch"] and facts["base"] == "tiny" and facts["method"] == "bound"
+    assert facts.items() >= dict(class_word="robot", token="[V]", base="tiny", method="bound").items()
+    assert facts["config"]["steps"] == 2 and facts["versions"]["torch"]
     assert moved.stat().st_size < 1_000_000
-    for name in "ab":
-        main(["sample", str(moved), "a [V] robot on the beach", "--number", "2", "--steps", "2",
-              "--device", "cpu", "--out", str(tmp_path / f"{name}.png")])
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_another_run_in_the_same_folder_is_refused(learned, capsys):
-    before = (learned / "concept.safetensors").read_bytes()
-    assert "another run" in fails(capsys, *LEARN, "--out", learned, *BUDGET, "--seed", "1")
-    assert (learned / "concept.safetensors").read_bytes() == before
+    assert sampled(tmp_path / "s.png", moved, "a [V] robot on the beach").std() > 5
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_claim(tmp_path, capsys, monkeypatch):
@@ -100,63 +73,39 @@ def test_a_full_disk_is_one_line_and_leaves_no_claim(tmp_path, capsys, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/stage1.safetensors")
 
     monkeypatch.setattr("purecc_min.learning.save_checkpoint", full)
-    assert "no space left" in fails(capsys, *LEARN, "--out", tmp_path / "x", *BUDGET)
+    assert "no space left" in fails(capsys, *LEARN, tmp_path / "x", *BUDGET)
     assert not list((tmp_path / "x").iterdir())
-
-
-def test_a_longer_run_that_fails_changes_no_claim(learned, tmp_path, capsys):
-    """It left "3 steps" in run.json, and the run of 2 steps was refused."""
-    run = shutil.copytree(learned, tmp_path / "run")
-    before, checkpoint = (run / "run.json").read_bytes(), run / "stage1.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
-    learn = ["learn", ROBOT, "--class-word", "robot", "--method", "bound", "--out", run, "--steps", "3",
-             *BUDGET[2:]]
-    assert "not a readable safetensors file" in fails(capsys, *learn)
-    assert (run / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("error", [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_exhausted_memory_is_one_line_and_a_bug_keeps_its_traceback(error, learned, capsys, monkeypatch):
+def test_exhausted_memory_is_one_line_and_a_bug_keeps_its_traceback(error, tmp_path, capsys, monkeypatch):
     def exhausted(*_, **__):
         raise error
 
     monkeypatch.setattr(Pipeline, "sample", exhausted)
-    command = ["sample", str(learned / "concept.safetensors"), "a [V] robot", "--device", "cpu"]
+    concept = make_concept(tmp_path / "c.safetensors", "robot")
+    command = ["sample", str(concept), "a [V] robot", "--device", "cpu"]
     assert "out of memory; choose a smaller" in fails(capsys, *command)
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
         main(command)
 
 
-def test_every_option_is_explained():
+def test_every_option_is_explained_and_every_word_listed(capsys):
     for name, parser in build_parser("")._subparsers._group_actions[0].choices.items():
         assert all(action.help for action in parser._actions), name
+    main(["words"])
+    listed = set(re.findall(r"[a-z]+", capsys.readouterr().out))
+    assert set(load_tiny().tokenizer.ids) <= listed
 
 
 def test_nothing_is_pickled():
-    root = Path(__file__).parent.parent
-    for file in [*root.glob("tinyflow/**/*.py"), *root.glob("purecc_min/**/*.py")]:
+    for file in [*ROOT.glob("tinyflow/**/*.py"), *ROOT.glob("purecc_min/**/*.py")]:
         assert not re.search(r"import pickle|allow_pickle|torch\.(save|load)\(", file.read_text()), file
 
 
-@pytest.mark.parametrize("toy, word", [("moss_print", "a"), ("checked_robot", "Robot")])
-def test_a_style_and_a_capital_class_word_are_learned_to_the_very_end(toy, word, tmp_path, capsys):
-    """Both ended in a traceback after all the work, since every test left out the last step."""
-    write_references(toy, tmp_path / "photos")
-    learn = ["learn", str(tmp_path / "photos"), "--class-word", word, "--out", str(tmp_path / "out"), *BUDGET]
-    for _ in range(2):                           # and again, where nothing is left to train
-        main(learn)
-        assert f"learned: {tmp_path}/out/concept.safetensors" in capsys.readouterr().out
-    assert (tmp_path / "out" / "comparison.png").exists()
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["method"] == ("switched-off" if word == "a" else "bound-pairs")         # the defaults
-    if word == "a":
-        assert "a style fills the whole picture" in fails(capsys, *learn, "--method", "bound-half")
-
-
-# --------------------------------------------------------------------------------------- methods and sampling
 def sampled(out, *arguments) -> np.ndarray:
     out.unlink(missing_ok=True)                  # otherwise the next sheet gets another name
     main(["sample", *map(str, arguments), "--number", "1", "--device", "cpu", "--out", str(out)])
@@ -168,41 +117,24 @@ def alike(a, b) -> bool:
     return np.abs(a - b).mean() < 0.1
 
 
-def make_concept(file, class_word, where="everywhere", seed=0):
+def make_concept(file, class_word, where="everywhere", seed=0, std=0.1, **facts):
     """A concept that has learned nothing sensible, and much of it."""
     pipe, generator = load_tiny(), torch.Generator().manual_seed(seed)
     Y = None if where == "phrase" else torch.randn(6, 128, generator=generator)
     theta = Branch.fresh(pipe, Y, 2, generator, where)
     with torch.no_grad():
         for B in theta.lora.B.values():
-            B.normal_(std=0.1, generator=generator)
-    theta.save(file, {"class_word": class_word, "rank": 2, "base": "tiny", "size": 64})
-    return file
-
-
-def test_who_answers_the_empty_text_is_a_choice_for_adapters_everywhere_alone(tmp_path):
-    prompt, out = "a [V] robot on the beach", tmp_path / "s.png"
-    adapted, off = ["--empty-text", "adapted"], ["--only-with-token"]
-    everywhere, token, phrase = (make_concept(tmp_path / f"{where}.safetensors", "robot", where)
-                                 for where in ("everywhere", "token", "phrase"))
-    for concept, matters in ((everywhere, True), (token, False), (phrase, False)):
-        own, with_base, switched_off = (sampled(out, concept, prompt, *how) for how in (adapted, [], off))
-        assert alike(with_base, switched_off) and alike(own, with_base) != matters
-
-
-def switched_off(concept):
-    """The same concept in a file that says: use the base model for texts without [V]."""
-    tensors, facts = load_tensors(concept, "concept")
-    file = concept.with_name("switched.safetensors")
-    save_tensors(file, "concept", tensors, facts | {"method": "switched-off"})
+            B.normal_(std=std, generator=generator)
+    theta.save(file, {"class_word": class_word, "rank": 2, "base": "tiny", "size": 64, **facts})
     return file
 
 
 def test_a_file_says_that_it_wants_to_be_switched_off(tmp_path):
     out, adapted = tmp_path / "s.png", ("--empty-text", "adapted")       # in vain if the file wants otherwise
-    lora, bound = (make_concept(tmp_path / f"{word}.safetensors", word, where, seed)
+    lora, bound = (make_concept(tmp_path / word, word, where, seed)
                    for seed, (word, where) in enumerate((("robot", "everywhere"), ("cat", "phrase"))))
-    switched, prompt = switched_off(lora), "a [V] robot on the beach"
+    switched = make_concept(tmp_path / "switched", "robot", method="switched-off")
+    prompt = "a [V] robot on the beach"
     on, off = (sampled(out, concept, prompt, *adapted) for concept in (lora, switched))
     asked = sampled(out, lora, prompt, *adapted, "--only-with-token")
     assert alike(off, asked) and not alike(on, asked)
@@ -215,42 +147,35 @@ def test_a_file_says_that_it_wants_to_be_switched_off(tmp_path):
     assert not alike(sampled(out, *both), sampled(out, *both, "--only-with-token"))
 
 
-def test_braces_and_styles_in_a_prompt(tmp_path, capsys):
-    robot, style = (make_concept(tmp_path / f"{word}.safetensors", word, "phrase", seed)
-                    for seed, word in enumerate(("robot", "a")))
+def test_braces_styles_and_two_concepts_in_a_prompt(tmp_path, capsys):
+    robot, cat, style, other = (make_concept(tmp_path / f"{seed}", word, "phrase", seed)
+                                for seed, word in enumerate(("robot", "cat", "a", "a")))
+
     def drawn(*arguments):                       # without the prompt, which stands beside the picture
         return sampled(tmp_path / "s.png", *arguments)[-130:, -130:]
 
     text = drawn(robot, "a [V] robot on the left and a robot")
     assert np.array_equal(text, drawn(robot, "a {[V] robot on the left} and a robot"))
     assert not np.array_equal(text, drawn(robot, "a {[V] robot on the left and a robot}"))
-    both, other = "[V2] small [V1] robot", make_concept(tmp_path / "other.safetensors", "a", "phrase", 2)
+    both = "[V2] small [V1] robot"
     assert not np.array_equal(drawn(robot, style, both), drawn(robot, other, both))
-    assert "braces in" in fails(capsys, "sample", robot, "a {[V] robot")
-    assert "two styles" in fails(capsys, "sample", style, style, "[V1] small [V2] robot")
+    both = "a [V1] robot in the snow [V2] cat"
+    assert not alike(drawn(robot, cat, both), drawn(robot, robot, both))
+    public = make_concept(tmp_path / "public", "cat", base="sd3.5-medium", size=512)
+    for message, *arguments in (("braces in", robot, "a {[V] robot"),
+                                ("two styles", style, style, "[V1] small [V2] robot"),
+                                ("has no [V2], which is the concept of", robot, cat, "a [V1] robot"),
+                                ("has no [V1]", robot, cat, "a [V] robot [V2] cat"),
+                                ("they cannot be combined", robot, public, both)):
+        assert message in fails(capsys, "sample", *arguments)
 
 
-def test_two_concepts_stand_in_one_text(tmp_path, capsys):
-    robot, cat = (make_concept(tmp_path / f"{word}.safetensors", word, "phrase", seed)
-                  for seed, word in enumerate(("robot", "cat")))
-    out, prompt = tmp_path / "s.png", "a [V1] robot in the snow [V2] cat"
-    both = sampled(out, robot, cat, prompt)
-    assert not alike(both, sampled(out, robot, robot, prompt))
-    assert "has no [V2], which is the concept of" in fails(capsys, "sample", robot, cat, "a [V1] robot")
-    assert "has no [V1]" in fails(capsys, "sample", robot, cat, "a [V] robot [V2] cat")
-    other = tmp_path / "other.safetensors"
-    facts = {"class_word": "cat", "rank": 2, "base": "sd3.5-medium", "size": 512}
-    save_tensors(other, "concept", {"x": torch.zeros(1)}, facts)
-    assert "they cannot be combined" in fails(capsys, "sample", robot, other, prompt)
-
-
-# ------------------------------------------------------------------------------------------ what users expect
 def test_a_sheet_is_never_overwritten_and_single_pictures_lie_beside_it(tmp_path, capsys):
     concept, out = make_concept(tmp_path / "c.safetensors", "robot"), tmp_path / "s.png"
     for _ in range(2):
         main(["sample", str(concept), "a [v] robot", "--number", "2", "--device", "cpu", "--out", str(out)])
-    names = ["s-2-seed0", "s-2-seed1", "s-2", "s-seed0", "s-seed1", "s"]
-    assert sorted(file.stem for file in tmp_path.glob("*.png")) == sorted(names)
+    names = {"s", "s-seed0", "s-seed1", "s-2", "s-2-seed0", "s-2-seed1"}
+    assert {file.stem for file in tmp_path.glob("*.png")} == names
     single, again = (np.asarray(Image.open(tmp_path / f"{name}-seed0.png")) for name in ("s", "s-2"))
     assert single.shape[0] == single.shape[1] == load_tiny().picture_size and np.array_equal(single, again)
     assert str(tmp_path / "s-2.png") in capsys.readouterr().out
@@ -258,29 +183,11 @@ def test_a_sheet_is_never_overwritten_and_single_pictures_lie_beside_it(tmp_path
 
 def test_the_strength_scales_the_adapters(tmp_path):
     concept, prompt = make_concept(tmp_path / "c.safetensors", "robot"), "a [V] robot"
-    out = tmp_path / "s.png"
-    tensors, facts = load_tensors(concept, "concept")
-    without = {name: 0 * tensor if name.startswith("lora.B") else tensor for name, tensor in tensors.items()}
-    save_tensors(tmp_path / "y.safetensors", "concept", without, facts)
+    out, alone = tmp_path / "s.png", make_concept(tmp_path / "y", "robot", std=0)
     none, some, full = (sampled(out, concept, prompt, "--strength", share) for share in (0, 0.2, 1))
-    assert np.array_equal(none, sampled(out, tmp_path / "y.safetensors", prompt))
+    assert np.array_equal(none, sampled(out, alone, prompt))
     of_some, of_full = (np.abs(picture - none).mean() for picture in (some, full))
     assert 0 < of_some < of_full
-
-
-def test_samples_on_the_way_and_going_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("purecc_min.commands.learn.print_measures", lambda *_: None)
-    monkeypatch.setattr("purecc_min.learning.SAVE_EVERY", 1)
-    learn = [*map(str, LEARN), "--out", str(tmp_path / "a"), "--method", "lora", *BUDGET, "--samples-every",
-             "2"]
-    main(learn)
-    assert [file.name for file in (tmp_path / "a").glob("samples*")] == ["samples-1-000002.png"]
-    (tmp_path / "a" / "concept.safetensors").unlink()
-    checkpoint = tmp_path / "a" / "stage1.safetensors"
-    tensors, facts = load_tensors(checkpoint, "training checkpoint")
-    save_tensors(checkpoint, "training checkpoint", tensors, {**facts, "step": 1})
-    main(learn)
-    assert "going on from step 1" in capsys.readouterr().out
 
 
 def test_the_sentence_says_what_was_learned_and_what_it_cost():
@@ -293,25 +200,12 @@ def test_the_sentence_says_what_was_learned_and_what_it_cost():
     assert cost.endswith("A plain thing next to [V] takes on 66 % of [V]'s traits.")
 
 
-def test_options_without_a_command_are_the_demos_and_the_version_is_told(capsys):
-    assert "--stepz" in fails(capsys, "--steps", "2", "--stepz", "3")
-    with pytest.raises(SystemExit) as caught:
-        main(["--version"])
-    assert caught.value.code == 0 and re.fullmatch(r"purecc-min \d+\.\d+\.\d+\n", capsys.readouterr().out)
-
-
-def test_every_word_of_the_tiny_model_is_listed(capsys):
-    main(["words"])
-    listed = set(re.findall(r"[a-z]+", capsys.readouterr().out))
-    assert set(load_tiny().tokenizer.ids) <= listed
-
-
 def test_stopping_while_torch_is_loaded_leaves_no_traceback():
     def listen() -> None:                        # to Ctrl-C, which a shell's background jobs ignore
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    child = subprocess.Popen([sys.executable, "-m", "purecc_min", "words"], stderr=subprocess.PIPE, text=True,
-                             stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, preexec_fn=listen)
+    child = subprocess.Popen([sys.executable, "-m", "purecc_min", "words"], cwd=ROOT, preexec_fn=listen,
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not any("torch" in line for line in Path(f"/proc/{child.pid}/maps").read_text().splitlines()):
         assert child.poll() is None
         time.sleep(0.005)
@@ -325,9 +219,8 @@ def test_threads_sleep_while_they_wait(package):
     """They spun, and beside two busy processes on two cores a step took 60 times as long."""
     code = f"import os, sys, {package}; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent)
-    assert run.stdout.split() == ["3000", "False"], run.stderr
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)
+    assert said.split() == ["3000", "False"]
 
 
 @pytest.mark.parametrize("load, threads", [(0.3, 4), (1.2, 3), (9.0, 1)])
@@ -338,3 +231,34 @@ def test_busy_cores_are_left_to_others(monkeypatch, load, threads):
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose_device("cpu")
     assert chosen == [threads]
+
+
+@pytest.mark.parametrize("name", ["lora", "switched-off", "bound"])
+def test_tables_sheets_and_sample_draw_a_method_in_one_way(name, tmp_path):
+    """README's picture and its table once let two models answer the empty text: fidelity .69 and .88."""
+    method, text = METHODS[name], unseen_texts("robot")[0]
+    concept = make_concept(tmp_path / "c.safetensors", "robot", method.where, method=name)
+    sampled(tmp_path / "s.png", concept, text, "--steps", "3")
+
+    def pixels(file):
+        return np.asarray(Image.open(tmp_path / file)).astype(int)
+
+    def drawn(**who):
+        return to_pictures(draw(pipe, texts=[text], class_word="robot", **who))[0].astype(int)
+
+    pipe = load_tiny()
+    theta = load_branch(pipe, concept)[0]
+    in_tables = drawn(**as_tabled(MAIN[name], Thetas(pipe.velocity, None, theta)))
+    assert alike(pixels("s-seed0.png"), in_tables)
+    assert alike(drawn(theta=theta), in_tables) == (method.where == "phrase")  # who answers "" matters
+    references, row = CONCEPTS["checked_robot"].references(), as_sampled(method, theta, pipe.velocity)
+    draw_sheet(pipe, references, {name: row}, [text], tmp_path / "sheet.png")
+    last = pixels("sheet.png")[-2 * GAP - 128:-2 * GAP:2, MARGIN:MARGIN + 128:2]     # of its rows, enlarged
+    assert alike(last, in_tables)
+
+
+def test_the_demo_s_second_concept_was_learned_as_its_rows_are():
+    for name in demo.ROWS:
+        _, facts = load_tensors(demo.LEARNED / f"{demo.SECOND}-{name}.safetensors", "concept")
+        assert (facts["method"], facts["where"]) == (name, METHODS[name].where)
+        assert facts["config"].items() >= METHODS[name].settings.items() and facts["config"]["steps"] == 200

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from purecc_min import pairs
 from purecc_min.ablations import not_detached
 from purecc_min.commands import memory
-from purecc_min.commands.memory import OVERHEAD, Memory, PeakMemory, dry_run, fit, memory_table
+from purecc_min.commands.memory import OVERHEAD, Memory, dry_run, fit
 from purecc_min.concept import ConceptSet
 from purecc_min.registry import METHODS
 from purecc_min.train import TrainConfig
@@ -29,27 +29,9 @@ TINY = dict(tokens=20, autoencoder=VAEConfig((8, 16), layers=1, latent_channels=
 TRAIN = TrainConfig(batch=2, rank=2)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_storages_are_counted_once_and_until_they_are_freed(device):
-    old = torch.zeros(1000, device=device)
-    with PeakMemory() as count:
-        a = torch.zeros(100, device=device)                                          # 400 bytes
-        view = a.view(10, 10)[2:].t()
-        a.add_(1)
-        old.mul_(2).view(10, 100)
-        assert (count.now, count.peak) == (400, 400)
-        b = (a + a).double()                                             # 400 for a while, then 800
-        assert (count.now, count.peak) == (1200, 1600)
-        del a
-        assert count.now == 1200                                                     # the view still holds it
-        del view, b
-        assert (count.now, count.peak) == (0, 1600)
-
-
-def test_texts_are_encoded_layer_by_layer():
-    """Of T5 no more than its largest layer in fp32, and what it computes for eight texts."""
-    layer = 4 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
-    assert layer < memory.encoding_memory() < 2 * layer
+def of_step(name="paper", stage=1, checkpointing=False, **changes):
+    """What a step of a method takes in the small case."""
+    return dry_run(SMALL, TRAIN, 64, stage, checkpointing, **{**TINY, "method": METHODS[name], **changes})
 
 
 def kernel_of_the_cpu(q, k, v, bias=None, is_causal=False, scale=None):
@@ -57,16 +39,14 @@ def kernel_of_the_cpu(q, k, v, bias=None, is_causal=False, scale=None):
     return kernel(q, k, v, is_causal=is_causal, scale=scale)[0]
 
 
-@pytest.mark.parametrize("name, stage", [("paper", 1), ("paper", 2), ("bound", 1),
-                                         ("bound-pairs", 2)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, stage, checkpointing", [
+    ("paper", 1, False), ("paper", 2, True), ("bound", 1, True), ("bound-pairs", 2, False)])
 def test_the_dry_run_is_the_real_step(name, stage, checkpointing, monkeypatch):
     """Byte for byte, in fp32 with one attention kernel for both. torch's profiler, which sees all that
     kernels take, agrees to 0.5 %.
     """
     def run(device):
-        case = (SMALL, TRAIN, 64, stage, checkpointing)
-        return dry_run(*case, **TINY, dtype=torch.float32, device=device, method=METHODS[name])
+        return of_step(name, stage, checkpointing, dtype=torch.float32, device=device)
 
     monkeypatch.setattr(memory, "flash", kernel_of_the_cpu)
     gc.collect()                          # what earlier tests left must not be freed while the profiler looks
@@ -84,7 +64,7 @@ def test_the_dry_run_is_the_real_step(name, stage, checkpointing, monkeypatch):
 
 def test_parts_are_what_they_say():
     """rank (in + out) values for each adapted layer, L D for Y; weights in bf16, autoencoder in fp32."""
-    one, two = (dry_run(SMALL, TRAIN, 64, stage, False, **TINY) for stage in (1, 2))
+    one, two = of_step(), of_step(stage=2)
     layers, positions = 3 * 8 - 1, 16 * 16 * 64
     values = sum(p.numel() for p in MMDiT(SMALL).parameters()) + positions
     autoencoder = sum(p.numel() for p in VAE(TINY["autoencoder"]).parameters())
@@ -97,30 +77,25 @@ def test_parts_are_what_they_say():
 
 
 def test_gradient_checkpointing_and_detaching_save_memory():
-    def need(checkpointing=False, method=METHODS["paper"]):
-        return dry_run(SMALL, TRAIN, 64, 2, checkpointing, **TINY, method=method).activations
-
-    attached = replace(METHODS["paper"], loss=not_detached)
-    assert need(checkpointing=True) < 0.6 * need() and 1.5 * need() < need(method=attached)
+    usual, attached = of_step(stage=2).activations, replace(METHODS["paper"], loss=not_detached)
+    assert of_step(stage=2, checkpointing=True).activations < 0.6 * usual
+    assert of_step(stage=2, method=attached).activations > 1.5 * usual
 
 
 def test_bound_adapters_are_fewer_and_each_stage_has_what_its_own_method_trains():
     """Two layers a block and no Y; Y alone needs no gradient and no moments for the adapters. The extractor
     of bound-pairs is a LoRA with adapters everywhere and Y.
     """
-    def need(name, stage=1):
-        return dry_run(SMALL, TRAIN, 64, stage, False, **TINY, method=METHODS[name])
-
-    bound, lora, alone, pairs = need("bound"), need("lora"), need("embeddings"), need("bound-pairs", 2)
+    bound, lora, pairs = of_step("bound"), of_step("lora"), of_step("bound-pairs", 2)
     assert bound.adapters == 4 * 3 * 2 * 2 * (64 + 64)
-    assert alone.optimizer <= 3 * 4 * 3 * 64 + 4 * 100 < bound.optimizer
-    assert need("bound-paper", 2).adapters == 2 * bound.adapters
+    assert of_step("embeddings").optimizer <= 3 * 4 * 3 * 64 + 4 * 100 < bound.optimizer
+    assert of_step("bound-paper", 2).adapters == 2 * bound.adapters
     assert pairs.adapters == bound.adapters + lora.adapters and pairs.optimizer == bound.optimizer
-    assert need("bound-pairs").adapters == lora.adapters
+    assert of_step("bound-pairs").adapters == lora.adapters
 
 
 class Encoder(torch.nn.Module):
-    """Texts of the small case; it counts how many are encoded at once."""
+    """Texts of the small case; `most` is how many are encoded at once."""
     most = 0
 
     def forward(self, ids):
@@ -130,25 +105,29 @@ class Encoder(torch.nn.Module):
 
 def test_imagined_scenes_are_counted_as_they_lie_on_the_card(monkeypatch):
     """Each scene stands there twice, and half of that was once counted. Equal texts are encoded once."""
-    words, encoder = ["a", "robot", "on", "the", "left", "and", "right"], Encoder()
-    tokenizer = WordTokenizer(words, TINY["tokens"])
-    pipe = Pipeline(tokenizer, encoder, MMDiT(SMALL).requires_grad_(False), VAE(TINY["autoencoder"]), 16)
-    scenes = pairs.imagine(pipe, ConceptSet("robot", []), pairs.ON_PUBLIC_WEIGHTS, seed=0, steps=1)
-    texts = {id(text): text for text in (*scenes.texts, scenes.class_text)}.values()
-    real = [scenes.variants, scenes.masks, *(part for text in texts for part in vars(text).values())]
+    tokenizer = WordTokenizer(["a", "robot", "on", "the", "left", "and", "right"], TINY["tokens"])
+    encoder, vae = Encoder(), VAE(TINY["autoencoder"])
+    pipe = Pipeline(tokenizer, encoder, MMDiT(SMALL).requires_grad_(False), vae, 16)
+    real = pairs.imagine(pipe, ConceptSet("robot", []), pairs.ON_PUBLIC_WEIGHTS, seed=0, steps=1)
     counted = memory.empty_data(SMALL, TRAIN, 8, TINY["tokens"], "cpu", imagined=True)
-    texts = {id(text): text for text in (*counted.texts, counted.class_text)}.values()
-    ours = [counted.variants, counted.masks, *(part for text in texts for part in vars(text).values())]
-    assert [part.shape for part in ours] == [part.shape for part in real]
-    assert sum(part.nbytes for part in ours) == sum(part.nbytes for part in real)
+    ours, theirs = ([scenes.variants, scenes.masks, *(
+        part for text in {id(text): text for text in (*scenes.texts, scenes.class_text)}.values()
+        for part in vars(text).values())] for scenes in (counted, real))
+    assert [part.shape for part in ours] == [part.shape for part in theirs]
+    assert sum(part.nbytes for part in ours) == sum(part.nbytes for part in theirs)
 
     encoded = []
     monkeypatch.setattr(memory, "encoding_memory", lambda: encoded.append(1) or 10**9)
-    plain, imagining = (dry_run(SMALL, TRAIN, 64, 1, False, **TINY, method=METHODS[name])
-                        for name in ("bound", "bound-half"))
+    plain, imagining = of_step("bound"), of_step("bound-half")
     assert encoded == [1, 1] and encoder.most <= memory.REFERENCES
     more = imagining.texts - plain.texts
     assert more == imagining.pictures - plain.pictures and more > 0.9 * 2 * 64 * 20 * 32 * 4
+
+
+def test_texts_are_encoded_layer_by_layer():
+    """Of T5 no more than its largest layer in fp32, and what it computes for eight texts."""
+    layer = 4 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
+    assert layer < memory.encoding_memory() < 2 * layer
 
 
 @pytest.mark.parametrize("size, target", [(512, 12e9), pytest.param(1024, 24e9, marks=pytest.mark.slow)])
@@ -157,13 +136,11 @@ def test_stage_2_of_sd35_medium_fits(size, target):
 
 
 @pytest.mark.parametrize("free, expected", [
-    (55, False), (54, True), (40, True),
+    (55, False), (54, True), (40, True), (20, "--batch 1 needs 20.0 GB"),
     (39, "stage 2 at 1024 px, batch 3 needs 40.0 GB with gradient checkpointing and the card has 39.0 GB; "
          "--batch 2 needs 30.0 GB"),
-    (20, "--batch 1 needs 20.0 GB"),
     (19, "--batch 1 --size 896 needs 18.8 GB"),
-    (12.4, "nothing smaller fits: the least, --batch 1 --size 256, needs 12.5 GB"),
-])
+    (12.4, "nothing smaller fits: the least, --batch 1 --size 256, needs 12.5 GB")])
 def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
     """On a card of `free` GB, for a model that needs 10 GB, and 10 or 15 more a sample at 1024 px."""
     def model(config, train, size, stage, checkpointing, method):
@@ -174,14 +151,6 @@ def test_the_next_smaller_option_is_named(monkeypatch, free, expected):
     case = (SD35_MEDIUM, TrainConfig(batch=3), 1024, METHODS["paper"], int(free * 1e9))
     if isinstance(expected, bool):
         assert fit(*case) is expected
-    else:
-        with pytest.raises(InputError, match=re.escape(expected) + "$"):
-            fit(*case)
-
-
-def test_the_table_has_a_row_for_every_case(monkeypatch):
-    same = Memory(4_500_000_000, 10_000_000, 30_000_000, 2_000_000_000, 800_000_000, 900_000_000)
-    monkeypatch.setattr(memory, "dry_run", lambda *case, **method: same)
-    rows = [line for line in memory_table(SD35_MEDIUM).splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 24 and len({row.count("|") for row in rows}) == 1
-    assert rows[3] == "| paper | 512 | 1 | on | 4.50 | 0.01 | 0.03 | 2.00 | 0.80 | 0.90 | 7.14 |"
+        return
+    with pytest.raises(InputError, match=re.escape(expected) + "$"):
+        fit(*case)

@@ -93,16 +93,22 @@ def saved(figure) -> bytes:
     return file.getvalue()
 
 
+def smallest(svg: str, pattern: str = r"font(?:-size)?: ([0-9.]+)px") -> float:
+    """The size of the smallest letters on a slide."""
+    width, height = map(float, re.search('viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg).groups())
+    return min(map(float, re.findall(pattern, svg))) * min(WIDE / width, HIGH / height)
+
+
 @pytest.mark.parametrize("rows", (1, 5))
 def test_a_figure_is_drawn_for_a_slide_with_large_letters_and_stays_as_it_was(rows):
     matplotlib.use("agg")
     figure, before = a_sheet(rows), saved(a_sheet(rows))
     svg, again = enlarged(figure), enlarged(a_sheet(rows))
     assert inline(svg, "", 1) == inline(again, "", 1) and saved(figure) == before
-    width, height = map(float, re.search('viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg).groups())
-    letters = [float(points) for points in re.findall(r"font(?:-size)?: ([0-9.]+)px", svg)]
-    assert len(letters) > 6 and "robot" in svg and "image-rendering" in svg
-    assert 14 <= min(letters) * min(WIDE / width, HIGH / height) <= 22
+    assert "robot" in svg and "image-rendering" in svg and 14 <= smallest(svg) <= 22
+    axis = plt.figure(figsize=(9, 5)).add_subplot()
+    axis.set(xlabel="$x_t$", yscale="log", ylim=(.001, 1))
+    assert smallest(enlarged(axis.figure)) >= 14             # a formula's indices, and exponents
     plt.close("all")
 
 
@@ -173,37 +179,21 @@ report(pages);"""
 
 @needs_browser
 def test_a_printed_deck_has_a_page_for_each_slide(tmp_path):
-    cells = [slide(f"# {n} of [V]\n\n![A picture](last)\n???\nNote") for n in range(5)]
-    cells.insert(0, drawn("AA", svg=SVG))
-    (tmp_path / "deck.html").write_text(deck(new_notebook(cells=cells), "")[0], encoding="utf-8")
+    slides = [slide(f"# {n} of [V]\n\n![A picture](last)\n???\nNote") for n in range(5)]
+    page, _ = deck(new_notebook(cells=[drawn("AA", svg=SVG), *slides]), "")
+    (tmp_path / "deck.html").write_text(page, encoding="utf-8")
     chromium(tmp_path, f"--print-to-pdf={tmp_path}/deck.pdf", (tmp_path / "deck.html").as_uri())
     pdf = (tmp_path / "deck.pdf").read_bytes()
-    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 5
     sizes = re.findall(rb"/MediaBox\s*\[([^\]]*)\]", pdf)
-    assert {tuple(map(round, map(float, size.split()))) for size in sizes} == {(0, 0, 960, 540)}
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 5
+    assert {tuple(round(float(side)) for side in size.split()) for size in sizes} == {(0, 0, 960, 540)}
 
 
-def test_deck_0_is_there_with_notes_of_its_own():
+def test_deck_0_has_notes_of_its_own_and_every_diagram_is_used_and_can_be_read():
     source = DECK_0.read_text(encoding="utf-8")
     assert 9 <= source.count('"slide"') <= 14 and source.count("# ???\n") == source.count('"slide"')
     assert "![](" not in source and (FOLDER / "slides" / "introduction.html").exists()
-
-
-def test_every_diagram_is_used_and_can_be_read():
     texts = "".join(path.read_text(encoding="utf-8") for path in (FOLDER / "lessons").glob("*.py"))
     for path in (FOLDER / "diagrams").glob("*.svg"):
-        svg = path.read_text(encoding="utf-8")
         assert f"../diagrams/{path.name}" in texts, f"no slide shows {path.name}"
-        width, height = map(float, re.search('viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg).groups())
-        letters = min(map(float, re.findall('font-size="([0-9.]+)"', svg)))
-        assert letters * min(WIDE / width, HIGH / height) >= 14, path.name
-
-
-def test_a_formulas_indices_can_be_read():
-    figure, axis = plt.subplots(figsize=(9, 5))
-    axis.set(xlabel="$x_t$", yscale="log", ylim=(.001, 1))
-    svg = enlarged(figure)
-    width, height = map(float, re.search('viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg).groups())
-    letters = [float(points) for points in re.findall(r"font(?:-size)?: ([0-9.]+)px", svg)]
-    assert min(letters) * min(WIDE / width, HIGH / height) >= 14
-    plt.close(figure)
+        assert smallest(path.read_text(encoding="utf-8"), 'font-size="([0-9.]+)"') >= 14, path.name

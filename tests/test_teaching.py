@@ -5,12 +5,14 @@ which students find no solution. And a course that can be started from anywhere.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import jupytext
@@ -24,49 +26,40 @@ from tutorials.build import FOLDER, chosen_notebooks, main, tags, versions
 from tutorials.minutes import HOURS, README, WORDS, minutes, with_table
 
 LESSONS = {int(path.name[:2]): path for path in sorted((FOLDER / "lessons").glob("[0-9]*.py"))}
+GUIDE = (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------- the pages
-def exercises() -> set[str]:
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in LESSONS.values())
-    return set(re.findall(r"^# ### Exercise (\d+\.\d)", sources, re.MULTILINE))
+SOURCES = {number: path.read_text(encoding="utf-8") for number, path in LESSONS.items()}
+EXERCISES = set(re.findall(r"\n# ### Exercise (\d+\.\d)", "".join(SOURCES.values())))
+
+
+@cache
+def made(number: int) -> dict:
+    """The blank and the solved notebook of a lesson."""
+    return versions(jupytext.read(LESSONS[number]))
 
 
 def test_a_teachers_page_cites_exercises_and_sections_that_exist():
-    text = (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8")
-    before, table = text.split("## Numbers to expect")
+    before, table = GUIDE.split("## Numbers to expect")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
     named = set(re.findall(r"(?<![\d.])(\d{1,2}\.\d)(?![\d.])", "\n".join([before, *rows])))
-    named -= set(re.findall(r"nbgrader (\d\.\d)|Python (\d\.\d)", text)[0])
-    assert named and named <= exercises(), named - exercises()
-    cited = re.findall(r"(?:lesson )?(\d+), sections? (\d+)(?: (?:to|and) (\d+))?", text)
+    named -= set(re.findall(r"nbgrader (\d\.\d)|Python (\d\.\d)", GUIDE)[0])
+    assert named and named <= EXERCISES, named - EXERCISES
+    cited = re.findall(r"(?:lesson )?(\d+), sections? (\d+)(?: (?:to|and) (\d+))?", GUIDE)
     assert cited
     for lesson, *sections in cited:
-        source = LESSONS[int(lesson)].read_text(encoding="utf-8")
         for section in filter(None, sections):
-            assert re.search(rf"^# ## {section} · ", source, re.MULTILINE), (lesson, section)
+            assert f"\n# ## {section} · " in SOURCES[int(lesson)], (lesson, section)
 
 
 def test_the_minutes_of_a_syllabus_add_up():
-    days = re.split(r"\n\| minutes \|", (FOLDER / "teaching" / "README.md").read_text(encoding="utf-8"))[1:]
+    days = re.split(r"\n\| minutes \|", GUIDE)[1:]
     rows = [re.findall(r"^\| (\d+) \| [^|]*\|$", day.split("\n\n")[0], re.MULTILINE) for day in days]
     assert [sum(map(int, minutes)) for minutes in rows] == [210, 360, 360]
 
 
-def test_minutes_are_words_and_stars():
-    text = ("# 3 · Name\n" + "word " * 127 + "\n## 1 · Core\n### Exercise 3.1 ★★ · It\n"
-            "```\n# no heading\n```\n## 2 · More (optional)\n" + "word " * 257 +
-            "\n### Exercise 3.2 ★★★ · That\n## What you can say\n")
-    lesson = new_notebook(cells=[new_markdown_cell(text),
-                                 new_markdown_cell("# slide", metadata={"tags": ["slide"]})])
-    found = minutes(lesson)
-    assert found == ("3 · Name", len(text.split()), 13, 27)
-    table = "| 3. Old | what | 1 | 2 |\n| 4. Kept | what | 60 |  |\n| in all | | | |\n"
-    assert with_table(table, {3: found}) == ("| 3. Name | what | 13 | 27 |\n| 4. Kept | what | 60 |  |\n"
-                                             "| in all | | 1.2 h | 0.5 h |\n")
-
-
 def test_the_table_of_the_readme_is_that_of_the_lessons():
+    """Words and stars as minutes, apart for what is optional."""
     found = {number: minutes(jupytext.read(path)) for number, path in LESSONS.items()}
     readme = README.read_text(encoding="utf-8")
     assert with_table(readme, found) == readme, "run python -m tutorials.build --minutes"
@@ -75,19 +68,15 @@ def test_the_table_of_the_readme_is_that_of_the_lessons():
     assert not {number: own.words for number, own in found.items() if own.words > WORDS}
 
 
-# ------------------------------------------------------------------------------------- notebooks and archives
 @pytest.mark.parametrize("recipe", kit.RECIPES)
 def test_a_recipe_leaves_its_exercises_blank_and_nothing_else(recipe):
     """Filled in, its notebooks are the solved ones, which --check runs from the first cell to the last."""
-    items = kit.RECIPES[recipe].split()
-    made = chosen_notebooks(items, LESSONS)
-    left = set()
-    for name, (notebook, filled) in made.items():
-        solved = versions(jupytext.read(FOLDER / "lessons" / name.replace(".ipynb", ".py")))["solved"]
-        assert [cell.source for cell in filled.cells] == [cell.source for cell in solved.cells
-                                                          if "slide" not in tags(cell)]
+    items, left = kit.RECIPES[recipe].split(), set()
+    for name, (notebook, filled) in chosen_notebooks(items, LESSONS).items():
+        solved = [cell.source for cell in made(int(name[:2]))["solved"].cells if "slide" not in tags(cell)]
+        assert [cell.source for cell in filled.cells] == solved
         left |= {kit.number_of(cell) for cell in notebook.cells if "raise YourTurn" in cell.source}
-    whole = {name for name in exercises() if f"{name.split('.')[0]}.*" in items}
+    whole = {name for name in EXERCISES if f"{name.split('.')[0]}.*" in items}
     assert left == {item for item in items if "." in item and "*" not in item} | whole
 
 
@@ -105,11 +94,10 @@ def links_of(text: str) -> list[str]:
     return [target for _, _, target, _ in kit.LINK.findall(text) if ":" not in target]
 
 
-def test_links_lead_where_they_led(tmp_path):
-    text = "[a](../../tinyflow/flow.py) [b](https://x.org) ![c](../play.html)"
-    notebook = new_notebook(cells=[new_markdown_cell(text)])
-    kit.moved(notebook, FOLDER.parent / "output" / "deep" / "er")
-    assert links_of(notebook.cells[0].source) == ["../../../tinyflow/flow.py", "../../../tutorials/play.html"]
+def test_links_lead_where_they_led():
+    cell = new_markdown_cell("[a](../../tinyflow/flow.py) [b](https://x.org) ![c](../play.html)")
+    kit.moved(new_notebook(cells=[cell]), FOLDER.parent / "output" / "deep" / "er")
+    assert links_of(cell.source) == ["../../../tinyflow/flow.py", "../../../tutorials/play.html"]
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +109,18 @@ def students(tmp_path_factory):
 
 def test_a_students_archive_has_no_solution_and_no_dead_link(students):
     names = set(students.namelist())
-    folders = {parent.as_posix() for name in names for parent in Path(name).parents}
+    there = names | {parent.as_posix() for name in names for parent in Path(name).parents}
     assert not [name for name in names if re.search("lessons/|solved/|exam|keys|tests/|build.py", name)]
-    notebooks = [name for name in names if name.endswith(".ipynb")]
-    assert len(notebooks) == len(LESSONS)
-    for name in names:
-        if name.endswith((".md", ".ipynb")):
-            text = students.read(name).decode()
-            if name.endswith(".ipynb"):
-                text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells
-                                 if cell.cell_type == "markdown")
-            dead = [link for link in links_of(text)
-                    if os.path.normpath(Path(name).parent / link) not in names | folders]
-            assert not dead, (name, dead)
+    texts = {name: students.read(name).decode() for name in names if name.endswith((".md", ".ipynb"))}
     for number, path in LESSONS.items():
-        text = students.read(next(name for name in notebooks if f"/{number:02}_" in name)).decode()
-        blanks = sum("exercise" in tags(cell) for cell in jupytext.read(path).cells)
-        assert text.count('"# Exercise ') == blanks and "YourTurn(" in text
+        (name,) = (name for name in texts if name.endswith(f"/{path.stem}.ipynb"))
+        blanks = SOURCES[number].count('tags=["exercise"]')
+        assert texts[name].count('"# Exercise ') == blanks and "YourTurn(" in texts[name]
+        cells = nbformat.reads(texts[name], as_version=4).cells
+        texts[name] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for name, text in texts.items():
+        dead = [link for link in links_of(text) if os.path.normpath(Path(name).parent / link) not in there]
+        assert not dead, (name, dead)
 
 
 def test_a_teachers_archive_has_what_students_lack(tmp_path, students):
@@ -148,7 +131,6 @@ def test_a_teachers_archive_has_what_students_lack(tmp_path, students):
         assert f"purecc-min/tutorials/{name}" in names - set(students.namelist())
 
 
-# --------------------------------------------------------------------------------------------- start anywhere
 @pytest.mark.parametrize("place, found", [("tutorials/notebooks", True), (".", True), ("..", True),
                                           ("elsewhere", False)])
 def test_the_first_cell_finds_the_course_or_says_what_to_do(tmp_path, place, found):
@@ -157,20 +139,21 @@ def test_the_first_cell_finds_the_course_or_says_what_to_do(tmp_path, place, fou
     (own / "tutorials" / "notebooks").mkdir(parents=True)
     (own / "tutorials" / "first_cell.py").write_text(cell)
     (own / "tutorials" / "course.py").write_text("own_work = 1\n")
-    (tmp_path / "elsewhere").mkdir()
-    here = own / place if found else tmp_path / "elsewhere"
-    ran = subprocess.run([sys.executable, "-c", cell + "\nprint('root', root)"], cwd=here, text=True,
-                         capture_output=True, env={"PATH": ""})
+    ran = subprocess.run([sys.executable, "-c", f"{cell}\nprint(root)"], text=True, capture_output=True,
+                         cwd=own / place if found else tmp_path, env={"PATH": ""})
     if found:
-        assert Path(ran.stdout.split(" ", 1)[1].strip()).resolve() == own.resolve(), ran.stderr
+        assert Path(ran.stdout.strip()).resolve() == own.resolve(), ran.stderr
     else:
         assert "folder of the course is not found" in ran.stderr.splitlines()[-1]
 
 
+def learners(kind):
+    """The cells of this kind in each blank notebook."""
+    return [[cell for cell in made(number)["learner"].cells if cell.cell_type == kind] for number in LESSONS]
+
+
 def test_every_notebook_begins_with_the_first_cell_and_has_marks_for_nbgrader():
-    for path in LESSONS.values():
-        made = versions(jupytext.read(path))
-        code = [cell for cell in made["learner"].cells if cell.cell_type == "code"]
+    for code in learners("code"):
         assert code[0].source.startswith("# Finds the course's folder")
         assert not any("sys.path.insert(0, str(Path.cwd()" in cell.source for cell in code)
         marks = [cell.metadata["nbgrader"] for cell in code if "nbgrader" in cell.metadata]
@@ -186,16 +169,19 @@ def server(tmp_path_factory):
     runtime = tmp_path_factory.mktemp("runtime")
     line = [sys.executable, "-m", "jupyter_server", "--no-browser", "--ServerApp.port=0", "--allow-root",
             "--IdentityProvider.token=course"]
-    own = {**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)}
-    running = subprocess.Popen(line, cwd=FOLDER.parent, env=own, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=FOLDER.parent,
+                               env={**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)})
     try:
         for _ in range(600):
-            if found := list(runtime.glob("jpserver-*.json")):
-                yield json.loads(found[0].read_text())["url"]
-                return
-            time.sleep(0.1)
-        pytest.fail("the server does not start")
+            try:
+                own = json.loads(next(runtime.glob("jpserver-*.json")).read_text())
+                socket.create_connection((own["hostname"], own["port"])).close()
+                break
+            except (StopIteration, OSError):     # it writes its address a while before it answers
+                time.sleep(0.1)
+        else:
+            pytest.fail("the server does not start")
+        yield own["url"]
     finally:
         running.terminate()
         running.wait()
@@ -210,12 +196,8 @@ def test_a_running_server_finds_each_link_of_the_blank_notebooks(server):
             return error.code
 
     assert asked("api/contents/tutorials/no-such-file?content=0") == 404
-    targets = set()
-    for path in LESSONS.values():
-        notebook = versions(jupytext.read(path))["learner"]
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                targets |= {os.path.normpath(f"tutorials/notebooks/{link}") for link in links_of(cell.source)}
+    targets = {os.path.normpath(f"tutorials/notebooks/{link}") for cells in learners("markdown")
+               for cell in cells for link in links_of(cell.source)}
     assert len(targets) > 10
     for target in targets:                       # a page's address, and the file itself: no folder has one
         assert asked(f"api/contents/{target}?content=0") == asked(f"files/{target}") == 200, target
