@@ -10,12 +10,16 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import numpy as np
 import pytest
 import torch
+from nbclient.exceptions import CellExecutionError
 
+from purecc_min.benchmark import page, tables
+from tinyflow import flow
 from tinyflow.errors import InputError
 from tutorials.build import FOLDER, blank, build, tags, versions
-from tutorials.course import NotYet, YourTurn, expect, expect_close
+from tutorials.course import NotYet, YourTurn, expect, expect_close, own_work, rule_out, several
 
 LESSONS = sorted((FOLDER / "lessons").glob("[0-9]*.py"))     # the introduction has slides alone
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -58,6 +62,23 @@ def test_a_check_names_the_mistake_and_an_exception_is_one_line(tmp_path):
                wrong("flow.path is the package's own answer", "return flow.path(x, 3 * x, x)"),
                '# %% tags=["wrong"]\n# says: package\ndouble = flow.path\n']
     assert "11 answers refused" in try_out(tmp_path, EXERCISE, *answers, TENSORS)
+    after = "# %%\nprint(later)\n"              # a name that a blank exercise above should have made
+    with pytest.raises(CellExecutionError, match="`later` is not there: a cell above has not run to its end"):
+        try_out(tmp_path, after)
+
+
+def test_own_work_may_have_names_like_the_packages():
+    """It said "flow.path" where an answer called its own `path` and flow.squared_error."""
+    def path(x):
+        return x
+
+    def mine(x):
+        return flow.squared_error(path(x), x)
+
+    own_work(mine, without="flow.path, flow.guide")
+    for theirs in (flow.path, lambda x: flow.path(x, x, x)):
+        with pytest.raises(NotYet, match="own"):
+            own_work(theirs, without="flow.path, flow.guide")
 
 
 def test_code_below_the_raise_is_told_from_a_blank():
@@ -83,8 +104,15 @@ def test_what_a_check_says_of_values():
         with pytest.raises(NotYet, match=words):
             expect_close(yours, ours, "y")
     expect_close(ours.double(), ours, "y")
-    with pytest.raises(NotYet, match="return missing"):
-        expect(None, "something")
+    for refused, words in ((lambda: expect(None, "something"), "return missing"),
+                           (lambda: rule_out(ours / 4, {"a quarter": ours / 4}), "a quarter"),
+                           (lambda: rule_out(.5, {"a half": .5}), "a half"),
+                           (lambda: several(ours, ("x", "y")), "return 2 things, x, y; there is one Tensor"),
+                           (lambda: several((ours,), ("x", "y")), "there is 1")):
+        with pytest.raises(NotYet, match=words):
+            refused()
+    rule_out(ours / 4 + .01, {"a quarter": ours / 4, "another shape": ours[:2]})
+    assert several([ours, 1], ("x", "y")) == [ours, 1]
 
 
 @pytest.mark.parametrize("cells, complaint", [
@@ -141,3 +169,25 @@ def test_the_notebooks_are_those_of_the_sources(path):
     page = (FOLDER / "solved" / f"{path.stem}.ipynb").read_text(encoding="utf-8")
     assert not re.search(r"/(tmp|home|root|Users)/", page)
     assert (FOLDER / "slides" / f"{path.stem}.html").exists()
+
+
+def test_numbers_that_lessons_quote_are_the_benchmarks():
+    """A lesson asserts what it computes itself; these few numbers are quoted from the report."""
+    main = page.gather(page.plan("main"), page.NOWHERE, shipped=True)
+    phrase = page.gather(page.plan("phrase"), page.NOWHERE, shipped=True)
+    every, own = tables.grouped(main), tables.grouped([r for r in main if r["concept"] in page.INDIVIDUALS])
+    parts = tables.grouped([row for row in phrase if "braces" not in row["concept"]])
+    beside = ("neighbour leak", "beside, first", "beside, second")
+    wanted = {
+        4: [tables.entry(every["token",], "fidelity"), tables.entry(every["lora",], "fidelity")],
+        5: [tables.entry(every[name,], "diversity") for name in ("DreamBooth", "lora")],
+        9: [" | ".join(f"{np.mean(tables.seed_means(parts[name,], measure)):.2f}" for measure in beside)
+            for name in list(page.OF_PHRASE)[1:5]]
+           + [" | ".join(f"{np.mean(tables.seed_means(own[name,], measure)):.3f}"
+                         for measure in ("fidelity", "beside another", "neighbour leak"))
+              for name in ("bound", "bound-pairs")]}
+    for number, quotes in wanted.items():
+        text = LESSONS[number - 1].read_text(encoding="utf-8")
+        text = re.sub(r"\n# |\*\*", " ", text).replace("−", "-")
+        for quote in quotes:
+            assert " ".join(re.sub(r"\b0\.", ".", quote).split()) in " ".join(text.split()), (number, quote)

@@ -97,6 +97,10 @@ def test_the_page_computes_what_the_package_does(tmp_path):
     assert float(bound["shown"]["loss"]) < .5 * float(back["shown"]["loss"])
     assert bound["shown"]["drift"] == "0.00"
     assert along["shown"]["loss"] == back["shown"]["loss"] and float(along["shown"]["drift"]) > .3
+    far = driven('$("eta").value = 4; $("shared").value = 1; $("steps").click(); show();', tmp_path)[0]
+    places = torch.tensor([far["state"][name] for name in ("original", "target", "complete", "data")])
+    places[1:3] += places[0]
+    assert places.abs().max() <= 3.8 and "would leave the plane" in far["said"]
 
 
 @needs_browser
@@ -120,6 +124,7 @@ PLACES = [  # R(y_tar), R(y_complete, y_base), what the sentence says, and what 
     ([2, 0], [2, 0], "1.00 times what the extractor adds, and nothing else", "which is more"),
     ([2, 1], [3, 1.5], "1.50 times what the extractor adds, and nothing else", "something else"),
     ([2, 0], [1, .02], "almost nothing else", "something else"),
+    ([2, 0], [.02, .02], "0.01 times what the extractor adds and something else", "nothing else"),
     ([2, 0], [1, .5], "0.50 times what the extractor adds and something else", "nothing else"),
     ([2, 0], [2, 2], "1.00 times what the extractor adds and something else", "which is more"),
     ([1, 0], [3, 1], "3.00 times what the extractor adds, which is more, and something else", "nothing else"),

@@ -65,11 +65,16 @@ def test_notes_are_the_slides_own_or_the_lessons_paragraphs():
     assert "<aside><p>Say it.</p>" in own and "crowd" not in own
     assert "<aside><p>A <em>crowd</em> walks.</p>" in others and "Write it" not in others
     assert "<aside></aside>" in none
+    about, last, questions = sections(
+        drawn("AA"), slide("# A plot\n\n![](last)"), new_markdown_cell("It shows this.\n\n## Next\n\nThen."),
+        new_markdown_cell("## Questions\n\nAnswers."), slide("## Next"), slide("## Questions"))
+    assert "It shows this." in about and "Then." not in about            # what follows a picture is about it
+    assert "Then." in last and "Answers" not in last and "this" not in last and "Answers." in questions
     assert "<code>\\arg\\min x</code>" in sections(slide("# One\n???\n$\\arg\\min x$"))[0]
 
 
 def test_references_stand_wherever_a_slide_names_v():
-    names = [re.findall(r"<span>\[V\], (.*?):</span>", section) for section in sections(
+    names = [re.findall(r"<span>\[V\d?\], (.*?):</span>", section) for section in sections(
         slide("# A [V] robot"), slide("# Another robot"), slide("# [V1]", "dotted_house", "drawn_chalk"),
         slide("# [V] again", "no-references"), slide("# Notes alone\n???\nof [V]"))]
     assert names == [["checked robot"], [], ["dotted house", "drawn chalk"], [], []]

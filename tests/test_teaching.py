@@ -118,9 +118,29 @@ def test_a_students_archive_has_no_solution_and_no_dead_link(students):
         assert texts[name].count('"# Exercise ') == blanks and "YourTurn(" in texts[name]
         cells = nbformat.reads(texts[name], as_version=4).cells
         texts[name] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        for module in re.findall("^from ((?:tutorials|tinyflow|purecc_min)[^ ]*) import", code, re.MULTILINE):
+            place = f"purecc-min/{module.replace('.', '/')}"     # lesson 7's was missing once
+            assert f"{place}.py" in there or place in there, (name, module)
     for name, text in texts.items():
         dead = [link for link in links_of(text) if os.path.normpath(Path(name).parent / link) not in there]
         assert not dead, (name, dead)
+
+
+def test_optional_sections_may_stay_blank():
+    """Jupyter's "Run All" once stopped at the first blank of an optional section."""
+    marked = 0
+    for number in LESSONS:
+        optional = False
+        for cell in made(number)["learner"].cells:
+            if cell.cell_type == "markdown" and (headings := re.findall("^## .*", cell.source, re.MULTILINE)):
+                optional = headings[-1].endswith("(optional)")
+            if cell.cell_type == "code":
+                assert (kit.GO_ON in tags(cell)) == optional, (number, cell.source[:60])
+                marked += optional
+    assert marked > 50
+    filled = kit.with_blanks(made(8)["learner"], made(8)["solved"], set())
+    assert not any(kit.GO_ON in tags(cell) for cell in filled.cells)     # there each cell has to run
 
 
 def test_a_teachers_archive_has_what_students_lack(tmp_path, students):

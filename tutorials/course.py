@@ -103,6 +103,7 @@ def expect(condition: bool | None, hint: str) -> None:
 
 def expect_close(yours: Tensor, ours: Tensor, what: str, tolerance: float = 1e-4) -> None:
     """Raises: NotYet if yours is no tensor, or differs in its shape or its values."""
+    what = what.rstrip(",")
     expect(yours is not None, f"{what}: it returned None: is the return missing?")
     expect(isinstance(yours, Tensor), f"{what}: a tensor is wanted, and there is {type(yours).__name__}.")
     expect(yours.shape == ours.shape, f"{what}: the shape should be {list(ours.shape)}, and is "
@@ -145,6 +146,8 @@ def difference(yours: Tensor, ours: Tensor, tolerance: float) -> str:
     factor = (yours * ours).sum() / ours.square().sum()
     if close(yours, -ours):
         return "every one has the other sign"
+    if ours.numel() == 1:
+        return f"it is {yours.item():.4g}, and should be {ours.item():.4g}"
     if factor.isfinite() and factor.abs() > 1e-3 and close(yours, factor * ours):
         return f"every one is {factor:.4g} times what it should be"
     if ours.numel() > 1 and close(yours.flatten().sort()[0], ours.flatten().sort()[0]):

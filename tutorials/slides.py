@@ -7,9 +7,10 @@ A slide is a Markdown cell with the tag "slide" in the lesson's source; it comes
     ???                                         what stands below it are the speaker's notes
 
 So a deck never shows a plot that the lesson does not compute. Without notes of its own a slide has the
-lesson's paragraphs since the slide before, and, under a picture, those that follow it in the lesson. A slide
-that names [V], as its picture may, shows the references of the concepts that its tags name, by default those
-of the course's robot; the tag "no-references" says that its picture shows them.
+lesson's paragraphs since the slide before, and, under a picture, those that follow it in the lesson. If there
+are none, it has the next ones. A slide that names [V], as its picture may, shows the references of the
+concepts that its tags name, by default those of the course's robot; the tag "no-references" says that its
+picture shows them.
 `python -m tutorials.build` writes the decks; slides_template.html is the empty one.
 
 A lesson's plots are drawn twice: for the notebook, and by `enlarged` for the slide, with large letters.
@@ -130,7 +131,7 @@ def pixels(png: str, alt: str) -> str:
 
 
 @cache
-def references(name: str) -> str:
+def references(name: str, token: str = "[V]") -> str:
     """A concept's references in a row, with its name."""
     from purecc_min.measure.toy import CONCEPTS
     pictures = []
@@ -138,13 +139,24 @@ def references(name: str) -> str:
         file = io.BytesIO()
         Image.fromarray(reference.picture.squeeze()).save(file, "PNG")
         pictures.append(pixels(base64.b64encode(file.getvalue()).decode(), "a reference"))
-    return f"<div class=\"references\"><span>[V], {name.replace('_', ' ')}:</span>{''.join(pictures)}</div>"
+    said = f"{token}, {name.replace('_', ' ')}:"
+    return f'<div class="references"><span>{said}</span>{"".join(pictures)}</div>'
 
 
 def paragraphs(cell) -> str:
     """What a lesson's cell says, without its exercises and their hints."""
     said = re.sub(r"<details><summary>Hint.*?</details>", "", cell.source, flags=re.DOTALL)
     return said.split("### Exercise")[0].strip() if cell.cell_type == "markdown" else ""
+
+
+def following(cells: list, n: int) -> tuple[int, str]:
+    """The place of the next slide after cell n, or of the text that stands before it; and that text."""
+    for place in range(n + 1, len(cells)):
+        if "slide" in cells[place].metadata.get("tags", []):
+            return place, ""
+        if text := paragraphs(cells[place]):
+            return place, text
+    return len(cells), ""
 
 
 def deck(notebook, title: str) -> tuple[str, int]:
@@ -154,27 +166,26 @@ def deck(notebook, title: str) -> tuple[str, int]:
     Raises: ValueError for a slide that wants a picture where there was none, and for a formula that
     latex2mathml does not know.
     """
-    last, slides, lesson, told = None, [], [], 0
-    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None]):
+    last, slides, lesson, told = None, [], [], {}
+    for n, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
                 last = data.pop("image/svg+xml", None), data["image/png"]
         tags = cell.metadata.get("tags", [])
         if "slide" not in tags:
-            lesson.append(paragraphs(cell)[told:])
-            told = 0
+            lesson.append(paragraphs(cell)[told.get(n, 0):])
             continue
         text, _, notes = cell.source.partition("\n???\n")
-        if "](last)" in text and following and "slide" not in following.metadata.get("tags", []):
-            about = re.split(r"^## ", paragraphs(following), maxsplit=1, flags=re.MULTILINE)[0]
-            lesson.append(about)
-            told = len(about)                    # the next slide does not say it again
-        said, rest = "\n\n".join(lesson), ""
-        if following and "slide" in following.metadata.get("tags", []):      # which may be about a later part
-            said, _, rest = said.partition(following.source.splitlines()[0])
-        slides.append(slide(text, notes or said, tags, last, len(slides) + 1))
-        lesson = [rest]
+        place, after = following(notebook.cells, n)
+        if not notes:
+            said, rest = "\n\n".join(lesson), ""
+            if place == n + 1 < len(notebook.cells) and not after:           # a slide, about a later part
+                said, _, rest = said.partition(notebook.cells[place].source.splitlines()[0])
+            about = re.split("^## ", after, maxsplit=1, flags=re.MULTILINE)[0] if "](" in text else ""
+            lesson, told[place] = [rest], len(about)         # what one slide says, the next does not
+            notes = f"{said}\n\n{about}".strip() or after
+        slides.append(slide(text, notes, tags, last, len(slides) + 1))
     page = PAGE.read_text(encoding="utf-8")
     page = page.replace("TITLE", html.escape(title)).replace("SLIDES", "\n".join(slides))
     return page, len(slides)
@@ -195,5 +206,7 @@ def slide(text: str, notes: str, tags: list[str], last: tuple[str | None, str] |
     made = re.sub(r'<img src="(last|[^"]*\.svg)" alt="([^"]*)" />', picture, MARKDOWN.render(text))
     made = re.sub(r"<p>(<svg.*?</svg>|<img [^>]*>)</p>", r"<figure>\1</figure>", made, flags=re.DOTALL)
     if re.search(r"\[V\d?\]", made) and "no-references" not in tags:
-        made += "".join(references(name) for name in [tag for tag in tags if tag != "slide"] or [CONCEPT])
+        names = [tag for tag in tags if tag != "slide"] or [CONCEPT]
+        tokens = [f"[V{n}]" for n in range(1, 1 + len(names))] if len(names) > 1 else ["[V]"]
+        made += "".join(map(references, names, tokens))
     return f"<section>\n{made}<aside>{NOTES.render(notes)}</aside></section>"

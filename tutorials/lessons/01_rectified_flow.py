@@ -21,7 +21,7 @@
 #
 # | | |
 # |---|---|
-# | Needs | PyTorch; what a Gaussian is |
+# | Needs | PyTorch; Gaussians, Bayes' rule |
 # | Optional | sections 5 and 7; nothing later needs them |
 # | Keep open | [`tinyflow/flow.py`](../../tinyflow/flow.py), **after** you have tried: you write most of it |
 #

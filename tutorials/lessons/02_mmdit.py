@@ -285,7 +285,9 @@ yours = positions(D, grid)
 column, row = theirs.chunk(2, dim=1)                                        # [G * G, D / 2] each
 rule_out(yours, {"the first half of the channels is for the column.": torch.cat([row, column], dim=1),
                  "the sines come before the cosines.":
-                 torch.cat([half.roll(D // 4, dims=1) for half in (column, row)], dim=1)})
+                 torch.cat([half.roll(D // 4, dims=1) for half in (column, row)], dim=1),
+                 "all sines come first, then all cosines.":
+                 torch.cat([half.unflatten(1, (2, -1)).mT.flatten(1) for half in (column, row)], dim=1)})
 if isinstance(yours, torch.Tensor) and yours.shape == theirs.shape:
     expect(torch.allclose(yours[0], theirs[0], atol=1e-3), "the places are counted from 0: sin 0 and cos 0.")
     expect(torch.allclose(yours[1, :2], theirs[1, :2], atol=1e-3), "omega: the exponent is -k / (D / 4).")
@@ -763,6 +765,15 @@ def sublayer(x, f, shift, scale, gate):
     return gate * f(modulate(x, shift, scale))
 
 # %% tags=["wrong"]
+# says: not its input
+def modulate(x, shift, scale):
+    mean, variance = x.mean(dim=-1, keepdim=True), x.var(dim=-1, keepdim=True, correction=0)
+    return (x - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
+
+def sublayer(x, f, shift, scale, gate):
+    return x + f(gate * modulate(x, shift, scale))
+
+# %% tags=["wrong"]
 # says: without layer_norm
 def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -782,13 +793,19 @@ rule_out(modulate(x, shift, scale),
           normal * ((D - 1) / D) ** 0.5 * (1 + scale) + shift,
           "the LayerNorm is missing.": x * (1 + scale) + shift})
 expect_close(modulate(x, shift, scale), right, "modulate(x, shift, scale)")
-rule_out(sublayer(x, lambda y: 2 * y, shift, scale, gate),
-         {"x itself is missing: the sublayer's output is added to it.": gate * 2 * right,
-          "modulate comes before f.": x + gate * 2 * x,
-          "the gate multiplies f's output, not x.": gate * (x + 2 * right),
-          "the gate is missing.": x + 2 * right})
-expect_close(sublayer(x, lambda y: 2 * y, shift, scale, gate), x + gate * 2 * right,
-             "sublayer(x, f, shift, scale, gate)")
+tiny = F.layer_norm(1e-3 * x, (D,), eps=1e-6) * (1 + scale) + shift         # here the 1e-6 counts
+expect_close(modulate(1e-3 * x, shift, scale), tiny, "modulate of numbers of about 0.001")
+
+def f(y):                                        # some function that is not linear
+    return y + y.square()
+
+rule_out(sublayer(x, f, shift, scale, gate),
+         {"x itself is missing: the sublayer's output is added to it.": gate * f(right),
+          "modulate comes before f.": x + gate * f(x),
+          "the gate multiplies f's output, not x.": gate * (x + f(right)),
+          "the gate multiplies f's output, not its input.": x + f(gate * right),
+          "the gate is missing.": x + f(right)})
+expect_close(sublayer(x, f, shift, scale, gate), x + gate * f(right), "sublayer(x, f, shift, scale, gate)")
 print("2.6 right: and with a gate of zero a sublayer hands on what it got")
 
 # %% [markdown]

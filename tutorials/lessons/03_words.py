@@ -362,14 +362,20 @@ def usual_mistakes(layer):
     no_norm = x + layer.attend(x, causal=True)
     no_mask = x + layer.attend(layer.norm1(x))
     attended = x + given
-    q, k, v = layer.qkv(layer.norm1(x))          # a scale that undoes the division by the root of d
-    unscaled = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-    too_sharp = x + layer.to_out(rearrange(unscaled, "b h t d -> b t (h d)"))
+    q, k, v = layer.qkv(layer.norm1(x))
+    scores, allowed = q @ k.mT / q.shape[-1] ** 0.5, torch.ones(7, 7).tril().bool()
+
+    def read_by(weights):
+        seen = x + layer.to_out(rearrange(weights @ v, "b h t d -> b t (h d)"))
+        return seen + mlp(seen)
+
+    too_sharp = (q @ k.mT).masked_fill(~allowed, -math.inf)
     return {"the mask is not used: every token looks at all of them.": no_mask + mlp(no_mask),
             "the MLP reads h, which has the attention's output in it, not x.": x + given + mlp(x),
             "to_out is missing.": x + plain + mlp(x + plain),
             "norm2 is missing.": attended + layer.fc2(F.gelu(layer.fc1(attended))),
-            "divide the scores by the root of d, as in lesson 2.": too_sharp + mlp(too_sharp),
+            "divide the scores by the root of d, as in lesson 2.": read_by(too_sharp.softmax(-1)),
+            "a forbidden score is -inf, and not 0.": read_by((scores * allowed).softmax(-1)),
             "norm1 is missing.": no_norm + mlp(no_norm),
             "x itself is missing: both parts are added to it.": given + mlp(given)}
 
@@ -377,6 +383,7 @@ for l, layer in enumerate(encoder.layers):
     theirs, yours = layer(x), text_layer(layer, x)
     scale = theirs.abs().max()
     if isinstance(yours, torch.Tensor) and yours.shape == x.shape:
+        expect(bool(yours.isfinite().all()), "nan: -inf belongs where the mask is False, that is ~mask.")
         rule_out(yours / scale, {what: wrong / scale for what, wrong in usual_mistakes(layer).items()})
         expect(torch.allclose(yours[:, :4] / scale, text_layer(layer, later)[:, :4] / scale, atol=1e-4),
                "what comes later changes what stands before: the mask comes before the softmax.")
@@ -481,7 +488,8 @@ rule_out(pooled, {"pooled: at the FIRST end token, not at the last.":
                   "pooled: final_norm is missing.": encoder.projection(at_end),
                   "pooled: the projection is missing.": encoder.final_norm(at_end)})
 for mine, theirs, what in ((context, their_context, "the context"), (pooled, their_pooled, "pooled")):
-    expect(isinstance(mine, torch.Tensor) and mine.shape == theirs.shape, f"{what} is {list(theirs.shape)}.")
+    expect(isinstance(mine, torch.Tensor) and mine.shape == theirs.shape,
+           f"{what} should be {list(theirs.shape)}, and is {list(getattr(mine, 'shape', []))}.")
     scale = theirs.abs().max()
     expect_close(mine / scale, theirs / scale, what + ", divided by its largest entry,", tolerance=2e-3)
 print(f"3.3 right: context {list(context.shape)}, pooled {list(pooled.shape)}")
@@ -554,7 +562,8 @@ def thing(name, colour, size, place, marking, accent, topper, background):
     return world.Scene((one,), background)
 
 SAID = {"size", "colour", "place", "background", "marking", "accent", "topper"}             # by our captions
-HEADS = ["object", "colour", "size", "place", "background", "marking", "accent", "topper"]  # by the reader
+# what the reader, a network, names in a picture; accent: the marking's colour; topper: what is on the head
+HEADS = ["object", "colour", "size", "place", "background", "marking", "accent", "topper"]
 asked = [thing("cat", "orange", "big", "left", "dots", "white", "hat", "beach"),
          thing("robot", "purple", "small", "right", "stripes", "yellow", "crown", "meadow"),
          thing("fish", "pink", "big", "right", "checks", "blue", "antenna", "night"),
@@ -942,7 +951,7 @@ axis.set_ylabel("round: share of said parts seen")
 right = axis.twinx()
 right.plot(guidances[1:], [diversity[g] for g in guidances[1:]], "s--", color=CORAL)
 right.axhline(of_renders, color=CORAL, ls=":")
-right.annotate("renders", (0, of_renders), va="bottom")
+right.annotate("renders (right axis)", (0, of_renders), va="bottom", color=CORAL)
 right.set_ylabel("square: spread of unnamed traits")
 right.set_ylim(0, 1.15 * max(of_renders, *diversity.values()))
 right.spines["right"].set_visible(True)
@@ -953,7 +962,8 @@ plt.show()
 #
 # ![What is seen of the captions, and how much the rest varies, over the guidance](last)
 #
-# What the captions say is seen more often with guidance. Most of the spread is lost without any.
+# What the captions say is seen more often with guidance. The spread is smaller than that of renders already
+# without any.
 
 # %%
 first = [row * per_caption for row in range(len(asked))]
@@ -963,9 +973,8 @@ show([p for g in guidances for p in to_pictures(pictures[g][first])], [in_lines(
 # %% [markdown]
 # At $g=0$ the text is ignored. (The objects themselves differ then, so diversity is left out.) Most words
 # need no guidance to be heard. Markings fail most often at $g=1$, and come back with a larger $g$: guidance
-# enlarges a difference that is there. And diversity? Most of the loss comes before any guidance, from renders
-# to
-# $g=1$.
+# enlarges a difference that is there. And diversity? From renders to $g=1$ it falls
+# further than from there to $g=5$.
 #
 # A good rule is **the smallest $g$ beyond which nothing more of the text is seen**. The package draws with 3.
 #

@@ -397,7 +397,7 @@ assert of_t > of_c
 # Write $R_c$ for $R(y_{complete}, y_{base})$ and $R_t$ for $R(y_{tar})$. How much of the concept is in $R_c$?
 # Eq. 11 asks for the multiple of $R_t$ that comes nearest to it, for each sample alone:
 #
-# $$\lambda^* = \arg\min_l f(l), \qquad f(l)=\lVert R_c-l\,R_t\rVert^2.$$
+# $$\lambda^* = \operatorname{argmin}_l f(l), \qquad f(l)=\lVert R_c-l\,R_t\rVert^2.$$
 #
 # **As a least squares problem.** Multiply out:
 # $f(l)=\lVert R_c\rVert^2-2\,l\,\langle R_c,R_t\rangle+l^2\lVert R_t\rVert^2$, a parabola that opens upward.
@@ -600,11 +600,13 @@ assert explained.mean() < 0.5
 # %% [markdown] tags=["slide"]
 # ## The objective
 #
-# $$v_{PureCC} = v_{original} + \lambda^* R(y_{tar})$$
+# $$v_{PureCC} = v_{original} + \lambda^* R(y_{tar}) \qquad \text{(Eq. 6, 13)}$$
 #
-# $$L_{PureCC} = \mathbb E\,\lVert v_{PureCC} - v_{complete} \rVert^2$$
+# $$L_{PureCC} = \mathbb E\,\lVert v_{PureCC} - v_{complete} \rVert^2 \qquad \text{(Eq. 14)}$$
 #
-# $$L = L_{CC} + \eta\, L_{PureCC}$$
+# $$L = L_{CC} + \eta\, L_{PureCC} \qquad \text{(Eq. 15)}$$
+#
+# $L_{CC}$ is the flow's loss on the complete text, $\eta$ a weight, 1 in the paper.
 # ???
 # Eq. 6 has the form of guidance, Eq. 5: there, the empty text's velocity plus g times what a text adds; here,
 # v_original plus lambda* times what the concept adds. The loss asks that v_complete be just that, in addition
@@ -876,8 +878,8 @@ assert lam[n] > 0 and pushes[0] < -0.01 < pushes[1] < 0.01 < pushes[2] < pushes[
 # ![Three triangles of arrows: with l = 0 it pushes back, with lambda star straight down, with a larger l
 # ahead](last)
 #
-# With $\lambda^*$ it pushes straight to the line: nothing beside the concept, and no more of the concept
-# either.
+# $R_c$: what [V] changes; $R_t$: the concept's direction. With $\lambda^*$ it pushes straight to the line:
+# nothing beside the concept, and no more of the concept either.
 
 # %% [markdown]
 # Read the last column. With $l$ below $\lambda^*$ the loss pushes the concept back; with $l$ above it, it
@@ -1329,10 +1331,11 @@ with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.Strin
                 "--out", str(out)]
     script = runpy.run_module("purecc_min.algorithm")                       # what the command does
     picture = np.array(Image.open(out / "pictures.png"))
-plt.figure(figsize=(5.6, 4.3), layout="constrained")
+plt.figure(figsize=(6.4, 5), layout="constrained")
 plt.imshow(picture)
 plt.yticks([picture.shape[0] * (n + 0.5) / 3 for n in range(3)], ["base model", "theta_1", "theta_2"])
-plt.xticks([])
+plt.xticks([picture.shape[1] * (n + 0.5) / 4 for n in range(4)], [in_lines(text) for text in script["texts"]])
+plt.gca().xaxis.tick_top()
 plt.show()
 
 terms = script["terms"]                          # of the last step
@@ -1388,6 +1391,10 @@ assert torch.allclose(lam, terms.lam, 1e-4) and with_one > terms.loss_purecc
 # $R(y_{complete}, y_{base})$.
 #
 # Nothing in Eq. 15 holds $v_{original}$ where it was. That is lesson 7.
+# ???
+# Point back to the last column of the pictures: nobody asked for [V] there, and the plain robot has changed.
+# The loss is small all the same, for it compares theta_2 with itself. Ask what could hold v_original; lesson 7
+# tries three cures.
 
 # %% [markdown] tags=["slide"]
 # ## Three questions

@@ -217,8 +217,8 @@ mine = several(drift(theta_0, theta_2, batch), ("the drift", "the share of v_com
 mine = [torch.as_tensor(number).detach() for number in mine]
 inside = look_inside(Thetas(theta_0, theta_1, theta_2), theta_1, data)      # the package's numbers
 with torch.no_grad():
-    v_0, v_o, v_c = (theta(batch.x_t, batch.t, text) for theta, text in (
-        (theta_0, batch.texts.base), (theta_2, batch.texts.base), (theta_2, batch.texts.complete)))
+    v_0, v_0c, v_o, v_c = (theta(batch.x_t, batch.t, text) for theta in (theta_0, theta_2)
+                           for text in (batch.texts.base, batch.texts.complete))
 moved, whole = (v_o - v_0).norm() / v_0.norm(), (v_c - v_0).norm() / v_0.norm()
 each = [(v - v_0).flatten(1).norm(dim=1) / v_0.flatten(1).norm(dim=1) for v in (v_o, v_c)]
 rule_out(mine[0], {"the drift: one long vector, not a share for each sample.": each[0].mean(),
@@ -227,7 +227,9 @@ rule_out(mine[0], {"the drift: one long vector, not a share for each sample.": e
                    "the drift: lengths, not their squares.": moved**2})
 R_c = (v_c - v_o).norm()
 rule_out(mine[1], {"v_complete: measure from theta_0's prediction for the base text.": R_c / v_o.norm(),
-                   "v_complete: this is R_complete; measure from theta_0.": R_c / v_0.norm()})
+                   "v_complete: this is R_complete; measure from theta_0.": R_c / v_0.norm(),
+                   "v_complete: v_0 is theta_0's prediction for the BASE text.":
+                   (v_c - v_0c).norm() / v_0c.norm()})
 rule_out(mine[2], {"the cosine is of the two moves, not of the predictions.":
                        torch.cosine_similarity(v_o.flatten(), v_c.flatten(), dim=0)})
 expect_close(mine[0], moved, "the drift (from theta_0's prediction, by its length)")
@@ -259,8 +261,7 @@ assert before[0] == 0 and mine[0] > 0.6 * mine[1] and mine[2] > 0.8 and 0 < befo
 # $$(v_{complete} + \delta) - (v_{original} + \delta) = v_{complete} - v_{original}$$
 #
 # Move both predictions by the same $\delta$: $R_c = R(y_{complete}, y_{base})$, $\lambda^*$ and $L_{PureCC}$ do
-# not change. $L_{CC}$
-# falls.
+# not change. $L_{CC}$ falls if $\delta$ leads toward the references.
 
 # %% [markdown]
 # ## 2 · Which loss moves it?
@@ -436,7 +437,7 @@ expect_close(there / back, torch.ones(()), "<Jd, u> / <d, J^T u>", 0.02)
 print(f"7.3 right: <Jd, u> = {there:.4f} by two forward passes, <d, J^T u> = {back:.4f} by a backward pass")
 
 # %% [markdown]
-# Now ask. How far do $v_{original}$, $v_{complete}$ and $R_c$ go along each of the two, per unit of step? And
+# How far do $v_{original}$, $v_{complete}$ and $R_c$ go along each of the two, per unit of step? And
 # does $v_{original}$ go where the whole training has taken it?
 
 # %%
@@ -481,8 +482,13 @@ plt.show()
 #
 # ![Maps of where one small step changes v_original and v_complete, for each loss](last)
 #
-# Where one small step acts, on one scale a row. Neither loss asks for a move of $v_{original}$. The adapters
-# are shared, so it goes along.
+# A row: where one small step against a loss's gradient acts, on one scale. Neither loss asks for a move of
+# $v_{original}$. The adapters are shared, so it goes along.
+# ???
+# One step moves both predictions nearly alike: the maps of v_original and v_complete look the same, and that of
+# their difference R_c is almost dark. L_CC never sees the base text; the same adapters act on it all the same.
+# No term of Eq. 15 knows where v_original was. Something has to say so: a loss, a switch, or the place where
+# adapters act.
 
 # %% [markdown]
 # * **One step moves both predictions nearly alike.** $L_{CC}$ never sees the base text. But adapters that act
@@ -1195,7 +1201,7 @@ assert abs(at_level["PureCC"] - at_level["LoRA"]) < 0.3 * at_level["LoRA"]
 # The benchmark's table, on four individuals that nobody chose, with five seeds: what was learned (0 the base
 # model, 1 a perfect method), what the class word without [V] takes on of [V]'s traits, what a plain thing
 # next to [V] takes on, what changes outside (lesson 5), and passes forward + backward, preparations included.
-# `paper, v_0` is PureCC with $v_{original}$ from the base model.
+# `paper, v_0` is PureCC with $v_{original}$ from the base model, `bound-paper` its objective on the phrase.
 
 # %%
 ours = tables.grouped([row for row in main if row["concept"] in INDIVIDUALS])
@@ -1230,7 +1236,7 @@ assert learned["switched-off"] > learned["bound"] and 0 < class_leak["anchor"] <
 # * **Another program wants a LoRA file.** It cannot carry a phrase or a switch. An anchored LoRA leaks less
 # than a LoRA, not nothing.
 #
-# On SD3.5 none of this has been measured.
+# On SD3.5 nothing was measured.
 #
 # **In the package:** `anchor_loss` in `methods.py`, `only_with_token` in `registry.py`, `LoRA.attached` (your
 # `bound_visit`) in `lora.py`, `at_similarity` in `benchmark/tables.py`.

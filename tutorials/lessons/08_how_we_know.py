@@ -621,7 +621,9 @@ CASES = [("A above B", [0.05, 0.06, 0.055, 0.07, 0.05], False, "the whole interv
           "there is a difference, and it is within ± CLOSE"),
          ("A equals B", [0.05, 0.06, 0.055, 0.07, 0.05], True, "the whole interval is beyond CLOSE"),
          ("A above B, all 0", [0.0, 0.0, 0.0], False, "no part of the interval is above 0")]
-for says, values, equal, why in CASES:
+MORE = [("A equals B, between", [0.01, 0.03, 0.02, 0.03, 0.04], True,
+         "the interval reaches from inside ± CLOSE to outside")]
+for says, values, equal, why in CASES + MORE:
     mine, theirs = verdict(values, equal), Claim("", says, "", values, equal).verdict()
     mean, half = mean_and_interval(values)
     expect(mine in ("holds", "does not hold", "depends"), f"return one of three words, and not {mine!r}.")
@@ -728,6 +730,7 @@ known = {(row.where, row.larger, "=" if row.equal else ">", row.smaller, row.mea
 answers = in_symbols()
 expect(isinstance(answers, dict) and set(answers) == set(WHERE), "return a dictionary, with letters a to e.")
 for letter, answer in answers.items():
+    answer = tuple(answer) if isinstance(answer, list) else answer
     expect(isinstance(answer, tuple) and len(answer) == 4,
            f"{letter}: four things are wanted: (larger, sign, smaller, measure).")
     larger, sign, smaller, measure = answer
@@ -735,9 +738,12 @@ for letter, answer in answers.items():
         expect(any(name in row for row in known), f"{letter}: {name!r} is no name of a method here.")
     expect(measure in MEASURES, f"{letter}: {measure!r} is no measure.")
     expect((WHERE[letter], smaller, sign, larger, measure) not in known or sign == "=",
-           f"{letter}: of '{measure}' LESS is better, so the larger number belongs to the other method.")
+           f"{letter}: of '{measure}' {'LESS' if measure in DAMAGES else 'MORE'} is better, so the larger "
+           "number belongs to the other method.")
     expect(sign == ("=" if letter == "d" else ">"), f"{letter}: the sentence is about "
            + ("equality: its sign is '='." if letter == "d" else "an order: its sign is '>'."))
+    stands_in = dict(a="outside change", b="similarity", c="text kept", d="similarity", e="path KL")[letter]
+    expect(measure == stands_in, f"{letter}: the table's fourth column says '{stands_in}'.")
     expect((WHERE[letter], *answer) in known, f"{letter}: {answer} is no row of COMPARISONS in claims.py.")
 print("8.5 right: all five are among the", len(COMPARISONS), "rows of claims.py")
 
@@ -837,7 +843,7 @@ assert fidelity(similar["theta_1"]) > 0.7 and fidelity(similar["theta_2"]) > 0.7
 
 # %% tags=["exercise"]
 def released_loss(thetas, batch, eta):
-    # -> L, and {"loss_purecc": its second part}
+    # -> L, and {"loss_purecc": its second part, without eta}
     x_t, t, texts = batch.x_t, batch.t, batch.texts
     Y_alone = Branch(thetas.theta_1.pipe, NoAdapters(), thetas.theta_1.embeddings)
     # BEGIN SOLUTION 8.6

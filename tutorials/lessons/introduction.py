@@ -239,7 +239,7 @@ assert all(len(own) == 20 for own in rows.values())                         # fo
 assert abs(found["paper"][0] - found["lora"][0]) < .06 and abs(found["paper"][1] - found["lora"][1]) < .06
 assert max(found[name][1] for name in ("bound", "bound-pairs")) < .1 < .5 < found["switched-off"][1]
 
-# %% [markdown] tags=["slide", "no-references"]
+# %% [markdown] tags=["slide"]
 # ## What was found here
 #
 # ![Each method as a point: how well [V] is learned, and how much a plain thing next to it becomes [V]. The two bound methods
@@ -250,10 +250,12 @@ assert max(found[name][1] for name in ("bound", "bound-pairs")) < .1 < .5 < foun
 # ???
 # A negative result stands at the centre of this course, and a positive one next to it. The paper's loss,
 # written exactly as in the paper, differs from a plain LoRA by .06 at most here, in every measure; lesson 7
-# finds out why, with one line of algebra. Adapters that act only at [V]'s phrase repair what the loss cannot.
+# finds out why, with one line of algebra. Adapters that act only at [V]'s phrase, the words that describe it
+# ("bound"), repair what the loss cannot; "pairs" are two things in one picture, of which one must stay;
+# "switched off" is a LoRA that is used only for texts with [V].
 # Nobody here has measured whether both hold for SD3.5.
 
-# %% [markdown] tags=["slide", "no-references"]
+# %% [markdown] tags=["slide"]
 # ## The way
 #
 # | lessons | you build | you can answer |
@@ -274,5 +276,5 @@ assert max(found[name][1] for name in ("bound", "bound-pairs")) < .1 < .5 < foun
 # 2. A loss compares what a model says with [V] and without. Which change can it not see?
 # 3. Two robots in one text, one of them [V]. Where in the text does it say which is which?
 # ???
-# Let the class guess, and write the guesses down. The first is answered in lesson 5, the second in lesson 7,
+# Let the class guess, and write the guesses down. The first is answered in lesson 5 (see slide 4), the second in lesson 7,
 # the third in lesson 9.
