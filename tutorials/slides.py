@@ -90,7 +90,7 @@ def least(text: str) -> float:
 def overlapping(figure) -> bool:
     """Whether two texts of a figure touch."""
     from matplotlib.text import Text
-    boxes = [text.get_window_extent().padded(2) for text in figure.findobj(Text)
+    boxes = [text.get_window_extent().padded(5) for text in figure.findobj(Text)
              if text.get_visible() and text.get_text()]
     return any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 

@@ -951,19 +951,20 @@ for name, loss in (("LoRA", l_cc), ("anchored", with_anchor)):
 for name in ("token", "phrase"):
     snapshots[name] = train(l_cc, theta_1, runs[name], config=replace(config, steps=200))
 drawn = {name: pictures(runs.get(name), theta_0) for name in ("base model", *runs)}
-show_all(drawn)
+for some in (("PureCC", "LoRA", "anchored"), ("base model", "token", "phrase")):
+    show_all({name: drawn[name] for name in some})
 for name in ("token", "phrase"):                 # also after the training
     with torch.no_grad():
         assert torch.equal(runs[name](*here[:2], batch.texts.base), base)
     assert torch.equal(drawn[name][3:], drawn["base model"][3:])
 
 # %% [markdown] tags=["slide"]
-# ## The same draws, and two hundred steps for the bound runs
+# ## Bound runs, with [V] and without
 #
-# ![Pictures of every method with [V] on the left and without [V] on the right](last)
+# ![Pictures of the base model and of the bound runs, with [V] on the left and without [V] on the right](last)
 #
-# Left: with [V]. Right: without. The right halves of the rows *token* and *phrase*, the bound runs, are the
-# base model's, bit for bit.
+# Left: with [V]. Right: without. The right halves of the rows *token* and *phrase* are the base model's, bit
+# for bit.
 
 # %%
 def apart(a, b):                                 # mean difference of pixels, 0 to 1
