@@ -80,7 +80,7 @@ def test_the_base_holds_what_the_page_of_the_weights_says(shipped):
         assert row["count"] == 1, name
         for head, share in zip(heads, said[name]):
             if share:                            # here 300 pictures, there 500
-                assert row[head] == pytest.approx(float(share), abs=.06), (name, head)
+                assert row[head] == pytest.approx(float(share), abs=.1), (name, head)
 
 
 @pytest.mark.parametrize("name", [ROBOT, MUSHROOM, PRINT])
