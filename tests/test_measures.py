@@ -68,7 +68,7 @@ def test_the_base_draws_what_is_named_first_on_the_left_whatever_the_text_says(s
 
 @pytest.mark.slow
 def test_the_base_holds_what_the_page_of_the_weights_says(shipped):
-    """The test asked for bars of the first edition, and nobody ran it on the second: the page is the bar."""
+    """The bars once stood here, were an earlier model's, and were never met. Now the page has them."""
     page = SHIPPED.joinpath("README.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
     heads = next(line for line in lines if line[-1] == "both objects")[1:]

@@ -169,9 +169,9 @@ def own_work(*answers, without: str) -> None:
         parts = vars(answer).values() if isinstance(answer, type) else [answer]
         for part in parts:
             code = getattr(inspect.unwrap(part) if callable(part) else part, "__code__", None)
-            used = [name for name in sorted(names_in(code) if code else ())
-                    if name in without.split(", ") or name.split(".")[0] in PACKAGES]
-            expect(not used, f"{used and used[0]} is the package's own answer; write it out yourself.")
+            for name in sorted(names_in(code)) if code else ():
+                own = name not in without.split(", ") and name.split(".")[0] not in PACKAGES
+                expect(own, f"{name} is the package's own answer; write it out yourself.")
 
 
 def names_in(code) -> set[str]:

@@ -140,7 +140,8 @@ def student_archive(out: Path, notebooks: dict, recipe: str = "") -> Path:
             if cell.cell_type == "markdown":
                 cell.source = without_dead_links(cell.source, place, names)
         files[place] = (nbformat.writes(own) + "\n").encode()
-    return write(out / f"{TOP}-students{recipe and '-' + recipe}.zip", files)
+    archive = f"{TOP}-students-{recipe}.zip" if recipe else f"{TOP}-students.zip"
+    return write(out / archive, files)
 
 
 def teacher_archive(out: Path) -> Path:
